@@ -1,0 +1,182 @@
+"""What a federation is: the settings that the coordinator holds and every device obeys.
+
+The same dataclasses are the sections of `federation.toml` and travel in the message `Federation`.
+Method settings follow PF2LoRA (arXiv 2503.03920): the lower step trains the personal adapter, the
+upper step the common adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, ClassVar
+
+from protocol import limits
+from protocol.schema import Integer, Items, Real, SchemaError, Text
+
+Name = Annotated[str, Text(limits.NAME_BYTES_MAX, 1, r"[A-Za-z0-9][A-Za-z0-9._-]*")]
+Label = Annotated[str, Text(limits.NAME_BYTES_MAX, 1)]
+ModuleName = Annotated[str, Text(limits.TENSOR_NAME_BYTES_MAX, 1)]
+Fingerprint = Annotated[str, Text(71, 71, r"sha256:[0-9a-f]{64}")]
+Seconds = Annotated[float, Real(0.0, limits.SECONDS_MAX)]
+LearningRate = Annotated[float, Real(1e-9, 100.0)]
+Seed = Annotated[int, Integer(0, 2**32 - 1)]
+
+
+class TaskKind(Enum):
+    """What the backbone is fine-tuned for."""
+
+    SEQUENCE_CLASSIFICATION = "sequence-classification"
+    CAUSAL_LM = "causal-lm"
+
+
+class Group(Enum):
+    """Which level a trainable tensor belongs to: only the common group is ever sent."""
+
+    COMMON = "common"
+    PERSONAL = "personal"
+
+
+class Weighting(Enum):
+    """How reports count in the average: alike (the paper's), or by their number of examples."""
+
+    UNIFORM = "uniform"
+    EXAMPLES = "examples"
+
+
+class Hypergradient(Enum):
+    """How the upper step's gradient is had (METHOD names; `secant` is this project's own)."""
+
+    SECANT = "secant"
+    FIRST_ORDER = "first_order"
+
+
+class LowerOptimizer(Enum):
+    """What takes the lower step: plain SGD (the paper's) or Adam with state kept on the device."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """The frozen model. The fingerprint is its digest: `pf2lora-client fingerprint NAME`."""
+
+    name: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)]
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is learned, and the longest input in tokens."""
+
+    kind: TaskKind
+    labels: Annotated[tuple[Label, ...], Items(limits.LABELS_MAX)] = ()
+    max_length: Annotated[int, Integer(4, 1 << 20)] = 64
+
+    def __post_init__(self) -> None:
+        if self.kind is TaskKind.SEQUENCE_CLASSIFICATION and len(self.labels) < 2:
+            raise SchemaError("labels", "sequence-classification needs two labels or more")
+        if self.kind is TaskKind.CAUSAL_LM and self.labels:
+            raise SchemaError("labels", "causal-lm takes no labels")
+        if len(set(self.labels)) != len(self.labels):
+            raise SchemaError("labels", "a label is named twice")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The two levels: `W0 + s (B A + D_k C_k)` with `s = alpha / rank`.
+
+    `rank` is r of the common adapter, `personal_rank` r2 of each device's own; `target_modules` are
+    PEFT's (suffixes, a regular expression, "all-linear"), or "query-value" for the attention query
+    and value projections under whatever names the architecture gives them.
+    """
+
+    rank: Annotated[int, Integer(1, limits.RANK_MAX)] = 8
+    personal_rank: Annotated[int, Integer(0, limits.RANK_MAX)] = 2
+    alpha: Annotated[float, Real(1e-6, 1e6)] = 16.0
+    target_modules: (
+        Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)]
+        | Annotated[tuple[ModuleName, ...], Items(limits.TARGET_MODULES_MAX, 1)]
+    ) = "query-value"
+    head: Group = Group.COMMON
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One device's work in a round, the same for every algorithm; AdamW trains what is sent."""
+
+    local_steps: Annotated[int, Integer(1, limits.STEPS_MAX)] = 10
+    batch_size: Annotated[int, Integer(1, 4096)] = 16
+    learning_rate: LearningRate = 1e-3
+    weight_decay: Annotated[float, Real(0.0, 10.0)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PF2LoRA:
+    """Bilevel: lower step on the personal adapter, upper step with the hypergradient."""
+
+    NAME: ClassVar[str] = "pf2lora"
+    hypergradient: Hypergradient = Hypergradient.SECANT
+    lower_optimizer: LowerOptimizer = LowerOptimizer.ADAM
+    lower_learning_rate: LearningRate = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class HomLoRA:
+    """HOMLoRA: one LoRA for all, FedAvg; the personal level is absent."""
+
+    NAME: ClassVar[str] = "homlora"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOnly:
+    """One LoRA a device, never sent: what federation has to beat."""
+
+    NAME: ClassVar[str] = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How rounds run.
+
+    A round asks `cohort` devices, ends when all have reported or after `deadline_s`, and counts if
+    at least `minimum_reports` came; otherwise it is abandoned and tried again from the same base.
+    """
+
+    count: Annotated[int, Integer(1, limits.ROUNDS_MAX)] = 10
+    cohort: Annotated[int, Integer(1, limits.COHORT_MAX)] = 4
+    minimum_reports: Annotated[int, Integer(1, limits.COHORT_MAX)] = 1
+    deadline_s: Annotated[float, Real(0.1, limits.SECONDS_MAX)] = 600.0
+    weighting: Weighting = Weighting.EXAMPLES
+
+    def __post_init__(self) -> None:
+        if self.minimum_reports > self.cohort:
+            raise SchemaError("minimum_reports", f"is over the cohort of {self.cohort}")
+
+
+class WireDtype(Enum):
+    """How an update's numbers travel."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class FederationSettings:
+    """One shared adapter and everything that a device must know to train it."""
+
+    name: Name
+    backbone: Backbone
+    task: Task
+    adapter: Adapter = field(default_factory=Adapter)
+    training: Training = field(default_factory=Training)
+    algorithm: PF2LoRA | HomLoRA | LocalOnly = field(default_factory=PF2LoRA)
+    rounds: Rounds = field(default_factory=Rounds)
+    update_dtype: WireDtype = WireDtype.FLOAT32
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.algorithm, PF2LoRA) and self.adapter.personal_rank == 0:
+            raise SchemaError("adapter.personal_rank", "pf2lora needs a personal rank of 1 or more")

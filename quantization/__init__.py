@@ -1,0 +1,1 @@
+"""The frozen backbone: loading, quantisation, fingerprint."""
