@@ -2,7 +2,7 @@
 
     ProtocolError
     ├── LocalProtocolError    this side tried to send what the protocol does not allow: a bug here
-    └── RemoteProtocolError   the other side sent what the protocol does not allow: close and say why
+    └── RemoteProtocolError   the other side sent what the protocol does not allow: say why, close
 
 A refusal that obeys the protocol (a full coordinator, an unknown federation) is no fault: it is the
 message `Refusal`, and carries one of the codes below.

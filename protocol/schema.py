@@ -150,7 +150,9 @@ class _Many:
     size: Items
 
     def encode(self, value: Any, path: str) -> list[Any]:
-        return [self.item.encode(one, f"{path}[{i}]") for i, one in enumerate(self._sized(value, path))]
+        return [
+            self.item.encode(one, f"{path}[{i}]") for i, one in enumerate(self._sized(value, path))
+        ]
 
     def decode(self, plain: Any, path: str) -> tuple[Any, ...]:
         items = self._sized(plain, path)

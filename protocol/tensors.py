@@ -1,0 +1,162 @@
+"""Named tensors in one flat little-endian buffer.
+
+A bundle of tensors is a list of specs and one buffer in which the tensors follow one another in the
+order of the specs, C-contiguous, little-endian, without padding. bfloat16 is not a NumPy type: here
+it is the upper half of a float32, rounded to nearest even, and travels unharmed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol import limits
+from protocol.federation import WireDtype
+from protocol.schema import Blob, Integer, Items, SchemaError, Text
+
+Array = NDArray[np.float32]
+Buffer = bytes | bytearray | memoryview
+Digest = Annotated[bytes, Blob(32, 32)]
+
+_ITEM_BYTES: Final = {WireDtype.FLOAT32: 4, WireDtype.FLOAT16: 2, WireDtype.BFLOAT16: 2}
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("pf2lora runs on little-endian machines only")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, element type and shape of one tensor."""
+
+    name: Annotated[str, Text(limits.TENSOR_NAME_BYTES_MAX, 1)]
+    dtype: WireDtype
+    shape: Annotated[
+        tuple[Annotated[int, Integer(1, limits.TENSOR_SIDE_MAX)], ...],
+        Items(limits.TENSOR_DIMENSIONS_MAX),
+    ]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.count * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What is known of a bundle before its bytes have come: specs, size and digest."""
+
+    digest: Digest
+    size_bytes: Annotated[int, Integer(0, limits.PAYLOAD_BYTES_MAX)]
+    tensors: Annotated[tuple[TensorSpec, ...], Items(limits.TENSORS_MAX)]
+
+    def __post_init__(self) -> None:
+        size = sum(spec.size_bytes for spec in self.tensors)
+        if size != self.size_bytes:
+            raise SchemaError("size_bytes", f"the tensors take {size} bytes, not {self.size_bytes}")
+        if len({spec.name for spec in self.tensors}) != len(self.tensors):
+            raise SchemaError("tensors", "two tensors have the same name")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensors:
+    """Specs and their buffer; immutable, and identified by `digest`."""
+
+    specs: tuple[TensorSpec, ...]
+    buffer: Buffer
+
+    def __post_init__(self) -> None:
+        size = sum(spec.size_bytes for spec in self.specs)
+        if size != len(self.buffer):
+            raise ValueError(f"the specs take {size} bytes, the buffer has {len(self.buffer)}")
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, Array], dtype: WireDtype = WireDtype.FLOAT32
+    ) -> NamedTensors:
+        """Bundle float32 arrays of any shape, in the mapping's order, as `dtype`."""
+        specs = tuple(TensorSpec(name, dtype, array.shape) for name, array in arrays.items())
+        return cls(specs, b"".join(_encode(array, dtype) for array in arrays.values()))
+
+    @classmethod
+    def from_flat(
+        cls, like: Iterable[TensorSpec], flat: Array, dtype: WireDtype = WireDtype.FLOAT32
+    ) -> NamedTensors:
+        """Bundle one float32 vector `[P]` under the names and shapes of `like`."""
+        specs = tuple(TensorSpec(spec.name, dtype, spec.shape) for spec in like)
+        return cls(specs, _encode(flat, dtype))
+
+    def flat(self) -> Array:
+        """All elements as one float32 vector `[P]`, in order; a view where nothing changes."""
+        dtypes = {spec.dtype for spec in self.specs}
+        if len(dtypes) == 1:
+            return _decode(self.buffer, dtypes.pop())
+        parts = [array.reshape(-1) for array in self.arrays().values()]
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+    def arrays(self) -> dict[str, Array]:
+        """The tensors by name as float32 arrays of their shapes."""
+        view, offset, found = memoryview(self.buffer), 0, {}
+        for spec in self.specs:
+            data = view[offset : offset + spec.size_bytes]
+            found[spec.name] = _decode(data, spec.dtype).reshape(spec.shape)
+            offset += spec.size_bytes
+        return found
+
+    def digest(self) -> bytes:
+        """SHA-256 over the specs and the buffer, 32 bytes."""
+        hasher = specs_hasher(self.specs)
+        hasher.update(self.buffer)
+        return hasher.digest()
+
+    def payload(self) -> Payload:
+        """The description that goes ahead of the bytes."""
+        return Payload(self.digest(), len(self.buffer), self.specs)
+
+
+def specs_hasher(specs: Iterable[TensorSpec]) -> hashlib._Hash:
+    """A SHA-256 that has taken in the specs and waits for the buffer's bytes."""
+    hasher = hashlib.sha256()
+    for spec in specs:
+        shape = ",".join(map(str, spec.shape))
+        # Names may hold any character, so their length goes first: no two lists hash alike.
+        line = f"{len(spec.name.encode())}:{spec.name}:{spec.dtype.value}:{shape}\n"
+        hasher.update(line.encode())
+    hasher.update(b"\n")
+    return hasher
+
+
+def _encode(array: Array, dtype: WireDtype) -> bytes:
+    values = np.ascontiguousarray(array, dtype=np.float32)
+    if dtype is WireDtype.FLOAT32:
+        return values.tobytes()
+    if dtype is WireDtype.FLOAT16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).tobytes()
+    return _bfloat16_from_float32(values).tobytes()
+
+
+def _decode(data: Buffer, dtype: WireDtype) -> Array:
+    if dtype is WireDtype.FLOAT32:
+        return np.frombuffer(data, np.float32)
+    if dtype is WireDtype.FLOAT16:
+        return np.frombuffer(data, np.float16).astype(np.float32)
+    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _bfloat16_from_float32(values: Array) -> NDArray[np.uint16]:
+    bits = values.reshape(-1).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    # Rounding a NaN's payload up could carry it into infinity: keep it a quiet NaN instead.
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(is_nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
