@@ -1,0 +1,1 @@
+"""The coordinator daemon: rounds, aggregation, store and WebSocket server. NumPy, never torch."""

@@ -1,0 +1,343 @@
+"""The round machine: events and a time in, actions out. No I/O, no clock, chance passed in.
+
+    GATHERING --enough devices wait--> OPEN --all answered, or deadline--> CLOSING --closed--> ...
+        ^                                                                     |
+        +--------- aggregated, or abandoned for want of reports --------------+--last--> FINISHED
+
+The machine decides; the service (service.py) carries the actions out in their order, and tells the
+machine of what it did by further events. All times are seconds on one clock, which may be virtual.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from protocol.federation import FederationSettings
+from protocol.messages import ReceiptStatus
+
+RETRY_AFTER_S = 1.0
+RETRY_SPREAD_S = 2.0
+
+
+class Phase(Enum):
+    """Where the federation stands."""
+
+    GATHERING = auto()
+    OPEN = auto()
+    CLOSING = auto()
+    FINISHED = auto()
+
+
+# --- events -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedIn:
+    """A device offers itself and waits for an answer."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A device that may have been waiting is gone."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A device has an update for an assignment."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """All bytes of the update have come and are sound."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The report is on disk."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The update was looked at and cannot be used."""
+
+    device: str
+    assignment: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The round's outcome is on disk."""
+
+    aggregated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed."""
+
+
+Event = CheckedIn | Left | Offered | Uploaded | Kept | Refused | Closed | Ticked
+
+
+# --- actions ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRound:
+    """Write down that this round is open, before anyone is assigned."""
+
+    number: int
+    attempt: int
+    deadline_at: float
+    cohort: tuple[tuple[str, str], ...]  # device, assignment
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Give a waiting device its assignment."""
+
+    device: str
+    assignment: str
+    number: int
+    deadline_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Send a waiting device away for a while."""
+
+    device: str
+    after_s: float
+    spread_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Tell a waiting device that no rounds are left."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeUpdate:
+    """Let the device send the update's bytes."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Put the report on disk, then say Kept."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Send the device its receipt."""
+
+    device: str
+    assignment: str
+    status: ReceiptStatus
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRound:
+    """Aggregate (or abandon) the round, write the outcome down, then say Closed."""
+
+    number: int
+    attempt: int
+    aggregate: bool
+
+
+Action = OpenRound | Assign | Retry | Finish | TakeUpdate | Keep | Answer | CloseRound
+
+
+@dataclass(slots=True)
+class OpenState:
+    """The round under way. `answered` holds the assignments that need no more waiting."""
+
+    number: int
+    attempt: int
+    deadline_at: float
+    cohort: dict[str, str]
+    kept: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def answered(self, assignment: str) -> bool:
+        return assignment in self.kept or assignment in self.refused
+
+
+class RoundMachine:
+    """All rounds of one federation. Start it anew, or from what the store remembers."""
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        rng: random.Random,
+        *,
+        hold_s: float,
+        rounds_done: int = 0,
+        attempt: int = 0,
+        open_round: OpenState | None = None,
+    ) -> None:
+        self._settings = settings
+        self._rng = rng
+        self._hold_s = hold_s
+        self._waiting: dict[str, float] = {}  # device -> since when
+        self.rounds_done = rounds_done
+        self.attempt = attempt
+        self.open_round = open_round
+        self.phase = Phase.OPEN if open_round else Phase.GATHERING
+        if rounds_done >= settings.rounds.count:
+            self.phase = Phase.FINISHED
+
+    def next_tick_at(self) -> float | None:
+        """When the machine next wants a Ticked, or None if only other events can move it."""
+        times = [since + self._hold_s for since in self._waiting.values()]
+        if self.phase is Phase.OPEN and self.open_round:
+            times.append(self.open_round.deadline_at)
+        return min(times, default=None)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event; the actions are to be carried out in order."""
+        match event:
+            case CheckedIn(device):
+                return self._check_in(device, now)
+            case Left(device):
+                self._waiting.pop(device, None)
+                return []
+            case Offered(device, assignment):
+                receipt = self._settled(device, assignment)
+                return [receipt] if receipt else [TakeUpdate(device, assignment)]
+            case Uploaded(device, assignment):
+                receipt = self._settled(device, assignment)
+                return [receipt] if receipt else [Keep(device, assignment)]
+            case Kept(device, assignment):
+                self._opened().kept.add(assignment)
+                accepted = Answer(device, assignment, ReceiptStatus.ACCEPTED, "")
+                return [accepted, *self._close_if_due(now)]
+            case Refused(device, assignment, reason):
+                return self._refuse(device, assignment, reason, now)
+            case Closed(aggregated):
+                return self._closed(aggregated, now)
+            case Ticked():
+                return [*self._close_if_due(now), *self._release_held(now)]
+
+    def _check_in(self, device: str, now: float) -> list[Action]:
+        if self.phase is Phase.FINISHED:
+            return [Finish(device)]
+        round_ = self.open_round
+        if round_ and self.phase is Phase.OPEN:
+            assignment = round_.cohort.get(device)
+            if assignment is not None and not round_.answered(assignment):
+                return [Assign(device, assignment, round_.number, round_.deadline_at)]
+        self._waiting[device] = now
+        return self._open_if_enough(now)
+
+    def _open_if_enough(self, now: float) -> list[Action]:
+        rounds = self._settings.rounds
+        if self.phase is not Phase.GATHERING or len(self._waiting) < rounds.cohort:
+            return []
+        # Sorted, so that the choice depends on who waits and the seed, not on who came first.
+        chosen = sorted(self._rng.sample(sorted(self._waiting), rounds.cohort))
+        number, self.attempt = self.rounds_done + 1, self.attempt + 1
+        cohort = {device: self._assignment_id(number, device) for device in chosen}
+        deadline_at = now + rounds.deadline_s
+        self.open_round = OpenState(number, self.attempt, deadline_at, cohort)
+        self.phase = Phase.OPEN
+        for device in chosen:
+            del self._waiting[device]
+        return [
+            OpenRound(number, self.attempt, deadline_at, tuple(cohort.items())),
+            *(Assign(device, cohort[device], number, deadline_at) for device in chosen),
+        ]
+
+    def _assignment_id(self, number: int, device: str) -> str:
+        text = f"{self._settings.name}/{number}/{self.attempt}/{device}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _settled(self, device: str, assignment: str) -> Answer | None:
+        """The receipt of a report that need not be sent (again); None if it is wanted."""
+        round_ = self.open_round
+        if round_ is None or round_.cohort.get(device) != assignment:
+            return Answer(device, assignment, ReceiptStatus.LATE, "its round is over")
+        if assignment in round_.kept:
+            return Answer(device, assignment, ReceiptStatus.DUPLICATE, "it is kept already")
+        if assignment in round_.refused:
+            reason = round_.refused[assignment]
+            return Answer(device, assignment, ReceiptStatus.REJECTED, reason)
+        if self.phase is not Phase.OPEN:
+            return Answer(device, assignment, ReceiptStatus.LATE, "its round is being closed")
+        return None
+
+    def _refuse(self, device: str, assignment: str, reason: str, now: float) -> list[Action]:
+        rejected = Answer(device, assignment, ReceiptStatus.REJECTED, reason)
+        round_ = self.open_round
+        if round_ is None or round_.cohort.get(device) != assignment:
+            return [rejected]
+        round_.refused[assignment] = reason
+        return [rejected, *self._close_if_due(now)]
+
+    def _close_if_due(self, now: float) -> list[Action]:
+        if self.phase is not Phase.OPEN:
+            return []
+        round_ = self._opened()
+        everyone = all(round_.answered(assignment) for assignment in round_.cohort.values())
+        if not everyone and now < round_.deadline_at:
+            return []
+        self.phase = Phase.CLOSING
+        enough = len(round_.kept) >= self._settings.rounds.minimum_reports
+        return [CloseRound(round_.number, round_.attempt, enough)]
+
+    def _closed(self, aggregated: bool, now: float) -> list[Action]:
+        self.open_round = None
+        self.phase = Phase.GATHERING
+        if aggregated:
+            self.rounds_done += 1
+            self.attempt = 0
+        if self.rounds_done < self._settings.rounds.count:
+            return self._open_if_enough(now)
+        self.phase = Phase.FINISHED
+        waiting, self._waiting = sorted(self._waiting), {}
+        return [Finish(device) for device in waiting]
+
+    def _release_held(self, now: float) -> list[Action]:
+        due = [d for d, since in self._waiting.items() if now >= since + self._hold_s]
+        for device in due:
+            del self._waiting[device]
+        # The more are sent away, the wider they are spread over time when they come back.
+        spread_s = max(RETRY_SPREAD_S, len(due) / 100)
+        return [Retry(device, RETRY_AFTER_S, spread_s, self._why_wait(len(due))) for device in due]
+
+    def _why_wait(self, released: int) -> str:
+        if self.phase is Phase.GATHERING:
+            here = len(self._waiting) + released
+            return f"waiting for devices: {here} of {self._settings.rounds.cohort} are here"
+        return f"round {self.rounds_done + 1} is under way"
+
+    def _opened(self) -> OpenState:
+        if self.open_round is None:
+            raise RuntimeError("no round is open")
+        return self.open_round
