@@ -14,7 +14,8 @@ from typing import Annotated, ClassVar
 from protocol import limits
 from protocol.schema import Integer, Items, Real, SchemaError, Text
 
-Name = Annotated[str, Text(limits.NAME_BYTES_MAX, 1, r"[A-Za-z0-9][A-Za-z0-9._-]*")]
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+Name = Annotated[str, Text(limits.NAME_BYTES_MAX, 1, NAME_PATTERN)]
 Label = Annotated[str, Text(limits.NAME_BYTES_MAX, 1)]
 ModuleName = Annotated[str, Text(limits.TENSOR_NAME_BYTES_MAX, 1)]
 Fingerprint = Annotated[str, Text(71, 71, r"sha256:[0-9a-f]{64}")]

@@ -21,10 +21,11 @@ from typing import Annotated, ClassVar
 
 from protocol import limits
 from protocol.errors import ErrorCode
-from protocol.federation import FederationSettings, Fingerprint, Name, Seconds
+from protocol.federation import NAME_PATTERN, FederationSettings, Fingerprint, Name, Seconds
 from protocol.schema import Blob, Integer, Items, Real, Text
 from protocol.tensors import Digest, Payload
 
+NameOrNone = Annotated[str, Text(limits.NAME_BYTES_MAX, 0, NAME_PATTERN + "|")]
 DeviceId = Annotated[str, Text(limits.DEVICE_ID_BYTES_MAX, 1, r"[A-Za-z0-9._-]+")]
 AssignmentId = Annotated[str, Text(64, 1, r"[A-Za-z0-9._-]+")]
 Offset = Annotated[int, Integer(0, limits.PAYLOAD_BYTES_MAX)]
@@ -49,10 +50,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """A device names itself and the federation it wants."""
+    """A device names itself and the federation it wants; no name asks for the only one there."""
 
     CODE: ClassVar[int] = 2
-    federation: Name
+    federation: NameOrNone
     device: DeviceId
 
 

@@ -1,6 +1,6 @@
 """Weighted federated averaging as a running sum that does not depend on the order of arrival.
 
-`new = base + sum_k w_k update_k / sum_k w_k` (FedAvg, McMahan et al. 2017, arXiv 1602.05629; PF2LoRA
+`new = base + sum_k w_k update_k / sum_k w_k` (FedAvg, arXiv 1602.05629; PF2LoRA
 averages A and B separately, which this is: each tensor for itself).
 
 Floating-point sums depend on their order. Here each update is rounded once to fixed point and

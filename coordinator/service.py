@@ -1,0 +1,367 @@
+"""One federation at work: carries the round machine's actions out against store and sessions.
+
+Every event passes through one lock, so that what is on disk, what the machine believes and what
+devices are told never part. A failing store ends the service: nothing is acknowledged that is not
+kept, and no round goes on that is not written down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from coordinator.aggregation.fedavg import FedAvg, UpdateError
+from coordinator.errors import ConfigurationError
+from coordinator.rounds import (
+    Action,
+    Answer,
+    Assign,
+    CheckedIn,
+    Closed,
+    CloseRound,
+    Event,
+    Finish,
+    Keep,
+    Kept,
+    Left,
+    Offered,
+    OpenRound,
+    OpenState,
+    Phase,
+    Refused,
+    Retry,
+    RoundMachine,
+    TakeUpdate,
+    Ticked,
+    Uploaded,
+)
+from coordinator.store.base import Member, ReportRecord, RoundRecord, Snapshot, Store
+from protocol.federation import FederationSettings, Weighting
+from protocol.limits import EXAMPLES_MAX
+from protocol.messages import (
+    Assignment,
+    CheckIn,
+    Finished,
+    Message,
+    Receipt,
+    Report,
+    Resume,
+    RetryWindow,
+)
+from protocol.tensors import NamedTensors, TensorSpec
+from protocol.transfer import Receiver
+
+log = logging.getLogger("pf2lora.coordinator")
+
+Result = TypeVar("Result")
+
+
+class RunBlocking(Protocol):
+    """Runs a blocking call away from the event loop; in simulations, at once."""
+
+    async def __call__(self, call: Callable[[], Result]) -> Result: ...
+
+
+class FederationService:
+    """Sessions ask, the machine decides, this carries out."""
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        start: NamedTensors,
+        store: Store,
+        *,
+        rng: random.Random,
+        run_blocking: RunBlocking,
+        hold_s: float = 20.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self._base = start
+        self._previous = start
+        self._store = store
+        self._rng = rng
+        self._run_blocking = run_blocking
+        self._hold_s = hold_s
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._replies: dict[str, asyncio.Future[Message]] = {}
+        self._receivers: dict[str, Receiver] = {}
+        self._arrived: dict[str, tuple[Report, NamedTensors]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unfinished: set[str] = set()
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def open(self) -> None:
+        """Begin, or go on from where the store stands.
+
+        Raises:
+            ConfigurationError: the store holds this federation with other settings.
+        """
+        snapshot = await self._run_blocking(partial(self._store.load, self.settings.name))
+        if snapshot is None:
+            create = partial(self._store.create, self.settings, self._base)
+            await self._run_blocking(create)
+            snapshot = Snapshot(self.settings, 0, 0, self._base, None, frozenset())
+        elif snapshot.settings != self.settings:
+            raise ConfigurationError(
+                "name",
+                f"the store holds a federation {self.settings.name!r} with other settings; "
+                "choose another name or another store",
+            )
+        self._restore(snapshot)
+        if snapshot.open_round:
+            await self._resum(snapshot.open_round)
+        await self._drive(Ticked())
+
+    @property
+    def finished(self) -> bool:
+        return self._machine.phase is Phase.FINISHED
+
+    @property
+    def everyone_told(self) -> bool:
+        """Whether every device that ever joined this process knows that the rounds are over."""
+        return self.finished and not self._unfinished
+
+    def joined(self, device: str) -> None:
+        """A device has come to take part."""
+        self._unfinished.add(device)
+
+    def payload(self, digest: bytes) -> NamedTensors | None:
+        """The base version of this digest, if it is the current one or the one before."""
+        for base in (self._base, self._previous):
+            if base.digest() == digest:
+                return base
+        return None
+
+    async def check_in(self, device: str, message: CheckIn) -> Message:  # noqa: ARG002
+        """Assignment, RetryWindow or Finished; may take as long as a device is held."""
+        return await self._ask(device, CheckedIn(device))
+
+    async def offer(self, device: str, report: Report) -> tuple[Message, Receiver | None]:
+        """Resume with the receiver to fill, or the receipt of a report that is not wanted."""
+        unfit = self._unfit(report)
+        event = Refused(device, report.assignment, unfit) if unfit else None
+        reply = await self._ask(device, event or Offered(device, report.assignment))
+        if not isinstance(reply, Resume):
+            return reply, None
+        receiver = self._receivers.get(report.assignment)
+        if receiver is None or receiver.payload != report.payload:
+            receiver = self._receivers[report.assignment] = Receiver(report.payload)
+        return Resume(receiver.offset), receiver
+
+    async def take(self, device: str, report: Report, update: NamedTensors) -> Message:
+        """The receipt of a report whose update has come whole."""
+        assignment = report.assignment
+        self._receivers.pop(assignment, None)
+        try:
+            self._strategy.check(update)
+        except UpdateError as error:
+            return await self._ask(device, Refused(device, assignment, str(error)))
+        self._arrived[assignment] = (report, update)
+        try:
+            return await self._ask(device, Uploaded(device, assignment))
+        finally:
+            self._arrived.pop(assignment, None)
+
+    async def left(self, device: str) -> None:
+        """The device's connection is gone."""
+        reply = self._replies.pop(device, None)
+        if reply is not None:
+            reply.cancel()
+        await self._drive(Left(device))
+
+    def close(self) -> None:
+        """Stop the timer; the store is the caller's."""
+        if self._timer:
+            self._timer.cancel()
+
+    # --- events in, actions out ---------------------------------------------------------------
+
+    async def _ask(self, device: str, event: Event) -> Message:
+        reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._replies[device] = reply
+        await self._drive(event)
+        return await reply
+
+    async def _drive(self, event: Event) -> None:
+        # In a task of its own: a session that is cancelled must not stop a change halfway.
+        task = asyncio.get_running_loop().create_task(self._drive_whole(event))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def _drive_whole(self, event: Event) -> None:
+        async with self._lock:
+            if self.failure.done():
+                raise ConnectionError("the coordinator is stopping")
+            events = deque([event])
+            try:
+                while events:
+                    for action in self._machine.handle(events.popleft(), self._clock()):
+                        following = await self._carry_out(action)
+                        if following is not None:
+                            events.append(following)
+            except Exception as error:
+                # The machine may now believe what the store does not hold: go no further.
+                self.failure.set_exception(error)
+                raise
+        self._schedule_tick()
+
+    async def _carry_out(self, action: Action) -> Event | None:
+        match action:
+            case OpenRound():
+                await self._open_round(action)
+            case Assign(device, assignment, number, deadline_at):
+                self._reply(device, self._assignment(assignment, number, deadline_at))
+            case Retry(device, after_s, spread_s, reason):
+                self._reply(device, RetryWindow(after_s, spread_s, reason))
+            case Finish(device):
+                payload = self._base.payload()
+                rounds = self._machine.rounds_done
+                self._unfinished.discard(device)
+                self._reply(device, Finished(rounds, payload.digest, payload))
+            case TakeUpdate(device, _):
+                self._reply(device, Resume(0))
+            case Answer(device, assignment, status, reason):
+                self._reply(device, Receipt(assignment, status, reason))
+            case Keep(device, assignment):
+                await self._keep(device, assignment)
+                return Kept(device, assignment)
+            case CloseRound(number, attempt, aggregate):
+                await self._close_round(number, attempt, aggregate)
+                return Closed(aggregate)
+        return None
+
+    def _reply(self, device: str, message: Message) -> None:
+        reply = self._replies.pop(device, None)
+        if reply is not None and not reply.done():
+            reply.set_result(message)
+
+    def _assignment(self, assignment: str, number: int, deadline_at: float) -> Assignment:
+        payload = self._base.payload()
+        remaining_s = max(0.0, deadline_at - self._clock())
+        return Assignment(assignment, number, payload.digest, remaining_s, payload)
+
+    async def _open_round(self, action: OpenRound) -> None:
+        cohort = tuple(Member(device, assignment) for device, assignment in action.cohort)
+        record = RoundRecord(
+            action.number,
+            action.attempt,
+            self._base.digest(),
+            self._clock(),
+            action.deadline_at,
+            cohort,
+        )
+        await self._write(self._store.open_round, record)
+        self._begin_sum()
+        log.info("round %d opened: %d devices", action.number, len(cohort))
+
+    async def _keep(self, device: str, assignment: str) -> None:
+        report, update = self._arrived[assignment]
+        open_round = self._machine.open_round
+        if open_round is None:
+            raise RuntimeError("a report without a round")
+        record = ReportRecord(
+            assignment,
+            device,
+            open_round.number,
+            open_round.attempt,
+            report.examples,
+            report.metrics,
+            self._clock(),
+            update,
+        )
+        if await self._write(self._store.keep_report, record):
+            self._strategy.accumulate(update, self._weight(report.examples))
+            log.info("round %d: report of %s", open_round.number, device)
+
+    async def _close_round(self, number: int, attempt: int, aggregate: bool) -> None:
+        new_base = self._strategy.finalize() if aggregate else None
+        await self._write(self._store.close_round, number, attempt, new_base, self._clock())
+        self._receivers.clear()
+        if new_base is None:
+            log.warning("round %d abandoned: too few reports by the deadline", number)
+            return
+        self._previous, self._base = self._base, new_base
+        log.info("round %d of %d aggregated", number, self.settings.rounds.count)
+
+    async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
+        return await self._run_blocking(partial(call, self.settings.name, *args))
+
+    # --- state --------------------------------------------------------------------------------
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self._base = self._previous = snapshot.base
+        record, open_round = snapshot.open_round, None
+        if record:
+            cohort = {member.device: member.assignment for member in record.cohort}
+            open_round = OpenState(
+                record.number, record.attempt, record.deadline_at, cohort, set(snapshot.reported)
+            )
+        self._machine = RoundMachine(
+            self.settings,
+            self._rng,
+            hold_s=self._hold_s,
+            rounds_done=snapshot.rounds_done,
+            attempt=snapshot.attempt,
+            open_round=open_round,
+        )
+        self._begin_sum()
+
+    def _begin_sum(self) -> None:
+        cohort = self.settings.rounds.cohort
+        self._strategy = FedAvg(self._base, cohort * self._weight(EXAMPLES_MAX))
+
+    async def _resum(self, record: RoundRecord) -> None:
+        def add_all() -> int:
+            kept = 0
+            for kept, report in enumerate(  # noqa: B007
+                self._store.reports(self.settings.name, record.number, record.attempt), 1
+            ):
+                self._strategy.accumulate(report.update, self._weight(report.examples))
+            return kept
+
+        kept = await self._run_blocking(add_all)
+        log.info("round %d goes on: %d of %d reports", record.number, kept, len(record.cohort))
+
+    def _weight(self, examples: int) -> int:
+        return examples if self.settings.rounds.weighting is Weighting.EXAMPLES else 1
+
+    def _unfit(self, report: Report) -> str | None:
+        """Why this report cannot be used whatever its bytes, if so."""
+        dtype = self.settings.update_dtype
+        wanted = tuple(TensorSpec(s.name, dtype, s.shape) for s in self._base.specs)
+        if report.payload.tensors != wanted:
+            return f"its tensors are not those of the common adapter in {dtype.value}"
+        open_round = self._machine.open_round
+        current = open_round and report.assignment in open_round.cohort.values()
+        if current and report.base_version != self._base.digest():
+            return "it was trained from another base version"
+        return None
+
+    def _schedule_tick(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        at = self._machine.next_tick_at()
+        if at is not None and not self.failure.done():
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, at - self._clock()), self._tick)
+
+    def _tick(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._drive_whole(Ticked()))
+        self._tasks.add(task)
+        task.add_done_callback(self._ticked)
+
+    def _ticked(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it is with `self.failure` already, where the server waits for it

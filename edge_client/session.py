@@ -1,0 +1,273 @@
+"""One logical session of a device over as many connections as it takes.
+
+The session moves bytes and keeps time; what they mean is the `Worker`'s affair. It is handed the
+update that is to be sent and nothing else: by the import rules it cannot reach the personal adapter.
+
+Whatever goes wrong on a connection (lost, silent, damaged, out of turn), the answer is the same: a
+new connection after a jittered, growing pause, and on from where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+from edge_client.errors import RefusedError, UnreachableError
+from edge_client.transport import Dial
+from protocol.connection import Connection, Role, default_hello
+from protocol.errors import ProtocolError, RemoteProtocolError
+from protocol.federation import FederationSettings
+from protocol.link import Link, LinkClosedError
+from protocol.messages import (
+    Assignment,
+    CheckIn,
+    Chunk,
+    Fetch,
+    Finished,
+    Goodbye,
+    Hello,
+    Join,
+    Joined,
+    Message,
+    Metric,
+    Receipt,
+    Refusal,
+    Report,
+    Resume,
+    RetryWindow,
+)
+from protocol.tensors import NamedTensors, Payload
+from protocol.transfer import Receiver, chunks
+
+log = logging.getLogger("pf2lora.client")
+
+# Longer than a coordinator holds a waiting device, so that silence means a dead link.
+REPLY_TIMEOUT_S: Final = 90.0
+BACKOFF_FIRST_S: Final = 0.5
+BACKOFF_MAX_S: Final = 60.0
+# Before the first answer a wrong address is likelier than an outage: say so soon.
+FIRST_CONTACT_PATIENCE_S: Final = 15.0
+PATIENCE_S: Final = 24 * 3600.0
+
+Reply = TypeVar("Reply", bound=Message)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a device says of itself at a check-in."""
+
+    fingerprint: str
+    examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedReport:
+    """The result of an assignment, as it will be sent."""
+
+    assignment: str
+    base_version: bytes
+    examples: int
+    metrics: tuple[Metric, ...]
+    update: NamedTensors
+
+
+class Worker(Protocol):
+    """The device behind the session: trains when asked, remembers what must not be lost."""
+
+    async def prepare(self, settings: FederationSettings) -> Offer:
+        """Make ready for this federation; called at every connection, so quick the second time."""
+
+    def held(self, digest: bytes) -> NamedTensors | None:
+        """The payload of this digest, if it is on the device already."""
+
+    def unsent(self) -> FinishedReport | None:
+        """The report that has no receipt yet, also from before a restart."""
+
+    async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+        """Do the assignment; the report is remembered before this returns."""
+
+    async def settled(self, receipt: Receipt) -> None:
+        """The report has its receipt and may be forgotten."""
+
+    async def finish(self, base: NamedTensors, rounds: int) -> None:
+        """No rounds are left; this is the final common adapter."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of messages that went either way, over all connections of this run."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+class Session:
+    """Takes part in a federation until its rounds are over."""
+
+    def __init__(
+        self,
+        dial: Dial,
+        worker: Worker,
+        *,
+        federation: str,
+        device: str,
+        rng: random.Random,
+        patience_s: float = PATIENCE_S,
+        first_contact_patience_s: float = FIRST_CONTACT_PATIENCE_S,
+        reply_timeout_s: float = REPLY_TIMEOUT_S,
+    ) -> None:
+        self._dial = dial
+        self._worker = worker
+        self._federation = federation
+        self._device = device
+        self._rng = rng
+        self._patience_s = patience_s
+        self._first_contact_patience_s = first_contact_patience_s
+        self._reply_timeout_s = reply_timeout_s
+        self._receiver: Receiver | None = None
+        self._failures = 0
+        self._failing_since: float | None = None
+        self._met = False
+        self.traffic = Traffic()
+
+    async def run(self) -> None:
+        """Until the federation is finished.
+
+        Raises:
+            RefusedError: the coordinator will not have this device, for a reason that stays.
+            UnreachableError: no coordinator answered for as long as patience lasts.
+        """
+        while True:
+            try:
+                if await self._one_connection():
+                    return
+            except (LinkClosedError, ProtocolError, TimeoutError) as error:
+                if isinstance(error, RemoteProtocolError) and not error.code.retryable:
+                    raise RefusedError(error.code.value, str(error)) from error
+                await self._pause(error)
+
+    async def _one_connection(self) -> bool:
+        link = await self._dial()
+        try:
+            line = _Line(link, self.traffic, self._reply_timeout_s)
+            return await self._converse(line)
+        finally:
+            await link.close()
+
+    async def _converse(self, line: _Line) -> bool:
+        """True when the federation is finished, False to connect anew later."""
+        await line.ask(default_hello("pf2lora-client"), Hello)
+        joined = await line.ask(Join(self._federation, self._device), Joined)
+        offer = await self._worker.prepare(joined.settings)
+        while True:
+            report = self._worker.unsent()
+            if report is not None:
+                await self._worker.settled(await self._send_report(line, report))
+                self._progressed()
+            answer = await line.ask(
+                CheckIn(offer.fingerprint, offer.examples), Assignment, RetryWindow, Finished
+            )
+            self._progressed()
+            match answer:
+                case Assignment():
+                    base = await self._payload(line, answer.payload)
+                    await self._worker.train(answer, base)
+                case RetryWindow(after_s, spread_s, reason):
+                    log.info("told to come back later: %s", reason)
+                    await line.send(Goodbye(""))
+                    await asyncio.sleep(after_s + self._rng.random() * spread_s)
+                    return False
+                case Finished(rounds, _, payload):
+                    await self._worker.finish(await self._payload(line, payload), rounds)
+                    await line.send(Goodbye("finished"))
+                    return True
+
+    async def _payload(self, line: _Line, payload: Payload) -> NamedTensors:
+        held = self._worker.held(payload.digest)
+        if held is not None:
+            return held
+        if self._receiver is None or self._receiver.payload != payload:
+            self._receiver = Receiver(payload)
+        receiver = self._receiver
+        chunk = await line.ask(Fetch(payload.digest, receiver.offset), Chunk)
+        receiver.accept(chunk)
+        while not chunk.last:
+            chunk = await line.receive(Chunk)
+            receiver.accept(chunk)
+        self._receiver = None
+        return receiver.tensors()
+
+    async def _send_report(self, line: _Line, report: FinishedReport) -> Receipt:
+        message = Report(
+            report.assignment,
+            report.base_version,
+            report.examples,
+            report.metrics,
+            report.update.payload(),
+        )
+        reply = await line.ask(message, Resume, Receipt)
+        if isinstance(reply, Receipt):
+            return reply
+        for chunk in chunks(report.update.buffer, reply.offset, line.connection.chunk_bytes):
+            await line.send(chunk)
+        return await line.receive(Receipt)
+
+    def _progressed(self) -> None:
+        self._met = True
+        self._failures = 0
+        self._failing_since = None
+
+    async def _pause(self, error: Exception) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._failing_since is None:
+            self._failing_since = now
+        patience_s = self._patience_s if self._met else self._first_contact_patience_s
+        self._failures += 1
+        if now - self._failing_since > patience_s:
+            raise UnreachableError(str(error), self._failures) from error
+        longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._failures, 10))
+        pause_s = longest * (0.5 + 0.5 * self._rng.random())
+        log.info("connection failed (%s); next try in %.1f s", error, pause_s)
+        await asyncio.sleep(pause_s)
+
+
+class _Line:
+    """A connection's state machine on its link: one message out, the wanted one back."""
+
+    def __init__(self, link: Link, traffic: Traffic, reply_timeout_s: float) -> None:
+        self.connection = Connection(Role.DEVICE, default_hello("pf2lora-client"))
+        self._link = link
+        self._traffic = traffic
+        self._reply_timeout_s = reply_timeout_s
+
+    async def send(self, message: Message) -> None:
+        data = self.connection.send(message)
+        self._traffic.sent_bytes += len(data)
+        await self._in_time(self._link.send(data))
+
+    async def ask(self, message: Message, *wanted: type[Reply]) -> Reply:
+        await self.send(message)
+        return await self.receive(*wanted)
+
+    async def receive(self, *wanted: type[Reply]) -> Reply:
+        data = await self._in_time(self._link.receive())
+        self._traffic.received_bytes += len(data)
+        message = self.connection.receive(data)
+        if isinstance(message, wanted):
+            return message
+        if isinstance(message, Refusal) and not message.code.retryable:
+            raise RefusedError(message.code.value, message.reason)
+        reason = getattr(message, "reason", "") or type(message).__name__
+        raise LinkClosedError(f"the coordinator said: {reason}")
+
+    async def _in_time(self, doing: Awaitable[Result]) -> Result:
+        try:
+            async with asyncio.timeout(self._reply_timeout_s):
+                return await doing
+        except TimeoutError:
+            raise LinkClosedError(f"no answer for {self._reply_timeout_s:g} s") from None

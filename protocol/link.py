@@ -1,0 +1,33 @@
+"""What carries a connection's bytes: the narrow door between a session and the network.
+
+A WebSocket in production, an in-memory pair with faults in tests. One `send` is one `receive`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class LinkClosedError(ConnectionError):
+    """The link is gone; what was sent last may or may not have arrived."""
+
+
+class Link(Protocol):
+    """Ordered delivery of whole messages while it lasts."""
+
+    async def send(self, data: bytes) -> None:
+        """Hand over one message; waits while the other side is slow.
+
+        Raises:
+            LinkClosedError: the link is gone.
+        """
+
+    async def receive(self) -> bytes:
+        """The next message.
+
+        Raises:
+            LinkClosedError: the link is gone.
+        """
+
+    async def close(self) -> None:
+        """End the link; never raises."""
