@@ -1,7 +1,8 @@
 """One logical session of a device over as many connections as it takes.
 
-The session moves bytes and keeps time; what they mean is the `Worker`'s affair. It is handed the
-update that is to be sent and nothing else: by the import rules it cannot reach the personal adapter.
+The session moves bytes and keeps time; what they mean is the `Worker`'s affair. It is handed
+the update that is to be sent and nothing else: by the import rules it cannot reach the personal
+adapter.
 
 Whatever goes wrong on a connection (lost, silent, damaged, out of turn), the answer is the same: a
 new connection after a jittered, growing pause, and on from where the last one stopped.
@@ -14,7 +15,7 @@ import logging
 import random
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar, cast, overload
 
 from edge_client.errors import RefusedError, UnreachableError
 from edge_client.transport import Dial
@@ -53,7 +54,9 @@ BACKOFF_MAX_S: Final = 60.0
 FIRST_CONTACT_PATIENCE_S: Final = 15.0
 PATIENCE_S: Final = 24 * 3600.0
 
-Reply = TypeVar("Reply", bound=Message)
+A = TypeVar("A", bound=Message)
+B = TypeVar("B", bound=Message)
+C = TypeVar("C", bound=Message)
 Result = TypeVar("Result")
 
 
@@ -250,11 +253,26 @@ class _Line:
         self._traffic.sent_bytes += len(data)
         await self._in_time(self._link.send(data))
 
-    async def ask(self, message: Message, *wanted: type[Reply]) -> Reply:
-        await self.send(message)
-        return await self.receive(*wanted)
+    @overload
+    async def ask(self, message: Message, *wanted: *tuple[type[A]]) -> A: ...
+    @overload
+    async def ask(self, message: Message, *wanted: *tuple[type[A], type[B]]) -> A | B: ...
+    @overload
+    async def ask(
+        self, message: Message, *wanted: *tuple[type[A], type[B], type[C]]
+    ) -> A | B | C: ...
 
-    async def receive(self, *wanted: type[Reply]) -> Reply:
+    async def ask(self, message: Message, *wanted: type[Message]) -> Message:
+        """Send a message and wait for one of the wanted kinds."""
+        await self.send(message)
+        return await self._receive_any(wanted)
+
+    async def receive(self, wanted: type[A]) -> A:
+        """Wait for a message of the wanted kind."""
+        message = await self._receive_any((wanted,))
+        return cast(A, message)
+
+    async def _receive_any(self, wanted: tuple[type[Message], ...]) -> Message:
         data = await self._in_time(self._link.receive())
         self._traffic.received_bytes += len(data)
         message = self.connection.receive(data)

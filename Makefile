@@ -1,0 +1,43 @@
+# Everything sets itself up: a virtual environment in .venv, filled once and again when the package's
+# needs change. PYTHON chooses the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATA ?= examples/data
+DEMO_FLAGS ?=
+
+# One thread a process by default: the demo and the tests run several processes side by side.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test lint check slow soak gpu clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch by itself and first, at its exact version: with it in place nothing asks for another build.
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## one coordinator and four devices on this machine, real text, a real backbone
+	$(BIN)/python examples/demo.py --data $(DATA) $(DEMO_FLAGS)
+
+test: $(INSTALLED)  ## every fast test
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)  ## style, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+slow soak gpu: $(INSTALLED)  ## the tests of that marker
+	$(BIN)/python -m pytest -q -m $@
+
+clean:
+	rm -rf $(VENV) demo-state
