@@ -15,7 +15,7 @@ import logging
 import random
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar, cast, overload
+from typing import Any, Final, Protocol, TypeVar, cast, overload
 
 from edge_client.errors import RefusedError, UnreachableError
 from edge_client.transport import Dial
@@ -254,15 +254,13 @@ class _Line:
         await self._in_time(self._link.send(data))
 
     @overload
-    async def ask(self, message: Message, *wanted: *tuple[type[A]]) -> A: ...
+    async def ask(self, message: Message, a: type[A], /) -> A: ...
     @overload
-    async def ask(self, message: Message, *wanted: *tuple[type[A], type[B]]) -> A | B: ...
+    async def ask(self, message: Message, a: type[A], b: type[B], /) -> A | B: ...
     @overload
-    async def ask(
-        self, message: Message, *wanted: *tuple[type[A], type[B], type[C]]
-    ) -> A | B | C: ...
+    async def ask(self, message: Message, a: type[A], b: type[B], c: type[C], /) -> A | B | C: ...
 
-    async def ask(self, message: Message, *wanted: type[Message]) -> Message:
+    async def ask(self, message: Message, *wanted: type[Any]) -> Any:
         """Send a message and wait for one of the wanted kinds."""
         await self.send(message)
         return await self._receive_any(wanted)
@@ -272,7 +270,7 @@ class _Line:
         message = await self._receive_any((wanted,))
         return cast(A, message)
 
-    async def _receive_any(self, wanted: tuple[type[Message], ...]) -> Message:
+    async def _receive_any(self, wanted: tuple[type[Any], ...]) -> Message:
         data = await self._in_time(self._link.receive())
         self._traffic.received_bytes += len(data)
         message = self.connection.receive(data)

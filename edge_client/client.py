@@ -1,0 +1,186 @@
+"""EdgeClient: the one import of the SDK.
+
+    with EdgeClient(coordinator="ws://host:8765", data="reviews.jsonl", state_dir="state") as client:
+        client.run()                         # trains until the federation's rounds are over
+        client.predict(["a text"])           # with common + personal adapter
+        client.save_pretrained("adapter")    # for peft.PeftModel.from_pretrained
+
+Calls block; an app with an event loop of its own runs them in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_client.backends.base import Evaluation, LayerRank, Level, Prediction, Trainer
+from edge_client.data import Example, FieldNames
+from edge_client.private_store import PrivateStore
+from edge_client.session import Session, Traffic
+from edge_client.transport import websocket_dial
+from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
+from protocol.federation import FederationSettings
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a run did: rounds this device has trained in all, and bytes of messages either way."""
+
+    device: str
+    rounds_done: int
+    sent_bytes: int
+    received_bytes: int
+
+
+def _silent(_: str) -> None:
+    """No progress wanted."""
+
+
+class EdgeClient:
+    """One device of a federation.
+
+    Args:
+        coordinator: `ws://host:port`, `wss://host:port` or `host:port`.
+        data: this device's rows: a jsonl, csv or tsv file, a list of mappings, or a data set of the
+            `datasets` library. They never leave the device.
+        state_dir: folder for what must survive restarts; made with mode 0700.
+        federation: name of the federation; none asks for the coordinator's only one.
+        backbone: folder or name to load the backbone from instead of the federation's own name for
+            it; the fingerprint must agree in any case.
+        scheme: how the frozen backbone is held here: "none", "nf4" or "int8".
+        device: torch device, such as "cpu" or "cuda".
+        held_out: share of the rows kept apart for `evaluate`, in [0, 1).
+        fields: the names of the data's fields.
+        seed: of the held-out choice, the batches and the personal adapter's start.
+        progress: called with one line of text now and then, possibly from another thread.
+
+    Raises:
+        ConfigurationError: an argument is wrong.
+        StateError: the state folder is damaged or in use.
+    """
+
+    def __init__(
+        self,
+        coordinator: str,
+        data: DataSource,
+        state_dir: str | Path,
+        *,
+        federation: str = "",
+        backbone: str | None = None,
+        scheme: str = "nf4",
+        device: str = "cpu",
+        held_out: float = 0.2,
+        fields: FieldNames | None = None,
+        seed: int = 0,
+        progress: Progress = _silent,
+    ) -> None:
+        self._dial = websocket_dial(coordinator)
+        self._federation = federation
+        self._seed = seed
+        self._backbone = backbone
+        self._scheme = scheme
+        self._torch_device = device
+        self._store = PrivateStore(Path(state_dir))
+        self._lock = self._store.lock()
+        self._lock.__enter__()
+        self._traffic = Traffic()
+        self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
+        self._worker = DeviceWorker(
+            DataSettings(data, fields or FieldNames(), held_out, seed),
+            self._store,
+            self._make_trainer,
+            progress,
+        )
+
+    def run(self) -> RunSummary:
+        """Take part until the federation's rounds are over (or `close` is called elsewhere).
+
+        Raises:
+            RefusedError: the coordinator will not have this device, and says why.
+            UnreachableError: no coordinator answered.
+            DataError, BackboneError, AdapterError, StorageFullError: naming what is wrong here.
+        """
+        asyncio.run(self._run())
+        state = self._worker.state
+        return RunSummary(
+            state.device_id,
+            state.rounds_done,
+            self._traffic.sent_bytes,
+            self._traffic.received_bytes,
+        )
+
+    def evaluate(self, data: DataSource | None = None, level: Level = Level.PERSONAL) -> Evaluation:
+        """Loss and accuracy at a level, on `data` or on the device's held-out rows."""
+        self._worker.restore()
+        rows = self._worker.held_out_rows if data is None else self._worker.read(data)
+        return self._worker.evaluate(rows, level)
+
+    def predict(self, texts: Sequence[str], level: Level = Level.PERSONAL) -> list[Prediction]:
+        """The label and the probabilities of each text."""
+        self._worker.restore()
+        rows = [Example(text, None, None) for text in texts]
+        return self._worker.trainer.predict(rows, level)
+
+    def rank_report(self) -> list[LayerRank]:
+        """The learned rank of `B A + D C`, layer by layer."""
+        self._worker.restore()
+        return self._worker.trainer.rank_report()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write common + personal as one LoRA of rank r + r2 in PEFT's layout."""
+        self._worker.restore()
+        name = self._backbone or self._worker.settings.backbone.name
+        self._worker.trainer.save_pretrained(Path(folder), name)
+
+    @property
+    def worker(self) -> DeviceWorker:
+        """What the device holds and remembers, for reports."""
+        return self._worker
+
+    def close(self) -> None:
+        """Stop a run under way, if any, and let go of the state folder."""
+        if self._running is not None:
+            loop, task = self._running
+            loop.call_soon_threadsafe(task.cancel)
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+            self._lock = None
+
+    def __enter__(self) -> EdgeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _run(self) -> None:
+        session = Session(
+            self._dial,
+            self._worker,
+            federation=self._federation,
+            device=self._store.device_id(),
+            rng=random.Random(),
+        )
+        session.traffic = self._traffic
+        task = asyncio.ensure_future(session.run())
+        self._running = (asyncio.get_running_loop(), task)
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._running = None
+        if not task.cancelled():
+            task.result()
+
+    def _make_trainer(self, settings: FederationSettings) -> Trainer:
+        # Here and not above: a process that never trains need not have torch.
+        from edge_client.backends.torch_backend import load_trainer
+
+        return load_trainer(
+            settings,
+            backbone=self._backbone,
+            scheme=self._scheme,
+            device=self._torch_device,
+            personal_seed=self._seed,
+        )

@@ -1,0 +1,69 @@
+"""Faults of the device's side.
+
+EdgeClientError
+├── ConfigurationError      an argument is wrong: the field, what was wrong, what would be right
+├── DataError               a row is: file, line, field
+├── StateError              the private state is damaged, in use, or another federation's
+├── StorageFullError        it could not be written; what was there before is intact
+├── MissingExtraError       a package is not installed: the extra that brings it
+├── RefusedError            the coordinator will not have this device, and trying again is no use
+└── UnreachableError        no coordinator answered for as long as patience lasted
+"""
+
+from __future__ import annotations
+
+
+class EdgeClientError(Exception):
+    """Base of what the SDK raises on purpose."""
+
+
+class ConfigurationError(EdgeClientError):
+    """An argument that cannot be used."""
+
+    def __init__(self, field: str, problem: str, right: str) -> None:
+        super().__init__(f"{field}: {problem}; use {right}")
+        self.field = field
+
+
+class DataError(EdgeClientError):
+    """A row or file of training data that cannot be used."""
+
+    def __init__(
+        self, problem: str, *, path: str = "", line: int | None = None, field: str | None = None
+    ) -> None:
+        where = [path] if path else []
+        where += [f"line {line}"] if line is not None else []
+        where += [f'field "{field}"'] if field is not None else []
+        super().__init__(": ".join(filter(None, [", ".join(where), problem])))
+        self.path, self.line, self.field = path, line, field
+
+
+class StateError(EdgeClientError):
+    """The state folder cannot be used as it is."""
+
+
+class StorageFullError(EdgeClientError):
+    """The state could not be written; the one before it is intact."""
+
+
+class MissingExtraError(EdgeClientError):
+    """A package that this function needs is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'pf2lora[{extra}]'")
+
+
+class RefusedError(EdgeClientError):
+    """The coordinator refused this device for a reason that stays."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"refused ({code}): {reason}")
+        self.code = code
+
+
+class UnreachableError(EdgeClientError):
+    """No session could be held for as long as patience lasted."""
+
+    def __init__(self, cause: str, attempts: int) -> None:
+        super().__init__(f"no coordinator could be reached in {attempts} attempts: {cause}")
+        self.attempts = attempts

@@ -1,0 +1,191 @@
+"""What never leaves the device: the state folder, mode 0700, its files 0600.
+
+One state file is replaced whole: written beside the old one, flushed to the disk, and renamed over
+it. Whatever happens on the way (a kill, a full disk), the folder holds the old state or the new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from edge_client.errors import StateError, StorageFullError
+
+FORMAT: Final = 1
+STATE_FILE: Final = "state.safetensors"
+_FULL: Final = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+Fact = str | int | float | bool | None
+Group = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """Named groups of arrays (personal adapter, optimizer, ...) and small facts about them."""
+
+    federation: str
+    fingerprint: str
+    device_id: str
+    steps_done: int
+    rounds_done: int
+    groups: Mapping[str, Group]
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+
+
+class PrivateStore:
+    """The state folder of one device."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(f"{folder} cannot be made: {error.strerror}") from error
+
+    def load(self) -> DeviceState | None:
+        """The state; None where nothing was ever saved.
+
+        Raises:
+            StateError: the file is damaged, or of a newer version of this package.
+        """
+        path = self.folder / STATE_FILE
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            return _parsed(data, path)
+        except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise StateError(
+                f"{path} is damaged ({error}); move it away to begin anew without its personal "
+                "adapter"
+            ) from error
+
+    def save(self, state: DeviceState) -> None:
+        """Replace the state; it is on the disk when this returns.
+
+        Raises:
+            StorageFullError: there is no room; the state before is intact.
+            StateError: it cannot be written for another reason; likewise.
+        """
+        tensors = {
+            f"{group}/{name}": np.ascontiguousarray(array)
+            for group, arrays in state.groups.items()
+            for name, array in arrays.items()
+        }
+        header = {
+            "format": FORMAT,
+            "federation": state.federation,
+            "fingerprint": state.fingerprint,
+            "device_id": state.device_id,
+            "steps_done": state.steps_done,
+            "rounds_done": state.rounds_done,
+            "groups": {group: list(arrays) for group, arrays in state.groups.items()},
+            "facts": dict(state.facts),
+        }
+        self._write(STATE_FILE, save_tensors(tensors, {"pf2lora": json.dumps(header)}))
+
+    def check(self, state: DeviceState, federation: str, fingerprint: str) -> None:
+        """Refuse a state of another federation or backbone.
+
+        Raises:
+            StateError: naming both.
+        """
+        for what, found, wanted in (
+            ("federation", state.federation, federation),
+            ("backbone fingerprint", state.fingerprint, fingerprint),
+        ):
+            if found != wanted:
+                raise StateError(
+                    f"{self.folder} holds the state of {what} {found}, not of {wanted}; "
+                    "use another state folder"
+                )
+
+    def device_id(self) -> str:
+        """This device's name: random, made once, kept for good."""
+        path = self.folder / "device-id"
+        if not path.exists():
+            self._write(path.name, uuid.uuid4().hex.encode())
+        return path.read_text().strip()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes off this folder while the context lasts.
+
+        Raises:
+            StateError: one has it already.
+        """
+        path = self.folder / "lock"
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StateError(f"{self.folder} is in use by another process") from None
+            yield
+
+    def _write(self, name: str, data: bytes) -> None:
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temporary.unlink(missing_ok=True)
+            with os.fdopen(
+                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+            ) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.folder / name)
+            _sync_folder(self.folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            kind = StorageFullError if error.errno in _FULL else StateError
+            raise kind(
+                f"{self.folder / name} cannot be written: {error.strerror}; what it held before "
+                "is intact"
+            ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk, not only the bytes.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parsed(data: bytes, path: Path) -> DeviceState:
+    size = struct.unpack_from("<Q", data)[0]
+    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["pf2lora"])
+    if header["format"] > FORMAT:
+        raise StateError(f"{path} was written by a newer version (format {header['format']})")
+    tensors = load_tensors(data)
+    groups = {
+        group: {name: tensors[f"{group}/{name}"] for name in names}
+        for group, names in header["groups"].items()
+    }
+    return DeviceState(
+        header["federation"],
+        header["fingerprint"],
+        header["device_id"],
+        header["steps_done"],
+        header["rounds_done"],
+        groups,
+        header["facts"],
+    )

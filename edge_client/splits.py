@@ -1,0 +1,147 @@
+"""Dealing rows: held-out parts, heterogeneous devices, and the endless stream of batches.
+
+Everything here is a function of its arguments: the same seed gives the same deal on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.data import Example
+from edge_client.errors import ConfigurationError, DataError
+
+Row = TypeVar("Row")
+
+
+def seeded(*key: object) -> np.random.Generator:
+    """A generator of its own for every key, alike on all platforms (Philox, keyed by SHA-256)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def hold_out(
+    rows: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out rows, each label divided alike as far as its count allows.
+
+    Raises:
+        ConfigurationError: the share is outside [0, 1).
+        DataError: there are too few rows to hold any out.
+    """
+    if not 0 <= share < 1:
+        raise ConfigurationError("held_out", f"{share} is no share", "a number in [0, 1)")
+    if share == 0:
+        return list(rows), []
+    if len(rows) < 2:
+        raise DataError("one row cannot be divided into training and held-out rows")
+    wanted = min(max(1, round(share * len(rows))), len(rows) - 1)
+    # Spread each label evenly over [0, 1) in shuffled order; what falls lowest is held out.
+    place = np.empty(len(rows))
+    for label, members in _by_label(rows).items():
+        order = seeded("hold_out", seed, label).permutation(len(members))
+        jitter = seeded("hold_out offset", seed, label).random()
+        place[np.array(members)[order]] = (np.arange(len(members)) + jitter) / len(members)
+    held = set(np.argsort(place, kind="stable")[:wanted].tolist())
+    return (
+        [row for index, row in enumerate(rows) if index not in held],
+        [row for index, row in enumerate(rows) if index in held],
+    )
+
+
+def split_by_skew(
+    rows: Sequence[Example], devices: int, skew: float, seed: int
+) -> list[list[Example]]:
+    """Deal rows to devices with label skew `s` in [0, 1].
+
+    Of each label a share 1 - s goes to a shuffled pool that is dealt evenly; the rest is sorted by
+    label and dealt in contiguous slices; device j gets slice j of both (the recipe of PF2LoRA's
+    authors). At s = 0 devices are alike, at s = 1 each sees one or two labels.
+
+    Raises:
+        ConfigurationError: skew or number of devices is out of bounds.
+    """
+    if not 0 <= skew <= 1:
+        raise ConfigurationError("skew", f"{skew} is out of bounds", "a number in [0, 1]")
+    _check_devices(len(rows), devices)
+    pool: list[int] = []
+    sorted_part: list[int] = []
+    for label, members in sorted(_by_label(rows).items(), key=lambda item: str(item[0])):
+        shuffled = seeded("skew", seed, label).permutation(np.array(members))
+        cut = round((1 - skew) * len(members))
+        pool += shuffled[:cut].tolist()
+        sorted_part += shuffled[cut:].tolist()
+    pool = seeded("skew pool", seed).permutation(np.array(pool, dtype=np.int64)).tolist()
+    # Slices of the second part begin where those of the first left the remainder, so that sizes
+    # differ by at most one.
+    dealt = _slices(pool, devices, 0)
+    rest = _slices(sorted_part, devices, len(pool) % devices)
+    return [[rows[i] for i in a + b] for a, b in zip(dealt, rest, strict=True)]
+
+
+def split_by_dirichlet(
+    rows: Sequence[Example], devices: int, beta: float, seed: int
+) -> list[list[Example]]:
+    """Deal each label's rows by shares drawn from Dirichlet(beta); smaller beta, more skew.
+
+    Raises:
+        ConfigurationError: beta or number of devices is out of bounds.
+    """
+    if not beta > 0:
+        raise ConfigurationError("beta", f"{beta} is out of bounds", "a number above 0")
+    _check_devices(len(rows), devices)
+    dealt: list[list[int]] = [[] for _ in range(devices)]
+    for label, members in sorted(_by_label(rows).items(), key=lambda item: str(item[0])):
+        generator = seeded("dirichlet", seed, label)
+        shuffled = generator.permutation(np.array(members))
+        cuts = np.cumsum(generator.dirichlet([beta] * devices))[:-1] * len(members)
+        for device, part in enumerate(np.split(shuffled, cuts.astype(np.int64))):
+            dealt[device] += part.tolist()
+    for empty in (part for part in dealt if not part):
+        empty.append(max(dealt, key=len).pop())
+    return [[rows[i] for i in part] for part in dealt]
+
+
+def batch_indices(
+    count: int, batch_size: int, first_step: int, steps: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Row numbers of the batches of steps `[first_step, first_step + steps)`, `[batch_size]` each.
+
+    The steps cut one endless stream of epochs, each a permutation of its own, so a step's batch
+    depends on the seed and its number alone: training can stop and go on anywhere.
+    """
+    begin, end = first_step * batch_size, (first_step + steps) * batch_size
+    epochs = range(begin // count, -(-end // count))
+    parts = [seeded("epoch", seed, epoch).permutation(count) for epoch in epochs]
+    stream = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    offset = begin - (begin // count) * count
+    return np.split(stream[offset : offset + end - begin], steps) if steps else []
+
+
+def _by_label(rows: Sequence[Example]) -> dict[int | None, list[int]]:
+    members: dict[int | None, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        members[row.label].append(index)
+    return members
+
+
+def _slices(items: list[Row], devices: int, first: int) -> list[list[Row]]:
+    """Contiguous slices, as even as can be; those from device `first` on get one more."""
+    size, more = divmod(len(items), devices)
+    longer = {(first + i) % devices for i in range(more)}
+    slices, at = [], 0
+    for device in range(devices):
+        width = size + (device in longer)
+        slices.append(items[at : at + width])
+        at += width
+    return slices
+
+
+def _check_devices(rows: int, devices: int) -> None:
+    if not 1 <= devices <= rows:
+        raise ConfigurationError("devices", f"{devices} for {rows} rows", f"1 to {rows}")

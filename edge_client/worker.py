@@ -1,0 +1,269 @@
+"""The device behind the session: its data, its model, and what it remembers.
+
+Everything that must survive a crash is one state file, replaced whole: the personal adapter, the
+optimizers' state, and the report that has no receipt yet. So a round is either trained and its
+report remembered, or it is as if it had never begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from edge_client.backends.base import Evaluation, Level, Trainer
+from edge_client.data import Example, FieldNames, read_rows
+from edge_client.errors import ConfigurationError, DataError
+from edge_client.private_store import DeviceState, PrivateStore
+from edge_client.session import FinishedReport, Offer
+from edge_client.splits import hold_out
+from protocol import codec
+from protocol.federation import FederationSettings, TaskKind
+from protocol.messages import Assignment, Joined, Metric, Receipt
+from protocol.tensors import NamedTensors, TensorSpec
+
+log = logging.getLogger("pf2lora.client")
+
+DataSource = str | Path | list[Example] | list[Mapping[str, object]]
+# Makes the model of a federation; where torch (or another backend) comes in.
+TrainerFactory = Callable[[FederationSettings], Trainer]
+Progress = Callable[[str], None]
+
+BEFORE: Final = "before training"
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """Where this device's rows are, and the share of them kept apart to evaluate on."""
+
+    source: DataSource
+    fields: FieldNames
+    held_out_share: float
+    seed: int
+
+
+class DeviceWorker:
+    """Does the assignments of one device (a session.Worker) and answers the app's questions."""
+
+    def __init__(
+        self,
+        data: DataSettings,
+        store: PrivateStore,
+        make_trainer: TrainerFactory,
+        progress: Progress,
+    ) -> None:
+        self._data = data
+        self._store = store
+        self._make_trainer = make_trainer
+        self._progress = progress
+        self._state: DeviceState | None = store.load()
+        self._settings: FederationSettings | None = None
+        self._trainer: Trainer | None = None
+        self._base: NamedTensors | None = None
+        self.training_rows: list[Example] = []
+        self.held_out_rows: list[Example] = []
+
+    # --- session.Worker -----------------------------------------------------------------------
+
+    async def prepare(self, settings: FederationSettings) -> Offer:
+        """Load data and backbone for this federation, once.
+
+        Raises:
+            StateError: the state folder belongs to another federation or backbone.
+            DataError, BackboneError, AdapterError: naming what is wrong.
+        """
+        if self._settings is None:
+            await asyncio.to_thread(self._set_up, settings)
+        elif settings != self._settings:
+            raise ConfigurationError(
+                "federation",
+                f"the settings of {settings.name!r} have changed on the coordinator",
+                "a new federation name, and a fresh state folder",
+            )
+        return Offer(self.trainer.fingerprint, len(self.training_rows))
+
+    def held(self, digest: bytes) -> NamedTensors | None:
+        if self._base is not None and self._base.digest() == digest:
+            return self._base
+        return None
+
+    def unsent(self) -> FinishedReport | None:
+        state = self.state
+        if "report_assignment" not in state.facts:
+            return None
+        facts, update = state.facts, state.groups["report"]
+        dtype = self.settings.update_dtype
+        metrics = json.loads(str(facts["report_metrics"]))
+        return FinishedReport(
+            str(facts["report_assignment"]),
+            bytes.fromhex(str(facts["report_base"])),
+            len(self.training_rows),
+            tuple(Metric(name, value) for name, value in metrics.items()),
+            NamedTensors.from_arrays(dict(update), dtype),
+        )
+
+    async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+        return await asyncio.to_thread(self._train, assignment, base)
+
+    async def settled(self, receipt: Receipt) -> None:
+        self._progress(f"report of round {self.state.rounds_done}: {receipt.status.value}")
+        await asyncio.to_thread(self._forget_report)
+
+    async def finish(self, base: NamedTensors, rounds: int) -> None:
+        def take() -> None:
+            self.trainer.set_common(base)
+            self._save(replace(self.state, groups={**self.state.groups, "common": base.arrays()}))
+
+        await asyncio.to_thread(take)
+        self._progress(f"finished after {rounds} rounds")
+
+    # --- the app's questions ------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Make the model ready from what is on this device alone, without a coordinator.
+
+        Raises:
+            ConfigurationError: nothing is there yet.
+        """
+        if self._settings is not None:
+            return
+        if self._state is None:
+            raise ConfigurationError(
+                "state_dir", f"{self._store.folder} holds no trained state", "call run() first"
+            )
+        joined = codec.decode(base64.b64decode(str(self._state.facts["settings"])))
+        if not isinstance(joined, Joined):
+            raise ConfigurationError("state_dir", "holds no federation's settings", "a fresh one")
+        self._set_up(joined.settings)
+
+    @property
+    def state(self) -> DeviceState:
+        if self._state is None:
+            raise RuntimeError("the device has not been set up")
+        return self._state
+
+    @property
+    def settings(self) -> FederationSettings:
+        if self._settings is None:
+            raise RuntimeError("the device has not been set up")
+        return self._settings
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise RuntimeError("the device has not been set up")
+        return self._trainer
+
+    def evaluate(self, rows: list[Example], level: Level) -> Evaluation:
+        """Loss and accuracy on rows at one level; the rows must carry the task's labels."""
+        if not rows:
+            raise DataError("no rows to evaluate on: hold some out, or pass some")
+        return self.trainer.evaluate(self.trainer.encode(rows), level)
+
+    def read(self, source: DataSource) -> list[Example]:
+        """Rows of this federation's task."""
+        task = self.settings.task
+        labels = task.labels if task.kind is TaskKind.SEQUENCE_CLASSIFICATION else None
+        return read_rows(source, labels=labels, fields=self._data.fields)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _set_up(self, settings: FederationSettings) -> None:
+        self._settings = settings
+        try:
+            rows = self.read(self._data.source)
+            self.training_rows, self.held_out_rows = hold_out(
+                rows, self._data.held_out_share, self._data.seed
+            )
+            self._progress(f"{len(rows)} rows; loading backbone {settings.backbone.name}")
+            self._trainer = self._make_trainer(settings)
+            self._encoded = self._trainer.encode(self.training_rows)
+            if self._state is None:
+                self._begin(settings)
+            else:
+                self._go_on(self._state)
+        except BaseException:
+            self._settings = self._trainer = None
+            raise
+
+    def _begin(self, settings: FederationSettings) -> None:
+        trainer = self.trainer
+        facts: dict[str, str | int | float | bool | None] = {
+            "settings": base64.b64encode(codec.encode(Joined(settings))).decode()
+        }
+        if self.held_out_rows:
+            before = self.evaluate(self.held_out_rows, Level.BACKBONE)
+            facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
+        self._save(
+            DeviceState(
+                federation=settings.name,
+                fingerprint=trainer.fingerprint,
+                device_id=self._store.device_id(),
+                steps_done=0,
+                rounds_done=0,
+                groups={"personal": trainer.personal(), "optimizer": trainer.optimizer_state()},
+                facts=facts,
+            )
+        )
+
+    def _go_on(self, state: DeviceState) -> None:
+        self._store.check(state, self.settings.name, self.trainer.fingerprint)
+        self.trainer.set_personal(state.groups["personal"])
+        self.trainer.set_optimizer_state(state.groups.get("optimizer", {}))
+        if "common" in state.groups:
+            specs = self.trainer.common().specs
+            self.trainer.set_common(_in_order(state.groups["common"], specs))
+
+    def _train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+        trainer, state = self.trainer, self.state
+        self._progress(f"round {assignment.round}: training")
+        trainer.set_common(base)
+        self._base = base
+        result = trainer.train(self._encoded, state.steps_done)
+        update = trainer.update_from(base)
+        metrics = {"loss": result.mean_loss, "steps": float(result.steps)}
+        self._save(
+            replace(
+                state,
+                steps_done=state.steps_done + result.steps,
+                rounds_done=assignment.round,
+                groups={
+                    "personal": trainer.personal(),
+                    "optimizer": trainer.optimizer_state(),
+                    "common": base.arrays(),
+                    "report": update.arrays(),
+                },
+                facts={
+                    **state.facts,
+                    "report_assignment": assignment.assignment,
+                    "report_base": assignment.base_version.hex(),
+                    "report_metrics": json.dumps(metrics),
+                },
+            )
+        )
+        self._progress(f"round {assignment.round}: loss {result.mean_loss:.4f}")
+        report = self.unsent()
+        if report is None:
+            raise RuntimeError("the report was not remembered")
+        return report
+
+    def _forget_report(self) -> None:
+        state = self.state
+        groups = {name: group for name, group in state.groups.items() if name != "report"}
+        facts = {k: v for k, v in state.facts.items() if not k.startswith("report_")}
+        self._save(replace(state, groups=groups, facts=facts))
+
+    def _save(self, state: DeviceState) -> None:
+        self._store.save(state)
+        self._state = state
+
+
+def _in_order(arrays: Mapping[str, np.ndarray], specs: tuple[TensorSpec, ...]) -> NamedTensors:
+    return NamedTensors.from_arrays({spec.name: arrays[spec.name] for spec in specs})
