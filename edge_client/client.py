@@ -1,6 +1,6 @@
 """EdgeClient: the one import of the SDK.
 
-    with EdgeClient(coordinator="ws://host:8765", data="reviews.jsonl", state_dir="state") as client:
+    with EdgeClient("ws://host:8765", data="reviews.jsonl", state_dir="state") as client:
         client.run()                         # trains until the federation's rounds are over
         client.predict(["a text"])           # with common + personal adapter
         client.save_pretrained("adapter")    # for peft.PeftModel.from_pretrained

@@ -1,0 +1,123 @@
+"""`pf2lora-coordinator`: serve a federation, check its configuration, list its rounds."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from coordinator import config
+from coordinator.errors import CoordinatorError
+from coordinator.server import serve
+from coordinator.store.base import RoundOutcome
+from coordinator.store.sql import SqlStore
+
+EXIT_CODES = """\
+exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
+3 store; 4 address in use or not available"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    try:
+        return int(options.command(options))
+    except CoordinatorError as error:
+        print(f"pf2lora-coordinator: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "pf2lora-coordinator",
+        description="Coordinates a federation of devices.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    for name, function, about in (
+        ("serve", _serve, "run the daemon until its rounds are done or SIGTERM comes"),
+        ("check-config", _check, "read the configuration and say what is wrong with it"),
+    ):
+        command = commands.add_parser(name, help=about, epilog=EXIT_CODES)
+        command.set_defaults(command=function)
+        command.add_argument("--config", type=Path, default=Path("federation.toml"))
+        _add_setting_flags(command)
+    rounds = commands.add_parser("rounds", help="list the rounds that are over")
+    rounds.set_defaults(command=_rounds)
+    rounds.add_argument("--store", required=True, help="database URL")
+    rounds.add_argument("--name", required=True, help="the federation")
+    rounds.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_setting_flags(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("settings, over environment and file")
+    for key in config.leaves():
+        names = ["--" + key.replace(".", "-").replace("_", "-")]
+        if key in ("server.host", "server.port", "server.store"):
+            names.append("--" + key.removeprefix("server."))
+        group.add_argument(*names, dest=key, metavar="VALUE")
+
+
+def _configuration(options: argparse.Namespace) -> config.Configuration:
+    flags = {k: v for k, v in vars(options).items() if k in config.leaves() and v is not None}
+    return config.load(options.config, flags, os.environ)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    asyncio.run(serve(_configuration(options)))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    loaded = _configuration(options)
+    print(
+        f"{options.config}: good; federation {loaded.federation.name!r}, "
+        f"common adapter of {len(loaded.start.specs)} tensors, {len(loaded.start.buffer)} bytes"
+    )
+    return 0
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    store = SqlStore(options.store)
+    try:
+        outcomes = store.history(options.name)
+    finally:
+        store.close()
+    for outcome in outcomes:
+        print(json.dumps(_as_dict(outcome)) if options.json else _as_line(outcome))
+    return 0
+
+
+def _as_dict(outcome: RoundOutcome) -> dict[str, object]:
+    return {
+        "round": outcome.number,
+        "attempt": outcome.attempt,
+        "outcome": outcome.outcome.value,
+        "reports": outcome.reports,
+        "opened_at": outcome.opened_at,
+        "closed_at": outcome.closed_at,
+        "base_version": outcome.base_version.hex(),
+        "new_version": outcome.new_version.hex() if outcome.new_version else None,
+    }
+
+
+def _as_line(outcome: RoundOutcome) -> str:
+    took_s = outcome.closed_at - outcome.opened_at
+    return (
+        f"round {outcome.number:>4}  attempt {outcome.attempt}  {outcome.outcome.value:<10}  "
+        f"{outcome.reports} reports  {took_s:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The coordinator's configuration: flags over environment over `federation.toml`.
+
+The file's sections are the dataclasses of protocol/federation.py and `[server]` below. A key
+`rounds.cohort` has the flag `--rounds-cohort` and the variable `PF2LORA_ROUNDS_COHORT`.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from safetensors import SafetensorError, safe_open
+
+from coordinator.errors import ConfigurationError
+from protocol import limits
+from protocol.federation import FederationSettings
+from protocol.schema import (
+    Flag,
+    Integer,
+    Kind,
+    Real,
+    Record,
+    SchemaError,
+    Tagged,
+    Text,
+    record_of,
+    unknown_name,
+)
+from protocol.tensors import NamedTensors
+
+ENVIRONMENT: Final = "PF2LORA_"
+START_FORMAT: Final = "pf2lora-start-1"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`[server]`: where to listen, and what to keep where.
+
+    `hold_s` is how long a waiting device is held before it is told to come back later.
+    """
+
+    host: Annotated[str, Text(255, 1)] = "127.0.0.1"
+    port: Annotated[int, Integer(0, 65535)] = 8765
+    store: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)] = "sqlite:///pf2lora.sqlite"
+    start: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)] = "start.safetensors"
+    hold_s: Annotated[float, Real(0.1, 60.0)] = 20.0
+    exit_when_finished: bool = False
+    connections_max: Annotated[int, Integer(1, 1_000_000)] = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """All that a coordinator runs from; `start` is the first base version."""
+
+    server: ServerSettings
+    federation: FederationSettings
+    start: NamedTensors
+
+
+def leaves() -> dict[str, Kind]:
+    """Every single setting by its dotted key."""
+    found: dict[str, Kind] = {}
+    for section, record in (
+        ("", record_of(FederationSettings)),
+        ("server", record_of(ServerSettings)),
+    ):
+        _collect(section, record, found)
+    return found
+
+
+def load(path: Path, flags: Mapping[str, str], environ: Mapping[str, str]) -> Configuration:
+    """The configuration of a file, overridden by the environment, overridden by flags.
+
+    Args:
+        path: `federation.toml`; paths inside it are relative to its folder.
+        flags: dotted keys and their text.
+        environ: the process's environment.
+
+    Raises:
+        ConfigurationError: naming the key, flag or variable, what is wrong and what would be right.
+    """
+    table = _read_toml(path)
+    for key, name, text in _overrides(flags, environ):
+        _put(table, key, _parsed(leaves()[key], text, name), name)
+    server = _from_table(record_of(ServerSettings), table.pop("server", {}), "server")
+    server = replace(
+        server,
+        store=_beside(path, server.store),
+        start=str(path.parent / server.start),
+    )
+    fingerprint, start = _read_start(Path(server.start), path)
+    backbone = table.setdefault("backbone", {})
+    if (
+        isinstance(backbone, dict)
+        and backbone.setdefault("fingerprint", fingerprint) != fingerprint
+    ):
+        raise ConfigurationError(
+            "backbone.fingerprint",
+            f"is {backbone['fingerprint']}, but {server.start} was made for {fingerprint}",
+        )
+    return Configuration(server, _from_table(record_of(FederationSettings), table, ""), start)
+
+
+def _collect(prefix: str, record: Record, found: dict[str, Kind]) -> None:
+    for name, kind in record.kinds:
+        key = f"{prefix}.{name}" if prefix else name
+        if isinstance(kind, Record):
+            _collect(key, kind, found)
+        elif isinstance(kind, Tagged):
+            found[f"{key}.name"] = Text(limits.NAME_BYTES_MAX)
+            for _, option in kind.records:
+                _collect(key, option, found)
+        else:
+            found[key] = kind
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigurationError("--config", f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError("--config", f"{path} is not TOML: {error}") from error
+
+
+def _overrides(flags: Mapping[str, str], environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(key, what the user calls it, text), the stronger last."""
+    variables = {ENVIRONMENT + key.replace(".", "_").upper(): key for key in leaves()}
+    found = []
+    for name, text in environ.items():
+        if name.startswith(ENVIRONMENT):
+            if name not in variables:
+                raise ConfigurationError(name, unknown_name(name, variables))
+            found.append((variables[name], name, text))
+    found += [(key, "--" + key.replace(".", "-").replace("_", "-"), t) for key, t in flags.items()]
+    return found
+
+
+def _parsed(kind: Kind, text: str, name: str) -> Any:
+    """A flag's or variable's text as TOML would have given it."""
+    try:
+        if isinstance(kind, Integer):
+            return int(text)
+        if isinstance(kind, Real):
+            return float(text)
+    except ValueError:
+        raise ConfigurationError(name, f"expected a number, got {text!r}") from None
+    if isinstance(kind, Flag):
+        if text.lower() not in ("true", "false"):
+            raise ConfigurationError(name, f"expected true or false, got {text!r}")
+        return text.lower() == "true"
+    if isinstance(kind, Text) or not _takes_list(kind):
+        return text
+    return [part.strip() for part in text.split(",")] if "," in text else text
+
+
+def _takes_list(kind: Kind) -> bool:
+    try:
+        kind.decode(["x", "y"], "")
+    except SchemaError:
+        return False
+    return True
+
+
+def _put(table: dict[str, Any], key: str, value: Any, name: str) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(name, f"{section} is no section in the file")
+    table[leaf] = value
+
+
+def _from_table(record: Record, table: Mapping[str, Any], path: str) -> Any:
+    try:
+        return record.from_mapping(table, path)
+    except SchemaError as error:
+        raise ConfigurationError(error.path.lstrip("."), error.problem) from None
+
+
+def _beside(path: Path, store: str) -> str:
+    """A relative SQLite path counts from the configuration's folder."""
+    prefix = "sqlite:///"
+    if store.startswith(prefix) and not store.startswith(prefix + "/"):
+        return prefix + str((path.parent / store.removeprefix(prefix)).resolve())
+    return store
+
+
+def _read_start(start: Path, config: Path) -> tuple[str, NamedTensors]:
+    """The backbone's fingerprint and the first common adapter."""
+    if not start.exists():
+        raise ConfigurationError(
+            "server.start", f"{start} is missing; make it with: pf2lora-client prepare {config}"
+        )
+    try:
+        with safe_open(start, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != START_FORMAT:
+                raise ConfigurationError("server.start", f"{start} is no {START_FORMAT} file")
+            names = json.loads(metadata["names"])
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ConfigurationError("server.start", f"{start} is damaged: {error}") from error
+    return metadata["fingerprint"], NamedTensors.from_arrays(tensors)

@@ -1,0 +1,44 @@
+"""Faults of the coordinator, and the exit codes of its commands.
+
+CoordinatorError            exit code 1
+├── ConfigurationError      2   a key, flag or variable is wrong; named
+├── StoreError              3   the store is damaged, unwritable, or holds something else
+│   └── StorageFullError    3   the disk is full; nothing unkept was acknowledged
+└── AddressError            4   the address cannot be listened on
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CoordinatorError(Exception):
+    """Base of what the coordinator raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigurationError(CoordinatorError):
+    """A setting that cannot be used."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+
+
+class StoreError(CoordinatorError):
+    """The store cannot be used as it is."""
+
+    exit_code = 3
+
+
+class StorageFullError(StoreError):
+    """The disk that holds the store is full."""
+
+
+class AddressError(CoordinatorError):
+    """The address is in use, or not this machine's."""
+
+    exit_code = 4

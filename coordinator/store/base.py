@@ -1,0 +1,122 @@
+"""The Store contract: what must survive the coordinator.
+
+Every call is synchronous and has its effect on the disk when it returns; the service runs them in
+one thread of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from protocol.federation import FederationSettings
+from protocol.messages import Metric
+from protocol.tensors import NamedTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A device of a round's cohort and its assignment."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """A round that has been opened. Times are Unix seconds."""
+
+    number: int
+    attempt: int
+    base_version: bytes
+    opened_at: float
+    deadline_at: float
+    cohort: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRecord:
+    """A report that has been acknowledged, or is about to be."""
+
+    assignment: str
+    device: str
+    round: int
+    attempt: int
+    examples: int
+    metrics: tuple[Metric, ...]
+    received_at: float
+    update: NamedTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where a federation stands: enough to go on from.
+
+    `attempt` counts the attempts at the next round so far; `reported` are the assignments of the
+    open round whose reports are kept.
+    """
+
+    settings: FederationSettings
+    rounds_done: int
+    attempt: int
+    base: NamedTensors
+    open_round: RoundRecord | None
+    reported: frozenset[str]
+
+
+class Outcome(Enum):
+    """How a round ended."""
+
+    AGGREGATED = "aggregated"
+    ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """A round that is over; `new_version` is None where it was abandoned."""
+
+    number: int
+    attempt: int
+    outcome: Outcome
+    reports: int
+    opened_at: float
+    closed_at: float
+    base_version: bytes
+    new_version: bytes | None
+
+
+class Store(Protocol):
+    """All federations of one coordinator."""
+
+    def create(self, settings: FederationSettings, start: NamedTensors) -> None:
+        """Begin a federation from its first base version."""
+
+    def load(self, federation: str) -> Snapshot | None:
+        """Where it stands; None if there is none of this name."""
+
+    def open_round(self, federation: str, record: RoundRecord) -> None:
+        """Write down that a round is open, and for whom."""
+
+    def keep_report(self, federation: str, record: ReportRecord) -> bool:
+        """Keep a report; False if its assignment has one already."""
+
+    def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
+        """The kept reports of a round, one in memory at a time, by assignment."""
+
+    def close_round(
+        self,
+        federation: str,
+        number: int,
+        attempt: int,
+        new_base: NamedTensors | None,
+        closed_at: float,
+    ) -> None:
+        """Write down a round's end, at once: its outcome, and the new base if there is one."""
+
+    def history(self, federation: str) -> list[RoundOutcome]:
+        """The rounds that are over, in order."""
+
+    def close(self) -> None:
+        """Let go of what is held open."""

@@ -1,0 +1,1 @@
+"""What trains: one Trainer a runtime, behind one contract."""

@@ -1,0 +1,106 @@
+"""The Trainer contract: a model with two levels of LoRA on some runtime. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from edge_client.algorithms.base import LocalResult
+from edge_client.data import Example
+from protocol.tensors import NamedTensors
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+Encoded = Any
+
+
+class Level(Enum):
+    """How much of the adapter is at work: none, common, or common + personal."""
+
+    BACKBONE = "backbone"
+    COMMON = "common"
+    PERSONAL = "personal"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """On some rows: mean loss, share answered right, and the mean of that over the labels present.
+
+    For causal LM the loss is per token, and accuracy the share of next tokens foretold.
+    """
+
+    count: int
+    loss: float
+    accuracy: float
+    balanced_accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A label and the probabilities of all labels, in the task's order."""
+
+    label: str
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRank:
+    """The learned `B A + D C` of one layer.
+
+    `rank` counts singular values over the tolerance `max(m, n) eps sigma_1` of float32;
+    `entropy_rank` is the exponential of the entropy of the normalised singular values.
+    """
+
+    layer: str
+    rank: int
+    entropy_rank: float
+    singular_values: tuple[float, ...]
+
+
+class Trainer(Protocol):
+    """One device's model. Arrays are float32."""
+
+    fingerprint: str
+
+    def encode(self, rows: Sequence[Example]) -> Encoded:
+        """Tokenised rows, to be used again and again."""
+
+    def common(self) -> NamedTensors:
+        """The common adapter, float32."""
+
+    def set_common(self, base: NamedTensors) -> None:
+        """Take over a base version; refuses other names or shapes."""
+
+    def update_from(self, base: NamedTensors) -> NamedTensors:
+        """The common adapter minus a base version, in the federation's update dtype."""
+
+    def personal(self) -> Arrays:
+        """A copy of the personal adapter."""
+
+    def set_personal(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Take over a personal adapter; refuses other names or shapes."""
+
+    def optimizer_state(self) -> Arrays:
+        """A copy of what the algorithm remembers."""
+
+    def set_optimizer_state(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Take over what the algorithm remembered."""
+
+    def train(self, rows: Encoded, first_step: int) -> LocalResult:
+        """One round's local steps, `first_step` being how many this device has taken before."""
+
+    def evaluate(self, rows: Encoded, level: Level) -> Evaluation:
+        """Loss and accuracy at a level."""
+
+    def predict(self, rows: Sequence[Example], level: Level) -> list[Prediction]:
+        """The likeliest label of each row."""
+
+    def rank_report(self) -> list[LayerRank]:
+        """The learned rank of each adapted layer."""
+
+    def save_pretrained(self, folder: Path, base_model: str) -> None:
+        """Write both levels as one LoRA in PEFT's layout."""

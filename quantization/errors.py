@@ -1,0 +1,32 @@
+"""Faults of this package.
+
+    QuantizationError
+    ├── BackboneError      the backbone was not found, is broken, or gives no gradient
+    ├── SchemeError        no such quantisation scheme, or nothing in the model to quantise
+    └── MissingExtraError  a library of an optional extra is not installed
+
+All of them are fatal: trying again without changing a name, a file or the installation fails alike.
+"""
+
+from __future__ import annotations
+
+
+class QuantizationError(Exception):
+    """Base of every fault this package raises."""
+
+
+class BackboneError(QuantizationError):
+    """The backbone cannot be found, read or trained through; the text says what was tried."""
+
+
+class SchemeError(QuantizationError):
+    """The quantisation scheme is unknown, or cannot be applied to this model."""
+
+
+class MissingExtraError(QuantizationError, ImportError):
+    """A library that an extra of this distribution brings is not installed."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed: pip install 'pf2lora[{extra}]'")
+        self.library = library
+        self.extra = extra
