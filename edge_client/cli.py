@@ -1,0 +1,245 @@
+"""`pf2lora-client`: take part in a federation, look at what was learned, prepare a federation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_client.backends.base import LayerRank, Level
+from edge_client.client import EdgeClient
+from edge_client.errors import ConfigurationError, EdgeClientError
+from protocol.federation import FederationSettings
+from protocol.schema import SchemaError, record_of
+
+EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        print(f"pf2lora-client: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the message is meant for the user; anything else is a bug and keeps its trace."""
+    if isinstance(error, EdgeClientError):
+        return True
+    module = type(error).__module__
+    return module.startswith(("quantization.", "edge_client."))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "pf2lora-client", description="One device of a federation.", epilog=EXIT_CODES
+    )
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="take part until the federation's rounds are over")
+    run.set_defaults(command=_run)
+    run.add_argument("--coordinator", required=True, help="ws://host:port")
+    run.add_argument("--federation", default="", help="its name; none asks for the only one")
+    _add_device_flags(run)
+
+    for name, function, about in (
+        ("evaluate", _evaluate, "accuracy on the held-out rows at each level"),
+        ("ranks", _ranks, "the learned rank of each layer"),
+        ("export", _export, "write common + personal as a PEFT adapter"),
+    ):
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(command=function)
+        _add_device_flags(command)
+        if name == "export":
+            command.add_argument("--out", required=True, type=Path)
+
+    prepare = commands.add_parser("prepare", help="make the start file of a federation.toml")
+    prepare.set_defaults(command=_prepare)
+    prepare.add_argument("config", type=Path)
+
+    fingerprint = commands.add_parser("fingerprint", help="print a backbone's fingerprint")
+    fingerprint.set_defaults(command=_fingerprint)
+    fingerprint.add_argument("backbone")
+    return parser
+
+
+def _add_device_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", required=True, type=Path, help="a jsonl, csv or tsv file")
+    command.add_argument("--state-dir", required=True, type=Path)
+    command.add_argument("--backbone", help="folder or name to load instead of the federation's")
+    command.add_argument("--scheme", default="nf4", help="none, nf4 or int8 (default nf4)")
+    command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> EdgeClient:
+    return EdgeClient(
+        coordinator,
+        options.data,
+        options.state_dir,
+        federation=getattr(options, "federation", ""),
+        backbone=options.backbone,
+        scheme=options.scheme,
+        device=options.device,
+        held_out=options.held_out,
+        seed=options.seed,
+        progress=lambda line: _say(options, {"progress": line}, line),
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    with _client(options, options.coordinator) as client:
+        summary = client.run()
+        worker = client.worker
+        facts: dict[str, Any] = {
+            "device": summary.device,
+            "rounds": summary.rounds_done,
+            "sent_bytes": summary.sent_bytes,
+            "received_bytes": summary.received_bytes,
+            "training_rows": len(worker.training_rows),
+            "held_out_rows": len(worker.held_out_rows),
+            "labels": _label_counts(client),
+            "ranks": [report.rank for report in client.rank_report()],
+        }
+        if worker.held_out_rows:
+            facts["before"] = worker.state.facts["before_accuracy"]
+            facts |= {level.value: client.evaluate(level=level).accuracy for level in _LEVELS}
+        _say(options, {"summary": facts}, _summary_text(facts))
+
+
+_LEVELS = (Level.COMMON, Level.PERSONAL)
+
+
+def _label_counts(client: EdgeClient) -> dict[str, int]:
+    worker = client.worker
+    rows = [*worker.training_rows, *worker.held_out_rows]
+    labels = worker.settings.task.labels
+    return {name: sum(row.label == i for row in rows) for i, name in enumerate(labels)}
+
+
+def _summary_text(facts: dict[str, Any]) -> str:
+    lines = [
+        f"trained {facts['rounds']} rounds; sent {facts['sent_bytes']} bytes, "
+        f"received {facts['received_bytes']}"
+    ]
+    lines += [
+        f"accuracy {name}: {facts[name]:.3f}"
+        for name in ("before", "common", "personal")
+        if name in facts
+    ]
+    return "\n".join(lines)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    with _client(options) as client:
+        for level in Level:
+            found = client.evaluate(level=level)
+            facts = {
+                "level": level.value,
+                "rows": found.count,
+                "loss": found.loss,
+                "accuracy": found.accuracy,
+                "balanced_accuracy": found.balanced_accuracy,
+            }
+            text = f"{level.value:<9} loss {found.loss:.4f}  accuracy {found.accuracy:.3f}"
+            _say(options, facts, text)
+
+
+def _ranks(options: argparse.Namespace) -> None:
+    with _client(options) as client:
+        for report in client.rank_report():
+            _say(
+                options,
+                _rank_facts(report),
+                f"{report.layer}: rank {report.rank}, entropy rank {report.entropy_rank:.2f}",
+            )
+
+
+def _rank_facts(report: LayerRank) -> dict[str, Any]:
+    return {
+        "layer": report.layer,
+        "rank": report.rank,
+        "entropy_rank": report.entropy_rank,
+        "singular_values": list(report.singular_values),
+    }
+
+
+def _export(options: argparse.Namespace) -> None:
+    with _client(options) as client:
+        client.save_pretrained(options.out)
+    _say(options, {"out": str(options.out)}, f"wrote {options.out}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from edge_client.backends.torch_backend import load_trainer
+    from quantization.backbone import resolve_backbone
+    from quantization.fingerprint import fingerprint
+
+    settings, start = _read_federation(options.config)
+    digest = fingerprint(resolve_backbone(str(settings["backbone"]["name"])))
+    settings["backbone"].setdefault("fingerprint", digest)
+    try:
+        federation: FederationSettings = record_of(FederationSettings).from_mapping(settings, "")
+    except SchemaError as error:
+        raise ConfigurationError(error.path, error.problem, "a value that fits") from None
+    if federation.backbone.fingerprint != digest:
+        raise ConfigurationError(
+            "backbone.fingerprint", f"is {federation.backbone.fingerprint}", f"{digest}, or none"
+        )
+    trainer = load_trainer(federation, backbone=None, scheme="none", device="cpu", personal_seed=0)
+    _write_start(start, trainer.common().arrays(), digest)
+    print(f"wrote {start}")
+
+
+def _read_federation(path: Path) -> tuple[dict[str, Any], Path]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
+    server = table.pop("server", {})
+    if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
+        raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
+    return table, path.parent / str(server.get("start", "start.safetensors"))
+
+
+def _write_start(path: Path, arrays: dict[str, Any], digest: str) -> None:
+    from safetensors.numpy import save_file
+
+    metadata = {
+        "format": "pf2lora-start-1",
+        "fingerprint": digest,
+        # safetensors orders tensors by itself; the federation's order is that of the model.
+        "names": json.dumps(list(arrays)),
+    }
+    save_file({name: array.copy() for name, array in arrays.items()}, path, metadata)
+
+
+def _fingerprint(options: argparse.Namespace) -> None:
+    from quantization.backbone import resolve_backbone
+    from quantization.fingerprint import fingerprint
+
+    print(fingerprint(resolve_backbone(options.backbone)))
+
+
+def _say(options: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
+    print(json.dumps(facts) if options.json else text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
