@@ -166,7 +166,7 @@ class DeviceSession:
             task, self._incoming = self._incoming, None
             return self._connection.receive(task.result())
         if not self._stop.done():
-            raise RefusedError(ErrorCode.LIMIT, f"nothing came for {MESSAGE_TIMEOUT_S:g} s")
+            raise RefusedError(ErrorCode.TIMEOUT, f"nothing came for {MESSAGE_TIMEOUT_S:g} s")
         refusal = self._stop.result()
         if refusal is not None:
             raise refusal

@@ -20,6 +20,7 @@ class ErrorCode(Enum):
     UNEXPECTED_MESSAGE = "unexpected_message"
     VERSION = "version"
     LIMIT = "limit"
+    TIMEOUT = "timeout"
     DIGEST = "digest"
     UNKNOWN_FEDERATION = "unknown_federation"
     FINGERPRINT = "fingerprint"

@@ -124,6 +124,10 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as many kinds as there are tokenizers
         raise BackboneError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    files = tokenizer.vocab_files_names.values()
+    if files and not any((folder / file).is_file() for file in files):
+        # transformers makes an empty tokenizer of nothing, without a word.
+        raise BackboneError(f"{folder}: the tokenizer has no vocabulary: none of {sorted(files)}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"{folder}: the tokenizer has neither a pad nor an eos token")

@@ -1,0 +1,358 @@
+"""Two levels of LoRA on a frozen model: the common one is federated, the personal one stays here.
+
+Each adapted linear layer with frozen weight W0 [m, n] computes (PF2LoRA, arXiv 2503.03920)
+
+    y = W0 x + s (B A + D C) x        A [r, n]   B [m, r]     common
+                                      C [r2, n]  D [m, r2]    personal
+
+`inject` wraps the layers and returns the trainable parameters by level; `active_level` evaluates
+with fewer levels; `rank_report` says what rank a layer has learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from protocol.federation import Group
+from quantization.backbone import seeded_uniform
+from quantization.bnb import is_below, is_transposed, linear_shape
+
+_QUERY_VALUE_NAMES: Final = (
+    ("query", "value"),
+    ("q_proj", "v_proj"),
+    ("q_lin", "v_lin"),
+    ("query_proj", "value_proj"),
+    ("q", "v"),
+    # One layer gives query, key and value here, so the key is adapted too.
+    ("c_attn",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+)
+
+
+class AdapterError(ValueError):
+    """The adapter does not fit the model; the text names the layer or what there is to choose."""
+
+
+class Level(Enum):
+    """How much of the adapter is active. The value counts the levels on top of the backbone."""
+
+    BACKBONE = 0
+    COMMON = 1
+    PERSONAL = 2
+
+
+class TwoLevelLoRALinear(nn.Module):
+    """A frozen linear layer of any kind with both low-rank terms, in one product.
+
+    `base` maps [..., n] to [..., m]. The parameters A, B, C, D are float32; those of a level of
+    rank 0 are None. A and C start uniform in +-1/sqrt(n) (Kaiming with a = sqrt 5, as PEFT does),
+    B and D at zero: the layer starts as its base.
+    """
+
+    A: nn.Parameter | None
+    B: nn.Parameter | None
+    C: nn.Parameter | None
+    D: nn.Parameter | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int,
+        personal_rank: int,
+        scaling: float,
+        name: str = "",
+        common_seed: int = 0,
+        personal_seed: int = 0,
+    ) -> None:
+        """Wrap `base`; `name` and the seeds alone determine A and C.
+
+        Raises:
+            AdapterError: `base` is no linear layer, or a rank does not fit it.
+        """
+        super().__init__()
+        shape = linear_shape(base)
+        if shape is None:
+            raise AdapterError(f"{name or 'base'}: {type(base).__name__} is no linear layer")
+        _check_ranks(name or "base", shape, rank, personal_rank)
+        self.base = base
+        self.out_features, self.in_features = shape
+        self.scaling = scaling
+        self.level = Level.PERSONAL
+        device = next(base.parameters()).device
+        self._add("A", "B", rank, (common_seed, name), device)
+        self._add("C", "D", personal_rank, (personal_seed, name), device)
+
+    def _add(
+        self, down: str, up: str, rank: int, origin: tuple[int, str], device: torch.device
+    ) -> None:
+        if rank == 0:
+            self.register_parameter(down, None)
+            self.register_parameter(up, None)
+            return
+        uniform = seeded_uniform(rank * self.in_features, *origin, down)
+        start = ((2.0 * uniform - 1.0) / np.sqrt(self.in_features)).astype(np.float32)
+        factor = torch.from_numpy(start).view(rank, self.in_features).to(device)
+        zeros = torch.zeros(self.out_features, rank, device=device)
+        self.register_parameter(down, nn.Parameter(factor))
+        self.register_parameter(up, nn.Parameter(zeros))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [..., n] to [..., m] in the dtype that the base gives."""
+        y: Tensor = self.base(x)
+        factors = self.factors(self.level)
+        if factors is None:
+            return y
+        down, up = factors
+        # The scaling goes where the tensor is narrow: [..., r + r2].
+        low = functional.linear(x.to(down.dtype), down) * self.scaling
+        return y + functional.linear(low, up).to(y.dtype)
+
+    def factors(self, level: Level) -> tuple[Tensor, Tensor] | None:
+        """Return `[A; C]` [k, n] and `[B D]` [m, k] of the levels up to `level`; None if k = 0."""
+        downs: list[Tensor] = [f for f in (self.A, self.C)[: level.value] if f is not None]
+        ups: list[Tensor] = [f for f in (self.B, self.D)[: level.value] if f is not None]
+        match downs, ups:
+            case [], []:
+                return None
+            case [down], [up]:
+                return down, up
+            case _:
+                return torch.cat(downs), torch.cat(ups, dim=1)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the checkpoint stores the weight as [n, m] (PEFT's word for GPT-2's layers)."""
+        return is_transposed(self.base)
+
+    def extra_repr(self) -> str:
+        ranks = [0 if factor is None else factor.shape[0] for factor in (self.A, self.C)]
+        return f"rank={ranks[0]}, personal_rank={ranks[1]}, scaling={self.scaling:g}"
+
+
+def _check_ranks(name: str, shape: tuple[int, int], rank: int, personal_rank: int) -> None:
+    if min(rank, personal_rank) < 0 or max(rank, personal_rank) == 0:
+        raise AdapterError(f"ranks {rank} and {personal_rank}: one must be positive, none negative")
+    if max(rank, personal_rank) > min(shape):
+        raise AdapterError(
+            f"rank {max(rank, personal_rank)} is too large for layer {name!r} with {shape[0]} "
+            f"outputs and {shape[1]} inputs: at most {min(shape)}"
+        )
+
+
+@contextmanager
+def active_level(model: nn.Module, level: Level) -> Iterator[None]:
+    """Within the block, run the adapted layers of `model` with the levels up to `level` only.
+
+    A trained head is one set of parameters and stays as it is at every level.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, TwoLevelLoRALinear)]
+    before = [layer.level for layer in layers]
+    for layer in layers:
+        layer.level = level
+    try:
+        yield
+    finally:
+        for layer, previous in zip(layers, before, strict=True):
+            layer.level = previous
+
+
+@dataclass(frozen=True, slots=True)
+class TwoLevelAdapter:
+    """What `inject` put into a model, all dicts in the order of names.
+
+    `common` and `personal` hold every trainable parameter under its name in the model, such as
+    `bert.encoder.layer.0.attention.self.query.A`; `layers` the wrapped layers by module name.
+    """
+
+    layers: dict[str, TwoLevelLoRALinear]
+    common: dict[str, nn.Parameter]
+    personal: dict[str, nn.Parameter]
+    head_modules: tuple[str, ...]
+    scaling: float
+
+
+def inject(
+    model: nn.Module,
+    *,
+    target_modules: str | Sequence[str],
+    rank: int,
+    personal_rank: int,
+    alpha: float,
+    common_seed: int,
+    personal_seed: int,
+    exclude: Sequence[str] = (),
+    modules_to_train: Sequence[str] = (),
+    head: Group | str = Group.COMMON,
+) -> TwoLevelAdapter:
+    """Freeze `model` and wrap its target layers in place.
+
+    `target_modules` is PEFT's: a list of names, each a whole module name or its last parts; a
+    regular expression for the whole name; "all-linear", without the output embeddings; or
+    "query-value". Nothing inside `exclude` or `modules_to_train` is wrapped. The modules named in
+    `modules_to_train`, a task's head, are trained themselves, in float32, in the group `head`
+    ("common" or "personal").
+    Both levels are scaled by `alpha / rank`, or `alpha / personal_rank` where `rank` is 0.
+
+    Raises:
+        AdapterError: no such target, not a linear layer, a rank that does not fit, or an adapter
+            is there already.
+    """
+    if any(isinstance(module, TwoLevelLoRALinear) for module in model.modules()):
+        raise AdapterError("the model carries an adapter already")
+    if alpha <= 0 or max(rank, personal_rank) <= 0:
+        raise AdapterError(f"alpha {alpha}, ranks {rank} and {personal_rank}: must be positive")
+    if head not in {*Group, *(group.value for group in Group)}:
+        raise AdapterError(f"no group {head!r} for the head: common or personal")
+    scaling = alpha / (rank or personal_rank)
+    heads = {name: _submodule(model, name) for name in modules_to_train}
+    targets = _select(model, target_modules, (*exclude, *heads))
+    layers = {
+        name: TwoLevelLoRALinear(
+            model.get_submodule(name),
+            rank=rank,
+            personal_rank=personal_rank,
+            scaling=scaling,
+            name=name,
+            common_seed=common_seed,
+            personal_seed=personal_seed,
+        )
+        for name in targets
+    }
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    groups = {Group.COMMON: _parameters(layers, "AB"), Group.PERSONAL: _parameters(layers, "CD")}
+    groups[Group(head)] |= _thaw(heads)
+    common, personal = (dict(sorted(groups[group].items())) for group in Group)
+    return TwoLevelAdapter(layers, common, personal, tuple(heads), scaling)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise AdapterError(f"module to train {name!r}: the model has none of that name") from error
+
+
+def _parameters(layers: dict[str, TwoLevelLoRALinear], letters: str) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{letter}": parameter
+        for name, layer in layers.items()
+        for letter, parameter in layer.named_parameters(recurse=False)
+        if letter in letters
+    }
+
+
+def _thaw(heads: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    thawed: dict[str, nn.Parameter] = {}
+    for name, module in heads.items():
+        module.float().requires_grad_(True)
+        thawed |= dict(module.named_parameters(prefix=name))
+    return thawed
+
+
+def _select(model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str]) -> list[str]:
+    """Names of the layers to wrap, in order."""
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if name and not is_below(name, excluded)
+    }
+    linear = {name for name, module in modules.items() if linear_shape(module) is not None}
+    if targets == "all-linear":
+        output = _output_embeddings(model)
+        return sorted(name for name in linear if modules[name] is not output)
+    if targets == "query-value":
+        targets = _query_value(linear)
+    chosen: set[str] = set()
+    for target, pattern in _patterns(targets).items():
+        hits = {name for name in modules if pattern.fullmatch(name)}
+        if not hits:
+            raise AdapterError(f"target module {target!r} matches nothing; {_choices(linear)}")
+        for other in sorted(hits - linear):
+            kind = type(modules[other]).__name__
+            raise AdapterError(f"target module {target!r} matches {other!r}, a {kind}: not linear")
+        chosen |= hits
+    if not chosen:
+        raise AdapterError(f"no target module is named; {_choices(linear)}")
+    return sorted(chosen)
+
+
+def _patterns(targets: str | Sequence[str]) -> dict[str, re.Pattern[str]]:
+    """A string is a regular expression; each of a list is a whole name or its last parts."""
+    if not isinstance(targets, str):
+        return {target: re.compile(rf"(.*\.)?{re.escape(target)}") for target in targets}
+    try:
+        return {targets: re.compile(targets)}
+    except re.error as error:
+        raise AdapterError(f"{targets!r} is no regular expression: {error}") from error
+
+
+def _query_value(linear: set[str]) -> tuple[str, ...]:
+    suffixes = {name.rpartition(".")[2] for name in linear}
+    for names in _QUERY_VALUE_NAMES:
+        if suffixes.issuperset(names):
+            return names
+    raise AdapterError(f"'query-value' matches nothing; {_choices(linear)}")
+
+
+def _choices(linear: set[str]) -> str:
+    return f"linear layers are named: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}"
+
+
+def _output_embeddings(model: nn.Module) -> object:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """The learned rank of one layer.
+
+    `singular_values` are those of B A + D C, largest first, at most r + r2 of them.
+    `numerical_rank` counts those above `tolerance = max(m, n) * eps * largest`, eps of float32.
+    `entropy_rank` is exp(-sum p log p) with p the singular values over their sum (Roy and Vetterli
+    2007, "effective rank"); 0 for a zero matrix.
+    """
+
+    numerical_rank: int
+    entropy_rank: float
+    tolerance: float
+    singular_values: tuple[float, ...]
+
+
+def rank_report(layer: TwoLevelLoRALinear) -> RankReport:
+    """Report the rank of `B A + D C`, unscaled, in float64 and without forming [m, n].
+
+    With QR of [B D] = Q1 R1 and [A; C]^T = Q2 R2 the sum is Q1 (R1 R2^T) Q2^T, so its singular
+    values are those of the small core R1 R2^T.
+    """
+    factors = layer.factors(Level.PERSONAL)
+    assert factors is not None  # noqa: S101 - the constructor refuses a layer without ranks
+    down, up = (factor.detach().double().cpu() for factor in factors)
+    core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
+    values = torch.linalg.svdvals(core)
+    largest = float(values[0])
+    if largest == 0.0:
+        return RankReport(0, 0.0, 0.0, tuple(values.tolist()))
+    tolerance = (
+        max(layer.out_features, layer.in_features) * torch.finfo(torch.float32).eps * largest
+    )
+    shares = values / values.sum()
+    entropy = -float(torch.special.xlogy(shares, shares).sum())
+    return RankReport(
+        int((values > tolerance).sum()), float(np.exp(entropy)), tolerance, tuple(values.tolist())
+    )

@@ -1,0 +1,181 @@
+"""Whole federations under faults, on a virtual clock: the same bytes in the end."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edge_client.errors import RefusedError, UnreachableError
+from protocol.fake_link import Faults
+from protocol.federation import WireDtype
+from protocol.messages import ReceiptStatus
+from protocol.tensors import NamedTensors
+from tests.simulation.world import FakeDevice, World, settings, simulate
+
+FAULTY = Faults(drop=0.03, duplicate=0.03, cut=0.02, delay_s=2.0)
+
+
+def _devices(count: int) -> list[FakeDevice]:
+    return [FakeDevice(f"device-{i:02}", training_s=1.0 + i % 7) for i in range(count)]
+
+
+async def _all(world: World, devices: list[FakeDevice]) -> None:
+    await world.start()
+    await asyncio.gather(*(world.take_part(device) for device in devices))
+
+
+def _finals(devices: list[FakeDevice]) -> set[bytes]:
+    return {bytes(device.final.buffer) for device in devices if device.final}
+
+
+def _run(seed: int, faults: Faults, count: int = 20, rounds: int = 10) -> list[FakeDevice]:
+    devices = _devices(count)
+    rules = settings(count=rounds, cohort=count, minimum_reports=count, deadline_s=1e6)
+
+    async def scenario() -> None:
+        await _all(World(rules, seed, faults), devices)
+
+    simulate(scenario)
+    return devices
+
+
+def test_twenty_devices_end_with_the_same_bytes_with_and_without_faults() -> None:
+    calm = _finals(_run(0, Faults()))
+    assert len(calm) == 1
+    for seed in range(3):
+        print(f"seed {seed}")
+        devices = _run(seed, FAULTY)
+        assert _finals(devices) == calm
+        for device in devices:
+            assert sorted(set(device.trained)) == list(range(1, 11))
+
+
+def test_a_report_counts_once_however_often_it_is_sent() -> None:
+    devices = _run(5, FAULTY, count=6, rounds=6)
+    for device in devices:
+        kept = [r for r in device.receipts if r.status is not ReceiptStatus.LATE]
+        assert len({r.assignment for r in kept}) == 6
+
+
+def test_a_coordinator_killed_again_and_again_ends_with_the_same_bytes() -> None:
+    calm = _finals(_run(0, Faults(), count=5, rounds=5))
+    devices = _devices(5)
+    rules = settings(count=5, cohort=5, minimum_reports=5, deadline_s=1e6)
+
+    async def scenario() -> None:
+        world = World(rules, 3, Faults(delay_s=1.0))
+
+        async def torment() -> None:
+            for _ in range(12):
+                await asyncio.sleep(world.rng.random() * 6)
+                await world.kill()
+                await asyncio.sleep(world.rng.random() * 3)
+                await world.start()
+
+        tormentor = asyncio.create_task(torment())
+        await world.start()
+        await asyncio.gather(*(world.take_part(device) for device in devices))
+        await tormentor
+
+    simulate(scenario)
+    assert _finals(devices) == calm
+
+
+def test_a_device_killed_mid_round_does_not_stop_the_round_past_its_deadline() -> None:
+    devices = _devices(4)
+    rules = settings(count=2, cohort=4, minimum_reports=2, deadline_s=60.0)
+
+    async def scenario() -> float:
+        world = World(rules)
+        await world.start()
+        tasks = [asyncio.create_task(world.take_part(device)) for device in devices]
+        devices[0].training_s = 1e9
+        await asyncio.sleep(30.0)
+        tasks[0].cancel()
+        late = FakeDevice("late-comer")
+        await asyncio.gather(*tasks[1:], world.take_part(late))
+        return asyncio.get_running_loop().time()
+
+    ended_at = simulate(scenario)
+    assert ended_at < 60.0 + 60.0
+    assert devices[0].final is None
+    assert len(_finals(devices)) == 1
+
+
+def test_too_few_reports_abandon_the_round_and_the_next_attempt_counts() -> None:
+    slow, quick = FakeDevice("slow", training_s=100.0), FakeDevice("quick")
+    rules = settings(count=1, cohort=2, minimum_reports=2, deadline_s=50.0)
+
+    async def scenario() -> World:
+        world = World(rules)
+        await world.start()
+        first = asyncio.create_task(world.take_part(slow))
+        second = asyncio.create_task(world.take_part(quick))
+        await asyncio.sleep(110.0)
+        slow.training_s = 5.0
+        await asyncio.gather(first, second)
+        return world
+
+    world = simulate(scenario)
+    outcomes = [(o.number, o.outcome.value, o.reports) for o in world.store.history("sim")]
+    assert outcomes[0] == (1, "abandoned", 1)
+    assert outcomes[-1] == (1, "aggregated", 2)
+    assert ReceiptStatus.LATE in {receipt.status for receipt in slow.receipts}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_an_unusable_update_is_rejected_and_the_round_goes_on_without_it(value: float) -> None:
+    def poison(update: NamedTensors) -> NamedTensors:
+        flat = update.flat().copy()
+        flat[3] = value
+        return NamedTensors.from_flat(update.specs, flat)
+
+    devices = [FakeDevice("bad", damage=poison), FakeDevice("good")]
+    rules = settings(count=2, cohort=2, minimum_reports=1, deadline_s=1e6)
+
+    async def scenario() -> None:
+        await _all(World(rules), devices)
+
+    simulate(scenario)
+    assert {receipt.status for receipt in devices[0].receipts} == {ReceiptStatus.REJECTED}
+    assert {receipt.status for receipt in devices[1].receipts} == {ReceiptStatus.ACCEPTED}
+    assert len(_finals(devices)) == 1
+
+
+def test_bfloat16_updates_are_averaged() -> None:
+    devices = [FakeDevice(f"d{i}", dtype=WireDtype.BFLOAT16) for i in range(3)]
+    rules = replace(settings(count=2, cohort=3, deadline_s=1e6), update_dtype=WireDtype.BFLOAT16)
+
+    async def scenario() -> None:
+        await _all(World(rules), devices)
+
+    simulate(scenario)
+    assert len(_finals(devices)) == 1
+
+
+def test_a_device_with_another_backbone_is_refused_with_both_named() -> None:
+    other = "sha256:" + "b" * 64
+
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1))
+        await world.start()
+        await world.take_part(FakeDevice("other", fingerprint=other))
+
+    with pytest.raises(RefusedError) as refusal:
+        simulate(scenario)
+    assert other in str(refusal.value)
+    assert "sha256:" + "a" * 64 in str(refusal.value)
+
+
+def test_without_a_coordinator_the_device_gives_up_and_says_so() -> None:
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1))
+        session = world.session(FakeDevice("alone"))
+        session._first_contact_patience_s = 10.0
+        await session.run()
+
+    with pytest.raises(UnreachableError, match="nobody listens"):
+        simulate(scenario)

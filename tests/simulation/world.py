@@ -1,0 +1,204 @@
+"""A federation in one thread on a virtual clock: real service, real sessions, fake links."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import selectors
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from coordinator.service import FederationService
+from coordinator.session import DeviceSession, Roster
+from coordinator.store.base import Store
+from coordinator.store.memory import MemoryStore
+from edge_client.session import FinishedReport, Offer, Session
+from edge_client.splits import seeded
+from protocol.fake_link import FakeLink, Faults, fake_links
+from protocol.federation import (
+    Backbone,
+    FederationSettings,
+    Rounds,
+    Task,
+    TaskKind,
+    Weighting,
+    WireDtype,
+)
+from protocol.link import Link, LinkClosedError
+from protocol.messages import Assignment, Metric, Receipt
+from protocol.tensors import NamedTensors, TensorSpec
+
+FINGERPRINT = "sha256:" + "a" * 64
+START = NamedTensors.from_arrays(
+    {
+        "layer.A": np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 16),
+        "layer.B": np.zeros((16, 4), np.float32),
+    }
+)
+
+
+def settings(**rounds: Any) -> FederationSettings:
+    return FederationSettings(
+        "sim",
+        Backbone("none", FINGERPRINT),
+        Task(TaskKind.SEQUENCE_CLASSIFICATION, ("a", "b")),
+        rounds=Rounds(weighting=Weighting.EXAMPLES, **rounds),
+    )
+
+
+class _NoWaiting(selectors.SelectSelector):
+    """Instead of waiting, time jumps to what comes next."""
+
+    loop: VirtualLoop
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise RuntimeError("the simulation is stuck: nothing will ever happen again")
+        self.loop.now += max(timeout, 0.0)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock is its own: hours pass in no time, and alike every time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        selector = _NoWaiting()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now
+
+
+def simulate(scenario: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(scenario())
+
+
+async def at_once(call: Callable[[], Any]) -> Any:
+    """A RunBlocking that does not leave the thread."""
+    return call()
+
+
+def _unharmed(update: NamedTensors) -> NamedTensors:
+    return update
+
+
+@dataclass
+class FakeDevice:
+    """A Worker whose training is a fixed function of device, round and base."""
+
+    name: str
+    dtype: WireDtype = WireDtype.FLOAT32
+    training_s: float = 5.0
+    fingerprint: str = FINGERPRINT
+    damage: Callable[[NamedTensors], NamedTensors] = _unharmed
+    trained: list[int] = field(default_factory=list)
+    receipts: list[Receipt] = field(default_factory=list)
+    final: NamedTensors | None = None
+    report: FinishedReport | None = None
+
+    @property
+    def examples(self) -> int:
+        return 10 + int(seeded(self.name).integers(90))
+
+    async def prepare(self, settings: FederationSettings) -> Offer:
+        return Offer(self.fingerprint, self.examples)
+
+    def held(self, digest: bytes) -> NamedTensors | None:
+        return None
+
+    def unsent(self) -> FinishedReport | None:
+        return self.report
+
+    async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+        self.trained.append(assignment.round)
+        await asyncio.sleep(self.training_s)
+        flat = base.flat()
+        noise = seeded(self.name, assignment.round).standard_normal(len(flat))
+        update = (0.01 * noise - 0.1 * flat).astype(np.float32)
+        specs = [TensorSpec(s.name, self.dtype, s.shape) for s in base.specs]
+        self.report = FinishedReport(
+            assignment.assignment,
+            assignment.base_version,
+            self.examples,
+            (Metric("loss", 1.0),),
+            self.damage(NamedTensors.from_flat(specs, update, self.dtype)),
+        )
+        return self.report
+
+    async def settled(self, receipt: Receipt) -> None:
+        self.receipts.append(receipt)
+        self.report = None
+
+    async def finish(self, base: NamedTensors, rounds: int) -> None:
+        self.final = base
+
+
+class World:
+    """One coordinator that can be stopped and started, and links to it that fail by a seed."""
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        seed: int = 0,
+        faults: Faults | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.settings = settings
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.faults = faults or Faults()
+        self.store = store or MemoryStore()
+        self.service: FederationService | None = None
+        self.device_ends: list[FakeLink] = []
+        self._sessions: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self.service = FederationService(
+            self.settings,
+            START,
+            self.store,
+            rng=random.Random(1),
+            run_blocking=at_once,
+            clock=asyncio.get_running_loop().time,
+        )
+        self.roster = Roster()
+        await self.service.open()
+
+    async def kill(self) -> None:
+        """The coordinator is gone between two events; only the store remains."""
+        if self.service:
+            self.service.close()
+        self.service = None
+        for task in list(self._sessions):
+            task.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
+
+    async def dial(self) -> Link:
+        if self.service is None:
+            raise LinkClosedError("nobody listens")
+        device_end, coordinator_end = fake_links(self.rng, self.faults)
+        self.device_ends.append(device_end)
+        session = DeviceSession(coordinator_end, self.service, self.roster)
+        task = asyncio.create_task(session.run())
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
+        return device_end
+
+    async def take_part(self, device: FakeDevice) -> None:
+        await self.session(device).run()
+
+    def session(self, device: FakeDevice) -> Session:
+        return Session(
+            self.dial,
+            device,
+            federation="sim",
+            device=device.name,
+            rng=random.Random(f"{self.seed}/{device.name}"),
+            first_contact_patience_s=3600.0,
+        )
