@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_client.backends.base import LayerRank, Level
+from edge_client.backends.base import Level, RankReport
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, EdgeClientError
 from protocol.federation import FederationSettings
@@ -115,11 +115,13 @@ def _run(options: argparse.Namespace) -> None:
             "training_rows": len(worker.training_rows),
             "held_out_rows": len(worker.held_out_rows),
             "labels": _label_counts(client),
-            "ranks": [report.rank for report in client.rank_report()],
+            "ranks": [report.numerical_rank for report in client.rank_report().values()],
         }
         if worker.held_out_rows:
             facts["before"] = worker.state.facts["before_accuracy"]
-            facts |= {level.value: client.evaluate(level=level).accuracy for level in _LEVELS}
+            facts |= {
+                level.name.lower(): client.evaluate(level=level).accuracy for level in _LEVELS
+            }
         _say(options, {"summary": facts}, _summary_text(facts))
 
 
@@ -151,30 +153,30 @@ def _evaluate(options: argparse.Namespace) -> None:
         for level in Level:
             found = client.evaluate(level=level)
             facts = {
-                "level": level.value,
+                "level": level.name.lower(),
                 "rows": found.count,
                 "loss": found.loss,
                 "accuracy": found.accuracy,
                 "balanced_accuracy": found.balanced_accuracy,
             }
-            text = f"{level.value:<9} loss {found.loss:.4f}  accuracy {found.accuracy:.3f}"
+            text = f"{level.name.lower():<9} loss {found.loss:.4f}  accuracy {found.accuracy:.3f}"
             _say(options, facts, text)
 
 
 def _ranks(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        for report in client.rank_report():
+        for layer, report in client.rank_report().items():
             _say(
                 options,
-                _rank_facts(report),
-                f"{report.layer}: rank {report.rank}, entropy rank {report.entropy_rank:.2f}",
+                _rank_facts(layer, report),
+                f"{layer}: rank {report.numerical_rank}, entropy rank {report.entropy_rank:.2f}",
             )
 
 
-def _rank_facts(report: LayerRank) -> dict[str, Any]:
+def _rank_facts(layer: str, report: RankReport) -> dict[str, Any]:
     return {
-        "layer": report.layer,
-        "rank": report.rank,
+        "layer": layer,
+        "rank": report.numerical_rank,
         "entropy_rank": report.entropy_rank,
         "singular_values": list(report.singular_values),
     }

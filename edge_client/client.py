@@ -11,12 +11,13 @@ Calls block; an app with an event loop of its own runs them in a thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.backends.base import Evaluation, LayerRank, Level, Prediction, Trainer
+from edge_client.backends.base import Evaluation, Level, Prediction, RankReport, Trainer
 from edge_client.data import Example, FieldNames
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
@@ -84,8 +85,8 @@ class EdgeClient:
         self._scheme = scheme
         self._torch_device = device
         self._store = PrivateStore(Path(state_dir))
-        self._lock = self._store.lock()
-        self._lock.__enter__()
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(self._store.lock())
         self._traffic = Traffic()
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         self._worker = DeviceWorker(
@@ -124,7 +125,7 @@ class EdgeClient:
         rows = [Example(text, None, None) for text in texts]
         return self._worker.trainer.predict(rows, level)
 
-    def rank_report(self) -> list[LayerRank]:
+    def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of `B A + D C`, layer by layer."""
         self._worker.restore()
         return self._worker.trainer.rank_report()
@@ -145,9 +146,7 @@ class EdgeClient:
         if self._running is not None:
             loop, task = self._running
             loop.call_soon_threadsafe(task.cancel)
-        if self._lock is not None:
-            self._lock.__exit__(None, None, None)
-            self._lock = None
+        self._open.close()
 
     def __enter__(self) -> EdgeClient:
         return self

@@ -146,10 +146,11 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[_Place, object]]:
 def _table_rows(path: Path, text: str) -> Iterator[tuple[_Place, object]]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     # Tab-separated corpora (GLUE's among them) hold bare quotes that quote nothing.
-    quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-    reader = csv.reader(
-        text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting, strict=True
-    )
+    lines = text.splitlines(keepends=True)
+    if path.suffix == ".tsv":
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     try:
         for row in reader:

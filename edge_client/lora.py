@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
 import numpy as np
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edge_client.backends.base import Level as Level
+from edge_client.backends.base import RankReport as RankReport
 from protocol.federation import Group
 from quantization.backbone import seeded_uniform
 from quantization.bnb import is_below, is_transposed, linear_shape
@@ -43,14 +44,6 @@ _QUERY_VALUE_NAMES: Final = (
 
 class AdapterError(ValueError):
     """The adapter does not fit the model; the text names the layer or what there is to choose."""
-
-
-class Level(Enum):
-    """How much of the adapter is active. The value counts the levels on top of the backbone."""
-
-    BACKBONE = 0
-    COMMON = 1
-    PERSONAL = 2
 
 
 class TwoLevelLoRALinear(nn.Module):
@@ -316,22 +309,6 @@ def _choices(linear: set[str]) -> str:
 def _output_embeddings(model: nn.Module) -> object:
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
-
-
-@dataclass(frozen=True, slots=True)
-class RankReport:
-    """The learned rank of one layer.
-
-    `singular_values` are those of B A + D C, largest first, at most r + r2 of them.
-    `numerical_rank` counts those above `tolerance = max(m, n) * eps * largest`, eps of float32.
-    `entropy_rank` is exp(-sum p log p) with p the singular values over their sum (Roy and Vetterli
-    2007, "effective rank"); 0 for a zero matrix.
-    """
-
-    numerical_rank: int
-    entropy_rank: float
-    tolerance: float
-    singular_values: tuple[float, ...]
 
 
 def rank_report(layer: TwoLevelLoRALinear) -> RankReport:

@@ -17,7 +17,8 @@ from typing import Any, Final
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edge_client.lora import AdapterError, Level, TwoLevelAdapter
+from edge_client.backends.base import Level
+from edge_client.lora import AdapterError, TwoLevelAdapter
 from protocol.federation import TaskKind
 from quantization.bnb import is_below
 

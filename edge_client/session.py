@@ -274,7 +274,7 @@ class _Line:
         data = await self._in_time(self._link.receive())
         self._traffic.received_bytes += len(data)
         message = self.connection.receive(data)
-        if isinstance(message, wanted):
+        if type(message) in wanted:
             return message
         if isinstance(message, Refusal) and not message.code.retryable:
             raise RefusedError(message.code.value, message.reason)

@@ -19,11 +19,11 @@ Encoded = Any
 
 
 class Level(Enum):
-    """How much of the adapter is at work: none, common, or common + personal."""
+    """How much of the adapter is at work. The value counts the levels on top of the backbone."""
 
-    BACKBONE = "backbone"
-    COMMON = "common"
-    PERSONAL = "personal"
+    BACKBONE = 0
+    COMMON = 1
+    PERSONAL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +48,18 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerRank:
-    """The learned `B A + D C` of one layer.
+class RankReport:
+    """The learned rank of one layer.
 
-    `rank` counts singular values over the tolerance `max(m, n) eps sigma_1` of float32;
-    `entropy_rank` is the exponential of the entropy of the normalised singular values.
+    `singular_values` are those of B A + D C, largest first, at most r + r2 of them.
+    `numerical_rank` counts those above `tolerance = max(m, n) * eps * largest`, eps of float32.
+    `entropy_rank` is exp(-sum p log p) with p the singular values over their sum (Roy and Vetterli
+    2007, "effective rank"); 0 for a zero matrix.
     """
 
-    layer: str
-    rank: int
+    numerical_rank: int
     entropy_rank: float
+    tolerance: float
     singular_values: tuple[float, ...]
 
 
@@ -99,7 +101,7 @@ class Trainer(Protocol):
     def predict(self, rows: Sequence[Example], level: Level) -> list[Prediction]:
         """The likeliest label of each row."""
 
-    def rank_report(self) -> list[LayerRank]:
+    def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of each adapted layer."""
 
     def save_pretrained(self, folder: Path, base_model: str) -> None:

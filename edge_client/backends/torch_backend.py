@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, train
-from edge_client.backends.base import Arrays, Evaluation, LayerRank, Level, Prediction
+from edge_client.backends.base import Arrays, Evaluation, Level, Prediction, RankReport
 from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Encoder
 from edge_client.data import Example
 from edge_client.errors import StateError
-from edge_client.lora import AdapterError, active_level, inject, query_value_targets
+from edge_client.lora import AdapterError, active_level, inject, rank_report
 from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from protocol.federation import FederationSettings, TaskKind
@@ -89,19 +89,16 @@ class TorchTrainer:
         self._tokenizer: Any = backbone.tokenizer
         self._seed = personal_seed
         levels = self._algorithm.levels(settings.adapter)
-        targets = settings.adapter.target_modules
-        if targets == "query-value":
-            targets = query_value_targets(backbone.model)
         self._adapter = inject(
             backbone.model,
-            target_modules=targets,
+            target_modules=settings.adapter.target_modules,
             rank=levels.common_rank,
             personal_rank=levels.personal_rank,
             alpha=settings.adapter.alpha,
             common_seed=settings.seed,
             personal_seed=personal_seed,
-            head_modules=backbone.head_modules,
-            head=levels.head.value,
+            modules_to_train=backbone.head_modules,
+            head=levels.head,
         )
         device = str(backbone.device)
         self._common = FlatGroup(self._adapter.common, device)
@@ -177,7 +174,7 @@ class TorchTrainer:
                 right.append((logits.argmax(-1) == targets)[kept].cpu())
                 wanted.append(targets[kept].cpu())
         hits, labels = torch.cat(right).double(), torch.cat(wanted)
-        recalls = [float(hits[labels == label].mean()) for label in labels.unique()]
+        recalls = [float(hits[labels == label].mean()) for label in set(labels.tolist())]
         return Evaluation(
             len(rows), loss_sum / count, float(hits.mean()), sum(recalls) / len(recalls)
         )
@@ -207,13 +204,13 @@ class TorchTrainer:
                     break
         return str(self._tokenizer.decode(ids[begin:], skip_special_tokens=True))
 
-    def rank_report(self) -> list[LayerRank]:
-        return [
-            LayerRank(name, *layer.learned_rank()) for name, layer in self._adapter.layers.items()
-        ]
+    def rank_report(self) -> dict[str, RankReport]:
+        return {name: rank_report(layer) for name, layer in self._adapter.layers.items()}
 
     def save_pretrained(self, folder: Path, base_model: str) -> None:
-        save_pretrained(self._adapter, folder, base_model, self._settings.task.kind.value)
+        save_pretrained(
+            self._adapter, folder, base_model_name=base_model, task=self._settings.task.kind
+        )
 
     # --- inside -------------------------------------------------------------------------------
 
