@@ -20,6 +20,8 @@ from protocol.messages import ReceiptStatus
 
 RETRY_AFTER_S = 1.0
 RETRY_SPREAD_S = 2.0
+# How long a device that is away for a moment (told to come back, or cut off) still counts as there.
+AWAY_GRACE_S = 10.0
 
 
 class Phase(Enum):
@@ -206,6 +208,7 @@ class RoundMachine:
         self._rng = rng
         self._hold_s = hold_s
         self._waiting: dict[str, float] = {}  # device -> since when
+        self._away: dict[str, float] = {}  # device that is expected back -> until when
         self.rounds_done = rounds_done
         self.attempt = attempt
         self.open_round = open_round
@@ -226,7 +229,8 @@ class RoundMachine:
             case CheckedIn(device):
                 return self._check_in(device, now)
             case Left(device):
-                self._waiting.pop(device, None)
+                if self._waiting.pop(device, None) is not None:
+                    self._away[device] = now + AWAY_GRACE_S
                 return []
             case Offered(device, assignment):
                 receipt = self._settled(device, assignment)
@@ -254,24 +258,29 @@ class RoundMachine:
             if assignment is not None and not round_.answered(assignment):
                 return [Assign(device, assignment, round_.number, round_.deadline_at)]
         self._waiting[device] = now
+        self._away.pop(device, None)
         return self._open_if_enough(now)
 
     def _open_if_enough(self, now: float) -> list[Action]:
         rounds = self._settings.rounds
-        if self.phase is not Phase.GATHERING or len(self._waiting) < rounds.cohort:
+        if self.phase is not Phase.GATHERING:
             return []
-        # Sorted, so that the choice depends on who waits and the seed, not on who came first.
-        chosen = sorted(self._rng.sample(sorted(self._waiting), rounds.cohort))
+        self._away = {device: until for device, until in self._away.items() if now < until}
+        available = sorted(self._waiting | self._away)
+        if len(available) < rounds.cohort:
+            return []
+        # Sorted, so that the choice depends on who is there and the seed, not on who came first.
+        chosen = sorted(self._rng.sample(available, rounds.cohort))
         number, self.attempt = self.rounds_done + 1, self.attempt + 1
         cohort = {device: self._assignment_id(number, device) for device in chosen}
         deadline_at = now + rounds.deadline_s
         self.open_round = OpenState(number, self.attempt, deadline_at, cohort)
         self.phase = Phase.OPEN
-        for device in chosen:
-            del self._waiting[device]
+        # Who is away for a moment gets the assignment when it is back.
+        present = [device for device in chosen if self._waiting.pop(device, None) is not None]
         return [
             OpenRound(number, self.attempt, deadline_at, tuple(cohort.items())),
-            *(Assign(device, cohort[device], number, deadline_at) for device in chosen),
+            *(Assign(device, cohort[device], number, deadline_at) for device in present),
         ]
 
     def _assignment_id(self, number: int, device: str) -> str:
@@ -325,15 +334,16 @@ class RoundMachine:
 
     def _release_held(self, now: float) -> list[Action]:
         due = [d for d, since in self._waiting.items() if now >= since + self._hold_s]
-        for device in due:
-            del self._waiting[device]
         # The more are sent away, the wider they are spread over time when they come back.
         spread_s = max(RETRY_SPREAD_S, len(due) / 100)
-        return [Retry(device, RETRY_AFTER_S, spread_s, self._why_wait(len(due))) for device in due]
+        for device in due:
+            del self._waiting[device]
+            self._away[device] = now + RETRY_AFTER_S + spread_s + AWAY_GRACE_S
+        return [Retry(device, RETRY_AFTER_S, spread_s, self._why_wait()) for device in due]
 
-    def _why_wait(self, released: int) -> str:
+    def _why_wait(self) -> str:
         if self.phase is Phase.GATHERING:
-            here = len(self._waiting) + released
+            here = len(self._waiting | self._away)
             return f"waiting for devices: {here} of {self._settings.rounds.cohort} are here"
         return f"round {self.rounds_done + 1} is under way"
 

@@ -24,19 +24,17 @@ def load_minilm(**settings) -> Backbone:
     return load_backbone(MINILM, **{"task": "sequence-classification", "label_count": 2} | settings)
 
 
-def batch(backbone: Backbone) -> dict[str, torch.Tensor]:
-    texts = ["a short one", "and one that is somewhat longer, to be padded to"]
-    return backbone.tokenizer(texts, padding=True, return_tensors="pt")
-
-
 @torch.no_grad()
 def logits(backbone: Backbone) -> torch.Tensor:
-    return backbone.model(**batch(backbone)).logits
+    texts = ["The gradient", "The gradient So The gradient"]
+    return backbone.model(**backbone.tokenizer(texts, padding=True, return_tensors="pt")).logits
 
 
 @torch.no_grad()
-def hidden(backbone: Backbone) -> torch.Tensor:
-    return backbone.model.base_model(**batch(backbone)).last_hidden_state
+def embedding(backbone: Backbone) -> torch.Tensor:
+    """The sentence embedding that MiniLM is made for: the mean over the words."""
+    words = backbone.tokenizer("Stocks fell sharply on Monday.", return_tensors="pt")
+    return backbone.model.base_model(**words).last_hidden_state.mean(dim=(0, 1))
 
 
 @pytest.fixture
@@ -78,10 +76,10 @@ def test_every_linear_layer_but_the_head_is_quantised(scheme):
     assert set(weights.values()) == {torch.int8 if scheme is Scheme.INT8 else torch.uint8}
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("nf4", 0.3), ("fp4", 0.4), ("int8", 0.03)])
-def test_a_quantised_backbone_stays_near_the_float_one(scheme, most):
-    exact, near = hidden(load_minilm()), hidden(load_minilm(scheme=scheme))
-    assert 0 < (near - exact).norm() / exact.norm() < most
+@pytest.mark.parametrize(("scheme", "least"), [("nf4", 0.95), ("fp4", 0.92), ("int8", 0.999)])
+def test_a_quantised_backbone_stays_near_the_float_one(scheme, least):
+    exact, near = embedding(load_minilm()), embedding(load_minilm(scheme=scheme))
+    assert least < torch.cosine_similarity(near, exact, dim=0) < 0.99999
 
 
 def test_even_in_training_mode_there_is_no_dropout():
@@ -95,7 +93,10 @@ def test_the_head_comes_from_its_seed_alone():
     torch.manual_seed(1)
     one = load_minilm(head_seed=7).model.classifier
     torch.manual_seed(2)
-    same, other = load_minilm(head_seed=7).model.classifier, load_minilm(head_seed=8).model.classifier
+    same, other = (
+        load_minilm(head_seed=7).model.classifier,
+        load_minilm(head_seed=8).model.classifier,
+    )
     assert torch.equal(one.weight, same.weight)
     assert not torch.equal(one.weight, other.weight)
     assert not one.bias.any()
@@ -103,7 +104,7 @@ def test_the_head_comes_from_its_seed_alone():
 
 
 def test_seeded_numbers_are_the_same_everywhere():
-    expected = [0.9040679361831273, 0.7567084307304317, 0.31286325403498465]
+    expected = [0.36776856337898, 0.9958644826561751, 0.7282315487402927]
     assert seeded_uniform(3, 7, "classifier.weight").tolist() == expected
 
 

@@ -161,5 +161,7 @@ def test_a_wrong_name_says_what_would_be_right(name, reason):
 
 def test_a_hub_name_that_cannot_be_had_says_what_was_tried(monkeypatch):
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BackboneError, match="no folder of that name here, and the Hugging Face hub"):
+    with pytest.raises(
+        BackboneError, match="no folder of that name here, and the Hugging Face hub"
+    ):
         resolve_backbone("no-such-owner/no-such-model")
