@@ -21,7 +21,7 @@ from protocol.messages import ReceiptStatus
 RETRY_AFTER_S = 1.0
 RETRY_SPREAD_S = 2.0
 # How long a device that is away for a moment (told to come back, or cut off) still counts as there.
-AWAY_GRACE_S = 10.0
+AWAY_GRACE_S = 120.0
 
 
 class Phase(Enum):

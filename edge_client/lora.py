@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -126,6 +126,11 @@ class TwoLevelLoRALinear(nn.Module):
                 return torch.cat(downs), torch.cat(ups, dim=1)
 
     @property
+    def weight(self) -> Tensor:
+        """The base's stored weight: some architectures look at its dtype before a product."""
+        return cast(Tensor, self.base.weight)
+
+    @property
     def fan_in_fan_out(self) -> bool:
         """Whether the checkpoint stores the weight as [n, m] (PEFT's word for GPT-2's layers)."""
         return is_transposed(self.base)
@@ -203,13 +208,9 @@ def inject(
         AdapterError: no such target, not a linear layer, a rank that does not fit, or an adapter
             is there already.
     """
-    if any(isinstance(module, TwoLevelLoRALinear) for module in model.modules()):
-        raise AdapterError("the model carries an adapter already")
-    if alpha <= 0 or max(rank, personal_rank) <= 0:
-        raise AdapterError(f"alpha {alpha}, ranks {rank} and {personal_rank}: must be positive")
+    scaling = _checked_scaling(model, alpha, rank, personal_rank)
     if head not in {*Group, *(group.value for group in Group)}:
         raise AdapterError(f"no group {head!r} for the head: common or personal")
-    scaling = alpha / (rank or personal_rank)
     heads = {name: _submodule(model, name) for name in modules_to_train}
     targets = _select(model, target_modules, (*exclude, *heads))
     layers = {
@@ -231,6 +232,14 @@ def inject(
     groups[Group(head)] |= _thaw(heads)
     common, personal = (dict(sorted(groups[group].items())) for group in Group)
     return TwoLevelAdapter(layers, common, personal, tuple(heads), scaling)
+
+
+def _checked_scaling(model: nn.Module, alpha: float, rank: int, personal_rank: int) -> float:
+    if any(isinstance(module, TwoLevelLoRALinear) for module in model.modules()):
+        raise AdapterError("the model carries an adapter already")
+    if alpha <= 0 or max(rank, personal_rank) <= 0:
+        raise AdapterError(f"alpha {alpha}, ranks {rank} and {personal_rank}: must be positive")
+    return alpha / (rank or personal_rank)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -20,6 +20,11 @@ QUANTIZED = [Scheme.NF4, Scheme.FP4, Scheme.INT8]
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def load_minilm(**settings) -> Backbone:
     return load_backbone(MINILM, **{"task": "sequence-classification", "label_count": 2} | settings)
 
@@ -34,6 +39,7 @@ def logits(backbone: Backbone) -> torch.Tensor:
 def embedding(backbone: Backbone) -> torch.Tensor:
     """The sentence embedding that MiniLM is made for: the mean over the words."""
     words = backbone.tokenizer("Stocks fell sharply on Monday.", return_tensors="pt")
+    words = words.to(backbone.device)
     return backbone.model.base_model(**words).last_hidden_state.mean(dim=(0, 1))
 
 
@@ -237,7 +243,7 @@ def test_evaluation_changes_neither_the_stored_weight_nor_later_gradients(scheme
     stored, (before,) = layer.weight.clone(), torch.autograd.grad(layer(x).sum(), x)
     trained = layer(x).detach()
     with torch.no_grad():
-        evaluated = layer(x)
+        evaluated = layer(x.detach())
     (after,) = torch.autograd.grad(layer(x).sum(), x)
     assert torch.equal(layer.weight, stored)
     assert torch.equal(after, before)
@@ -265,3 +271,13 @@ def test_int8_codes_are_those_of_bitsandbytes():
 def test_an_int8_layer_computes_in_the_dtype_of_its_input():
     layer = quantized_layer(Scheme.INT8)
     assert layer(torch.randn(2, 172, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_a_cuda_device_holds_the_same_function(scheme):
+    """The bound is the rounding of a bfloat16 product, which is what 4-bit layers use there."""
+    here, there = load_minilm(scheme=scheme), load_minilm(scheme=scheme, device="cuda")
+    near = embedding(there).cpu()
+    assert torch.cosine_similarity(near, embedding(here), dim=0) > 0.999

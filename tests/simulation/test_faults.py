@@ -15,7 +15,7 @@ from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
 from tests.simulation.world import FakeDevice, World, settings, simulate
 
-FAULTY = Faults(drop=0.03, duplicate=0.03, cut=0.02, delay_s=2.0)
+FAULTY = Faults(drop=0.02, duplicate=0.02, cut=0.02, delay_s=2.0)
 
 
 def _devices(count: int) -> list[FakeDevice]:
