@@ -201,8 +201,8 @@ def inject(
     regular expression for the whole name; "all-linear", without the output embeddings; or
     "query-value". Nothing inside `exclude` or `modules_to_train` is wrapped. The modules named in
     `modules_to_train`, a task's head, are trained themselves, in float32, in the group `head`
-    ("common" or "personal").
-    Both levels are scaled by `alpha / rank`, or `alpha / personal_rank` where `rank` is 0.
+    ("common" or "personal"). Both levels are scaled by `alpha / rank`, or `alpha / personal_rank`
+    where `rank` is 0.
 
     Raises:
         AdapterError: no such target, not a linear layer, a rank that does not fit, or an adapter
