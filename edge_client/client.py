@@ -143,10 +143,14 @@ class EdgeClient:
 
     def close(self) -> None:
         """Stop a run under way, if any, and let go of the state folder."""
+        self.stop()
+        self._open.close()
+
+    def stop(self) -> None:
+        """Make a `run` in another thread return at its next step; what is done is kept."""
         if self._running is not None:
             loop, task = self._running
             loop.call_soon_threadsafe(task.cancel)
-        self._open.close()
 
     def __enter__(self) -> EdgeClient:
         return self

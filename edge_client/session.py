@@ -121,7 +121,7 @@ class Session:
         device: str,
         rng: random.Random,
         patience_s: float = PATIENCE_S,
-        first_contact_patience_s: float = FIRST_CONTACT_PATIENCE_S,
+        first_contact_patience_s: float | None = None,
         reply_timeout_s: float = REPLY_TIMEOUT_S,
     ) -> None:
         self._dial = dial
@@ -130,7 +130,7 @@ class Session:
         self._device = device
         self._rng = rng
         self._patience_s = patience_s
-        self._first_contact_patience_s = first_contact_patience_s
+        self._first_contact_patience_s = first_contact_patience_s or FIRST_CONTACT_PATIENCE_S
         self._reply_timeout_s = reply_timeout_s
         self._receiver: Receiver | None = None
         self._failures = 0

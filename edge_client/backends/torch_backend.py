@@ -6,6 +6,7 @@ optimizer step is a few vector operations, and nothing is copied between model a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,8 @@ from protocol.tensors import NamedTensors, TensorSpec
 from quantization.backbone import Backbone, load_backbone
 
 EVALUATION_BATCH: Final = 64
+# transformers changes torch's global state while it builds a model: one at a time in a process.
+_LOADING: Final = threading.Lock()
 
 
 class FlatGroup:
@@ -113,7 +116,7 @@ class TorchTrainer:
         self._personal.gradients.zero_()
         loss = self._loss(self._logits(batch), batch.targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        return Gradients(float(loss), self._common.gradients, self._personal.gradients)
+        return Gradients(float(loss.detach()), self._common.gradients, self._personal.gradients)
 
     @property
     def oracle(self) -> _Oracle:
@@ -250,12 +253,13 @@ def load_trainer(
     personal_seed: int,
 ) -> TorchTrainer:
     """The trainer of a federation, its backbone loaded from its own name or from `backbone`."""
-    loaded = load_backbone(
-        backbone or settings.backbone.name,
-        scheme=scheme,
-        device=device,
-        task=settings.task.kind.value,
-        label_count=len(settings.task.labels),
-        head_seed=settings.seed,
-    )
+    with _LOADING:
+        loaded = load_backbone(
+            backbone or settings.backbone.name,
+            scheme=scheme,
+            device=device,
+            task=settings.task.kind.value,
+            label_count=len(settings.task.labels),
+            head_seed=settings.seed,
+        )
     return TorchTrainer(settings, loaded, personal_seed=personal_seed)

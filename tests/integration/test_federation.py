@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,14 @@ def _coordinator(path: Path, port: int = 0) -> Iterator[str]:
 
 
 def _run_all(clients: list[EdgeClient]) -> None:
-    threads = [threading.Thread(target=client.run) for client in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
+    with ThreadPoolExecutor(len(clients)) as pool:
+        running = [pool.submit(client.run) for client in clients]
+        try:
+            for done in as_completed(running, timeout=120):
+                done.result()
+        finally:
+            for client in clients:
+                client.stop()
 
 
 def _windows(data: bytes) -> np.ndarray[Any, Any]:
