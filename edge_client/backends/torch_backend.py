@@ -90,7 +90,7 @@ class TorchTrainer:
         self._algorithm = algorithm_for(settings)
         self._model: nn.Module = backbone.model
         self._tokenizer: Any = backbone.tokenizer
-        self._seed = personal_seed
+        self.seed = personal_seed
         levels = self._algorithm.levels(settings.adapter)
         self._adapter = inject(
             backbone.model,
@@ -158,7 +158,7 @@ class TorchTrainer:
     def train(self, rows: list[EncodedRow], first_step: int) -> LocalResult:
         training = self._settings.training
         batches = batch_indices(
-            len(rows), training.batch_size, first_step, training.local_steps, self._seed
+            len(rows), training.batch_size, first_step, training.local_steps, self.seed
         )
         encoded = (self._encoder.batch([rows[i] for i in indices]) for indices in batches)
         # Quantised layers and eager dropout-free models alike: nothing here is random.
