@@ -1,0 +1,56 @@
+"""One fixed message of each type."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from protocol.errors import ErrorCode
+from protocol.federation import Backbone, FederationSettings, Task, TaskKind
+from protocol.messages import (
+    Assignment,
+    CheckIn,
+    Chunk,
+    Fetch,
+    Finished,
+    Goodbye,
+    Hello,
+    Join,
+    Joined,
+    Message,
+    Metric,
+    Receipt,
+    ReceiptStatus,
+    Refusal,
+    Report,
+    Resume,
+    RetryWindow,
+)
+from protocol.tensors import NamedTensors
+
+FINGERPRINT = "sha256:" + "0" * 64
+PAYLOAD = NamedTensors.from_arrays({"x.A": np.ones((1, 2), np.float32)}).payload()
+SETTINGS = FederationSettings(
+    "demo",
+    Backbone("tiny", FINGERPRINT),
+    Task(TaskKind.SEQUENCE_CLASSIFICATION, ("no", "yes"), 32),
+)
+
+SAMPLES: dict[type[Message], Message] = {
+    type(message): message
+    for message in (
+        Hello((1,), "test", 65536, 4096),
+        Join("demo", "device-1"),
+        Joined(SETTINGS),
+        CheckIn(FINGERPRINT, 100),
+        Assignment("a1", 3, bytes(32), 60.0, PAYLOAD),
+        RetryWindow(1.0, 2.5, "busy"),
+        Finished(3, bytes(32), PAYLOAD),
+        Fetch(bytes(32), 7),
+        Chunk(7, True, b"\x00\x01"),
+        Report("a1", bytes(32), 100, (Metric("loss", 0.5),), PAYLOAD),
+        Resume(4096),
+        Receipt("a1", ReceiptStatus.ACCEPTED, ""),
+        Refusal(ErrorCode.BUSY, "full", 5.0),
+        Goodbye("bye"),
+    )
+}

@@ -1,0 +1,83 @@
+"""Hypothesis strategies for any message, derived from the kinds that its fields declare."""
+
+from __future__ import annotations
+
+import typing
+from enum import Enum
+from typing import Any
+
+from hypothesis import strategies as st
+
+from protocol import schema
+from protocol.federation import Adapter, FederationSettings, Rounds, Task, TaskKind
+from protocol.messages import Message
+from protocol.tensors import Payload, TensorSpec
+
+MESSAGES = typing.get_args(Message)
+
+
+def of_kind(kind: schema.Kind) -> st.SearchStrategy[Any]:
+    match kind:
+        case schema.Text(bytes_max, bytes_min, pattern):
+            if pattern is not None:
+                return st.from_regex(pattern, fullmatch=True).filter(
+                    lambda text: bytes_min <= len(text.encode()) <= bytes_max
+                )
+            text = st.text(min_size=bytes_min, max_size=20)
+            return text.filter(lambda text: len(text.encode()) <= bytes_max)
+        case schema.Integer(low, high):
+            return st.integers(low, high)
+        case schema.Real(low, high):
+            return st.floats(low, high, allow_nan=False, allow_infinity=False)
+        case schema.Flag():
+            return st.booleans()
+        case schema.Blob(bytes_max, bytes_min):
+            return st.binary(min_size=bytes_min, max_size=min(bytes_max, 200))
+        case schema.Record(cls):
+            return of_class(cls)
+        case schema.Tagged(records):
+            return st.one_of([of_kind(record) for _, record in records])
+        case schema._Choice(enum):
+            return st.sampled_from(list[Enum](enum))
+        case schema._Many(item, size):
+            return st.lists(
+                of_kind(item), min_size=size.count_min, max_size=min(size.count_max, 4)
+            ).map(tuple)
+        case schema._TextOrMany(text, many):
+            return of_kind(text) | of_kind(many)
+    raise TypeError(kind)
+
+
+def of_class(cls: type[Any]) -> st.SearchStrategy[Any]:
+    """Instances within bounds, and consistent where the class asks for more."""
+    if cls is Payload:
+        return _payloads()
+    kinds = schema.record_of(cls).kinds
+    plain = st.tuples(*(of_kind(kind) for _, kind in kinds))
+    if cls in (Task, Rounds, Adapter, FederationSettings):
+        return plain.map(lambda values: _built(cls, values)).filter(lambda built: built is not None)
+    return plain.map(lambda values: cls(*values))
+
+
+def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
+    if cls is Task:
+        kind, labels, length = values
+        labels = () if kind is TaskKind.CAUSAL_LM else (*dict.fromkeys(labels), "0 one", "0 two")
+        values = (kind, labels, length)
+    if cls is Rounds:
+        count, cohort, _, *rest = values
+        values = (count, cohort, cohort, *rest)
+    if cls is Adapter:
+        values = (values[0], max(1, values[1]), *values[2:])
+    return cls(*values)
+
+
+@st.composite
+def _payloads(draw: st.DrawFn) -> Payload:
+    specs = draw(st.lists(of_class(TensorSpec), max_size=3, unique_by=lambda spec: spec.name))
+    small = [TensorSpec(s.name, s.dtype, tuple(min(n, 50) for n in s.shape[:2])) for s in specs]
+    digest = draw(st.binary(min_size=32, max_size=32))
+    return Payload(digest, sum(spec.size_bytes for spec in small), tuple(small))
+
+
+messages = st.one_of([of_class(cls) for cls in MESSAGES])
