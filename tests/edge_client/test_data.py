@@ -1,0 +1,86 @@
+"""Rows are read as they are, or refused with file, line and field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_client.data import Example, FieldNames, device_files, find_labels, read_rows
+from edge_client.errors import DataError
+
+LABELS = ["no", "yes"]
+
+
+def _file(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", '{"text": "a, b", "label": "yes"}\n\n{"text": "c", "label": 0}\n'),
+        ("d.csv", 'text,label\n"a, b",yes\nc,0\n'),
+        ("d.tsv", "text\tlabel\na, b\tyes\nc\t0\n"),
+        ("d.jsonl", b'\xef\xbb\xbf{"text": "a, b", "label": "yes"}\r\n{"text": "c", "label": "0"}'),
+    ],
+)
+def test_files_of_every_kind_give_the_same_rows(
+    tmp_path: Path, name: str, content: str | bytes
+) -> None:
+    rows = read_rows(_file(tmp_path, name, content), labels=LABELS)
+    assert rows == [Example("a, b", None, 1), Example("c", None, 0)]
+
+
+def test_mappings_other_names_pairs_and_causal_texts(tmp_path: Path) -> None:
+    rows = read_rows(
+        [{"s1": "a", "s2": "b", "y": 1}], labels=LABELS, fields=FieldNames("s1", "s2", "y")
+    )
+    assert rows == [Example("a", "b", 1)]
+    assert read_rows([{"text": "t", "label": "anything"}], labels=None) == [
+        Example("t", None, None)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("d.jsonl", '{"text": "a", "label": 1}\n{"text": ', r"d\.jsonl, line 2: is not JSON"),
+        ("d.jsonl", "[1]", "line 1: expected an object"),
+        ("d.jsonl", '{"label": 1}', 'line 1, field "text": is missing'),
+        ("d.jsonl", '{"text": " ", "label": 1}', 'line 1, field "text": is empty'),
+        ("d.jsonl", '{"text": 3, "label": 1}', 'field "text": expected text, got int'),
+        ("d.jsonl", '{"text": "a"}', 'field "label": is missing'),
+        ("d.jsonl", '{"text": "a", "label": "maybe"}', "'maybe' is not a label.*'no', 'yes'"),
+        ("d.jsonl", '{"text": "a", "label": 2}', "2 is not a label"),
+        ("d.jsonl", '{"text": "a", "label": true}', "True is not a label"),
+        ("d.jsonl", '{"text": "a", "label": -1}', "-1 is not a label"),
+        ("d.jsonl", b'{"text": "a", "label": 1}\n\xff', "line 2: is not UTF-8"),
+        ("d.jsonl", "\n", "holds no rows"),
+        ("d.csv", "text,label\na,yes,more\n", "line 2: expected 2 columns, got 3"),
+        ("d.csv", 'text,label\n"a,yes\n', "is malformed"),
+        ("d.txt", "a", r"expected a \.jsonl, \.csv, \.tsv file"),
+    ],
+)
+def test_what_is_malformed_is_refused_by_file_line_and_field(
+    tmp_path: Path, name: str, content: str | bytes, problem: str
+) -> None:
+    with pytest.raises(DataError, match=problem) as refused:
+        read_rows(_file(tmp_path, name, content), labels=LABELS)
+    assert name in str(refused.value)
+
+
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file"):
+        read_rows(tmp_path / "none.jsonl", labels=LABELS)
+    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+        device_files(tmp_path)
+
+
+def test_labels_are_found_and_numbers_sorted_as_numbers(tmp_path: Path) -> None:
+    numbers = _file(tmp_path, "a.jsonl", "".join(f'{{"label": {i}}}\n' for i in (10, 2, 1)))
+    names = _file(tmp_path, "b.jsonl", '{"label": "b"}\n{"label": "a"}\n')
+    assert find_labels([numbers]) == ["1", "2", "10"]
+    assert find_labels([names]) == ["a", "b"]

@@ -1,0 +1,105 @@
+"""Every row is dealt once, and the stream of batches can be entered anywhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_client.data import Example
+from edge_client.errors import ConfigurationError, DataError
+from edge_client.splits import batch_indices, hold_out, split_by_dirichlet, split_by_skew
+
+steady = settings(derandomize=True, deadline=None)
+
+
+def _rows(labels: list[int]) -> list[Example]:
+    return [Example(f"text {i}", None, label) for i, label in enumerate(labels)]
+
+
+labels = st.lists(st.integers(0, 3), min_size=8, max_size=120)
+
+
+@steady
+@given(labels, st.integers(1, 8), st.floats(0, 1), st.integers(0, 5))
+def test_skew_deals_every_row_once_in_even_parts(
+    labels: list[int], devices: int, skew: float, seed: int
+) -> None:
+    parts = split_by_skew(_rows(labels), devices, skew, seed)
+    assert Counter(row for part in parts for row in part) == Counter(_rows(labels))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert parts == split_by_skew(_rows(labels), devices, skew, seed)
+
+
+@steady
+@given(labels, st.integers(1, 8), st.floats(0.01, 100), st.integers(0, 5))
+def test_dirichlet_deals_every_row_once_and_leaves_no_device_empty(
+    labels: list[int], devices: int, beta: float, seed: int
+) -> None:
+    parts = split_by_dirichlet(_rows(labels), devices, beta, seed)
+    assert Counter(row for part in parts for row in part) == Counter(_rows(labels))
+    assert all(parts)
+
+
+def test_more_skew_means_fewer_labels_a_device() -> None:
+    rows = _rows([i % 2 for i in range(800)])
+
+    def majority(skew: float) -> float:
+        parts = split_by_skew(rows, 8, skew, 0)
+        counts = [Counter(row.label for row in part) for part in parts]
+        return float(np.mean([max(c.values()) / c.total() for c in counts]))
+
+    assert majority(0.0) < 0.6
+    assert majority(0.5) == pytest.approx(0.75, abs=0.05)
+    assert majority(0.9) == pytest.approx(0.95, abs=0.03)
+
+
+@steady
+@given(labels, st.floats(0.05, 0.9), st.integers(0, 5))
+def test_held_out_rows_have_the_label_mix_of_all(
+    labels: list[int], share: float, seed: int
+) -> None:
+    training, held = hold_out(_rows(labels), share, seed)
+    assert Counter(training) + Counter(held) == Counter(_rows(labels))
+    assert training
+    assert held
+    for label, count in Counter(labels).items():
+        dealt = sum(row.label == label for row in held)
+        assert abs(dealt - count * len(held) / len(labels)) <= 2
+
+
+@steady
+@given(
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.integers(0, 20),
+    st.integers(1, 10),
+    st.integers(0, 3),
+)
+def test_a_step_has_the_same_batch_wherever_the_stream_is_entered(
+    count: int, size: int, first: int, steps: int, seed: int
+) -> None:
+    whole = batch_indices(count, size, 0, first + steps, seed)
+    entered = batch_indices(count, size, first, steps, seed)
+    assert [b.tolist() for b in whole[first:]] == [b.tolist() for b in entered]
+    assert all(len(batch) == size for batch in whole)
+    stream = np.concatenate(whole)
+    for epoch in range(len(stream) // count):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_out_of_bounds_is_refused_by_name() -> None:
+    rows = _rows([0, 1])
+    for call, field in (
+        (lambda: split_by_skew(rows, 2, 1.5, 0), "skew"),
+        (lambda: split_by_skew(rows, 3, 0.5, 0), "devices"),
+        (lambda: split_by_dirichlet(rows, 2, 0.0, 0), "beta"),
+        (lambda: hold_out(rows, 1.0, 0), "held_out"),
+    ):
+        with pytest.raises(ConfigurationError, match=field):
+            call()
+    with pytest.raises(DataError, match="one row"):
+        hold_out(rows[:1], 0.5, 0)
