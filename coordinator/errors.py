@@ -19,13 +19,14 @@ class CoordinatorError(Exception):
 
 
 class ConfigurationError(CoordinatorError):
-    """A setting that cannot be used."""
+    """A setting that cannot be used: `key` is what the user calls it, `problem` what is wrong."""
 
     exit_code = 2
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}")
         self.key = key
+        self.problem = problem
 
 
 class StoreError(CoordinatorError):

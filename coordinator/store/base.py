@@ -1,7 +1,8 @@
 """The Store contract: what must survive the coordinator.
 
 Every call is synchronous and has its effect on the disk when it returns; the service runs them in
-one thread of their own.
+one thread of their own. Every call may raise StoreError: the store is damaged or cannot be written
+(StorageFullError where the disk is full), or holds nothing that the call could be about.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Store(Protocol):
     """All federations of one coordinator."""
 
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
-        """Begin a federation from its first base version."""
+        """Begin a federation from its first base version; its name must be new."""
 
     def load(self, federation: str) -> Snapshot | None:
         """Where it stands; None if there is none of this name."""
@@ -100,10 +101,13 @@ class Store(Protocol):
         """Write down that a round is open, and for whom."""
 
     def keep_report(self, federation: str, record: ReportRecord) -> bool:
-        """Keep a report; False if its assignment has one already."""
+        """Keep a report of the open round; False if its assignment has one already.
+
+        What came is on the disk when this returns: only then may the report be acknowledged.
+        """
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
-        """The kept reports of a round, one in memory at a time, by assignment."""
+        """The kept reports of the open round, one in memory at a time, ordered by assignment."""
 
     def close_round(
         self,
@@ -113,7 +117,10 @@ class Store(Protocol):
         new_base: NamedTensors | None,
         closed_at: float,
     ) -> None:
-        """Write down a round's end, at once: its outcome, and the new base if there is one."""
+        """Write down the open round's end, all or nothing; None for a base abandons it.
+
+        The updates of its reports may be forgotten.
+        """
 
     def history(self, federation: str) -> list[RoundOutcome]:
         """The rounds that are over, in order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from coordinator.errors import StoreError
 from coordinator.store.base import (
     Outcome,
     ReportRecord,
@@ -34,6 +35,8 @@ class MemoryStore:
         self._federations: dict[str, _Federation] = {}
 
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
+        if settings.name in self._federations:
+            raise StoreError(f"there is a federation {settings.name!r} already")
         self._federations[settings.name] = _Federation(settings, start)
 
     def load(self, federation: str) -> Snapshot | None:
@@ -50,18 +53,21 @@ class MemoryStore:
         )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
-        found = self._federations[federation]
+        found = self._found(federation)
         found.open_round, found.attempt = record, record.attempt
 
     def keep_report(self, federation: str, record: ReportRecord) -> bool:
-        reports = self._federations[federation].reports
-        if record.assignment in reports:
+        found = self._found(federation)
+        cohort = found.open_round.cohort if found.open_round else ()
+        if record.assignment not in {member.assignment for member in cohort}:
+            raise StoreError(f"assignment {record.assignment} is of no open round")
+        if record.assignment in found.reports:
             return False
-        reports[record.assignment] = record
+        found.reports[record.assignment] = record
         return True
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
-        reports = self._federations[federation].reports
+        reports = self._found(federation).reports
         for assignment in sorted(reports):
             record = reports[assignment]
             if (record.round, record.attempt) == (number, attempt):
@@ -75,18 +81,19 @@ class MemoryStore:
         new_base: NamedTensors | None,
         closed_at: float,
     ) -> None:
-        found = self._federations[federation]
-        if found.open_round is None:
-            raise RuntimeError("no round is open")
+        found = self._found(federation)
+        open_round = found.open_round
+        if open_round is None or (open_round.number, open_round.attempt) != (number, attempt):
+            raise StoreError(f"attempt {attempt} at round {number} is not open")
         found.history.append(
             RoundOutcome(
                 number,
                 attempt,
                 Outcome.AGGREGATED if new_base else Outcome.ABANDONED,
                 len(found.reports),
-                found.open_round.opened_at,
+                open_round.opened_at,
                 closed_at,
-                found.open_round.base_version,
+                open_round.base_version,
                 new_base.digest() if new_base else None,
             )
         )
@@ -100,4 +107,10 @@ class MemoryStore:
         return list(found.history) if found else []
 
     def close(self) -> None:
-        pass
+        """Nothing is held; what is kept can still be asked for, as from a store opened again."""
+
+    def _found(self, federation: str) -> _Federation:
+        try:
+            return self._federations[federation]
+        except KeyError:
+            raise StoreError(f"there is no federation {federation!r}") from None

@@ -2,6 +2,7 @@
 
 SQLite runs in WAL mode with synchronous=FULL: a transaction that has returned is on the disk. What
 has a fixed form on the wire (settings, metrics, tensor specs) is stored in it, as protocol bytes.
+Tensors are checked against their digests when they are read: a damaged base is never trained from.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from coordinator.store.base import (
     RoundRecord,
     Snapshot,
 )
-from protocol import codec
+from protocol import codec, limits
 from protocol.errors import ProtocolError
 from protocol.federation import FederationSettings
 from protocol.messages import Assignment, Joined, Report
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, Payload
 
 SCHEMA_VERSION: Final = 1
+DISK_FULL: Final = ("disk is full", "No space left on device")  # SQLite's words; the system's
+# A length makes MySQL choose a type that holds this much; the others do not care.
+_Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
 
 _schema = sa.MetaData()
 _version = sa.Table("schema_version", _schema, sa.Column("version", sa.Integer, nullable=False))
@@ -37,10 +41,10 @@ _federations = sa.Table(
     "federations",
     _schema,
     sa.Column("name", sa.String(128), primary_key=True),
-    sa.Column("settings", sa.LargeBinary, nullable=False),
+    sa.Column("settings", _Bytes, nullable=False),
     sa.Column("rounds_done", sa.Integer, nullable=False),
-    sa.Column("base_specs", sa.LargeBinary, nullable=False),
-    sa.Column("base", sa.LargeBinary, nullable=False),
+    sa.Column("base_specs", _Bytes, nullable=False),
+    sa.Column("base", _Bytes, nullable=False),
 )
 _rounds = sa.Table(
     "rounds",
@@ -49,9 +53,9 @@ _rounds = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("attempt", sa.Integer, primary_key=True),
     sa.Column("base_version", sa.LargeBinary, nullable=False),
-    sa.Column("opened_at", sa.Float, nullable=False),
-    sa.Column("deadline_at", sa.Float, nullable=False),
-    sa.Column("closed_at", sa.Float),
+    sa.Column("opened_at", sa.Double, nullable=False),
+    sa.Column("deadline_at", sa.Double, nullable=False),
+    sa.Column("closed_at", sa.Double),
     sa.Column("outcome", sa.String(16)),
     sa.Column("reports", sa.Integer),
     sa.Column("new_version", sa.LargeBinary),
@@ -60,41 +64,50 @@ _members = sa.Table(
     "members",
     _schema,
     sa.Column("assignment", sa.String(64), primary_key=True),
-    sa.Column("federation", sa.String(128), nullable=False, index=True),
+    sa.Column("federation", sa.String(128), nullable=False),
     sa.Column("number", sa.Integer, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("device", sa.String(64), nullable=False),
+    sa.Index("members_of_round", "federation", "number", "attempt"),
 )
 _reports = sa.Table(
     "reports",
     _schema,
     sa.Column("assignment", sa.ForeignKey("members.assignment"), primary_key=True),
-    sa.Column("received_at", sa.Float, nullable=False),
-    sa.Column("report", sa.LargeBinary, nullable=False),
-    sa.Column("update_bytes", sa.LargeBinary),  # dropped when the round is closed
+    sa.Column("received_at", sa.Double, nullable=False),
+    sa.Column("report", _Bytes, nullable=False),
+    sa.Column("update_bytes", _Bytes),  # dropped when the round is closed
+)
+
+_IS_OPEN: Final = _rounds.c.outcome.is_(None)
+_SAME_ROUND: Final = sa.and_(
+    _members.c.federation == _rounds.c.federation,
+    _members.c.number == _rounds.c.number,
+    _members.c.attempt == _rounds.c.attempt,
 )
 
 
 class SqlStore:
     """A store at a database URL, such as `sqlite:////var/lib/pf2lora/store.sqlite`.
 
+    Args:
+        url: any that SQLAlchemy takes.
+        create: make a store where there is none; otherwise that is an error.
+
     Raises:
         StoreError: it cannot be opened, is damaged, or was written by a newer version.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        self._label = "the store"
         with self._translated():
             address = sa.make_url(url)
-            if address.get_backend_name() == "sqlite" and address.database:
-                _make_private(Path(address.database))
-            self._engine = sa.create_engine(address, poolclass=sa.pool.StaticPool)
-            if address.get_backend_name() == "sqlite":
-                sa.event.listen(self._engine, "connect", _set_up_sqlite)
+            self._label = f"the store {address}"  # SQLAlchemy hides a password in this form
+            self._engine = _engine(address, create)
         try:
             with self._begin() as db:
-                self._check_version(db)
-        except StoreError:
+                self._check_version(db, create)
+        except BaseException:
             self._engine.dispose()
             raise
 
@@ -128,7 +141,7 @@ class SqlStore:
                 _settings(row.settings),
                 row.rounds_done,
                 attempt or 0,
-                NamedTensors(_specs(row.base_specs), row.base),
+                _tensors(_decoded(row.base_specs, Assignment).payload, row.base),
                 open_round,
                 reported,
             )
@@ -159,22 +172,25 @@ class SqlStore:
                 ],
             )
 
-    def keep_report(self, federation: str, record: ReportRecord) -> bool:  # noqa: ARG002
-        message = Report(
-            record.assignment, bytes(32), record.examples, record.metrics, record.update.payload()
-        )
-        try:
-            with self._begin() as db:
-                db.execute(
-                    _reports.insert().values(
-                        assignment=record.assignment,
-                        received_at=record.received_at,
-                        report=codec.encode(message),
-                        update_bytes=bytes(record.update.buffer),
-                    )
+    def keep_report(self, federation: str, record: ReportRecord) -> bool:
+        assignment, payload = record.assignment, record.update.payload()
+        message = Report(assignment, bytes(32), record.examples, record.metrics, payload)
+        wanted = (_members.c.federation == federation, _members.c.assignment == assignment)
+        is_open = sa.select(_rounds.c.number).join(_members, _SAME_ROUND).where(*wanted, _IS_OPEN)
+        is_kept = sa.select(_reports.c.assignment).where(_reports.c.assignment == assignment)
+        with self._begin() as db:
+            if db.scalar(is_open) is None:
+                raise StoreError(f"{self._label}: assignment {assignment} is of no open round")
+            if db.scalar(is_kept) is not None:
+                return False
+            db.execute(
+                _reports.insert().values(
+                    assignment=assignment,
+                    received_at=record.received_at,
+                    report=codec.encode(message),
+                    update_bytes=bytes(record.update.buffer),
                 )
-        except _AlreadyThereError:
-            return False
+            )
         return True
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
@@ -182,6 +198,7 @@ class SqlStore:
             sa.select(_reports.c.assignment)
             .join(_members)
             .where(*_of_round(_members, federation, number, attempt))
+            .where(_reports.c.update_bytes.is_not(None))
             .order_by(_reports.c.assignment)
         )
         with self._begin() as db:
@@ -193,17 +210,18 @@ class SqlStore:
                     .join(_members)
                     .where(_reports.c.assignment == assignment)
                 ).one()
-            report = _decoded(row.report, Report)
-            yield ReportRecord(
-                assignment,
-                row.device,
-                number,
-                attempt,
-                report.examples,
-                report.metrics,
-                row.received_at,
-                NamedTensors(report.payload.tensors, row.update_bytes),
-            )
+                report = _decoded(row.report, Report)
+                record = ReportRecord(
+                    assignment,
+                    row.device,
+                    number,
+                    attempt,
+                    report.examples,
+                    report.metrics,
+                    row.received_at,
+                    _tensors(report.payload, row.update_bytes),
+                )
+            yield record
 
     def close_round(
         self,
@@ -220,9 +238,9 @@ class SqlStore:
         with self._begin() as db:
             count = db.scalar(sa.select(sa.func.count()).select_from(_reports).where(of_round))
             db.execute(_reports.update().where(of_round).values(update_bytes=None))
-            db.execute(
+            closed = db.execute(
                 _rounds.update()
-                .where(*_of_round(_rounds, federation, number, attempt))
+                .where(*_of_round(_rounds, federation, number, attempt), _IS_OPEN)
                 .values(
                     closed_at=closed_at,
                     outcome=(Outcome.AGGREGATED if new_base else Outcome.ABANDONED).value,
@@ -230,6 +248,8 @@ class SqlStore:
                     new_version=new_base.digest() if new_base else None,
                 )
             )
+            if closed.rowcount != 1:
+                raise StoreError(f"{self._label}: attempt {attempt} at round {number} is not open")
             if new_base:
                 db.execute(
                     _federations.update()
@@ -240,7 +260,7 @@ class SqlStore:
     def history(self, federation: str) -> list[RoundOutcome]:
         query = (
             sa.select(_rounds)
-            .where(_rounds.c.federation == federation, _rounds.c.outcome.is_not(None))
+            .where(_rounds.c.federation == federation, ~_IS_OPEN)
             .order_by(_rounds.c.number, _rounds.c.attempt)
         )
         with self._begin() as db:
@@ -273,31 +293,29 @@ class SqlStore:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.IntegrityError as error:
-            raise _AlreadyThereError(str(error.orig)) from error
-        except sa.exc.SQLAlchemyError as error:
-            cause = str(getattr(error, "orig", None) or error).splitlines()[0]
-            kind = StorageFullError if "disk is full" in cause else StoreError
-            raise kind(f"the store {self._url}: {cause}") from error
-        except (OSError, ProtocolError, ModuleNotFoundError) as error:
-            raise StoreError(f"the store {self._url}: {error}") from error
+        except (sa.exc.SQLAlchemyError, OSError, ProtocolError, ModuleNotFoundError) as error:
+            cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
+            kind = StorageFullError if any(text in cause for text in DISK_FULL) else StoreError
+            raise kind(f"{self._label}: {cause}") from error
 
-    def _check_version(self, db: sa.Connection) -> None:
-        _schema.create_all(db)
-        version = db.scalar(sa.select(_version.c.version))
-        if version is None:
-            db.execute(_version.insert().values(version=SCHEMA_VERSION))
-        elif version > SCHEMA_VERSION:
+    def _check_version(self, db: sa.Connection, create: bool) -> None:
+        known = sa.inspect(db).has_table(_version.name)
+        version = db.scalar(sa.select(_version.c.version)) if known else None
+        if version is None and not create:
+            raise StoreError(f"{self._label} is none of pf2lora's")
+        if version is not None and version > SCHEMA_VERSION:
             raise StoreError(
-                f"the store {self._url} has schema version {version}; "
+                f"{self._label} has schema version {version}; "
                 f"this version of pf2lora knows {SCHEMA_VERSION}"
             )
+        # The number goes in last: a store whose making was cut short is made again.
+        _schema.create_all(db)
+        if version is None:
+            db.execute(_version.insert().values(version=SCHEMA_VERSION))
 
     def _open_round(self, db: sa.Connection, federation: str) -> RoundRecord | None:
         row = db.execute(
-            sa.select(_rounds).where(
-                _rounds.c.federation == federation, _rounds.c.outcome.is_(None)
-            )
+            sa.select(_rounds).where(_rounds.c.federation == federation, _IS_OPEN)
         ).first()
         if row is None:
             return None
@@ -320,10 +338,6 @@ class SqlStore:
         return frozenset(db.scalars(query))
 
 
-class _AlreadyThereError(StoreError):
-    """A row of this key is there already."""
-
-
 def _of_round(
     table: sa.Table, federation: str, number: int, attempt: int
 ) -> tuple[sa.ColumnElement[bool], ...]:
@@ -341,8 +355,13 @@ def _base_columns(base: NamedTensors) -> dict[str, Any]:
     return {"base_specs": codec.encode(message), "base": bytes(base.buffer)}
 
 
-def _specs(data: bytes) -> Any:
-    return _decoded(data, Assignment).payload.tensors
+def _tensors(payload: Payload, data: bytes) -> NamedTensors:
+    """The tensors of a row; raises StoreError where they are not what was written."""
+    if len(data) == payload.size_bytes:
+        tensors = NamedTensors(payload.tensors, data)
+        if tensors.digest() == payload.digest:
+            return tensors
+    raise StoreError("the store is damaged: tensors do not match their digest")
 
 
 def _settings(data: bytes) -> FederationSettings:
@@ -355,6 +374,22 @@ def _decoded(data: bytes, cls: type[Any]) -> Any:
     if not isinstance(message, cls):
         raise StoreError(f"the store holds a {type(message).__name__} for a {cls.__name__}")
     return message
+
+
+def _engine(address: sa.URL, create: bool) -> sa.Engine:
+    if address.get_backend_name() != "sqlite":
+        return sa.create_engine(address, poolclass=sa.pool.StaticPool)
+    if address.database and address.database != ":memory:":
+        path = Path(address.database)
+        if create:
+            _make_private(path)
+        elif not path.exists():
+            raise FileNotFoundError("there is no such file")
+    # Opened in one thread and closed in another at times, but never used in two at once.
+    arguments = {"check_same_thread": False}
+    engine = sa.create_engine(address, poolclass=sa.pool.StaticPool, connect_args=arguments)
+    sa.event.listen(engine, "connect", _set_up_sqlite)
+    return engine
 
 
 def _make_private(path: Path) -> None:

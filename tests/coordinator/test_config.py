@@ -1,0 +1,124 @@
+"""Flags over environment over file, and errors that name the key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from coordinator import cli, config
+from coordinator.errors import ConfigurationError
+from protocol.federation import HomLoRA, PF2LoRA, Weighting
+
+FINGERPRINT = "sha256:" + "1" * 64
+TOML = """
+name = "demo"
+[backbone]
+name = "tiny"
+[task]
+kind = "sequence-classification"
+labels = ["no", "yes"]
+[rounds]
+cohort = 3
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    arrays = {"z.A": np.ones((1, 2), np.float32), "a.A": np.zeros((2,), np.float32)}
+    metadata = {
+        "format": "pf2lora-start-1",
+        "fingerprint": FINGERPRINT,
+        "names": json.dumps(["z.A", "a.A"]),
+    }
+    save_file(arrays, tmp_path / "start.safetensors", metadata)
+    path = tmp_path / "federation.toml"
+    path.write_text(TOML)
+    return path
+
+
+def test_a_file_gives_settings_defaults_and_the_start_in_its_order(path: Path) -> None:
+    loaded = config.load(path, {}, {})
+    assert loaded.federation.rounds.cohort == 3
+    assert loaded.federation.backbone.fingerprint == FINGERPRINT
+    assert isinstance(loaded.federation.algorithm, PF2LoRA)
+    assert [spec.name for spec in loaded.start.specs] == ["z.A", "a.A"]
+    assert loaded.server.store == f"sqlite:///{path.parent.resolve()}/pf2lora.sqlite"
+
+
+def test_flags_win_over_environment_over_file(path: Path) -> None:
+    environ = {
+        "PF2LORA_ROUNDS_COHORT": "5",
+        "PF2LORA_ROUNDS_COUNT": "7",
+        "PF2LORA_SERVER_EXIT_WHEN_FINISHED": "true",
+        "PF2LORA_ROUNDS_WEIGHTING": "uniform",
+        "HOME": "/",
+    }
+    loaded = config.load(path, {"rounds.cohort": "6", "server.port": "0"}, environ)
+    assert (loaded.federation.rounds.cohort, loaded.federation.rounds.count) == (6, 7)
+    assert loaded.federation.rounds.weighting is Weighting.UNIFORM
+    assert loaded.server.exit_when_finished
+    assert loaded.server.port == 0
+
+
+def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
+    flags = {"adapter.target_modules": "query,key", "algorithm.name": "homlora"}
+    loaded = config.load(path, flags, {})
+    assert loaded.federation.adapter.target_modules == ("query", "key")
+    assert loaded.federation.algorithm == HomLoRA()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("\n[adapter]\nrnak = 8", r"adapter\.rnak: is unknown; did you mean 'rank'"),
+        ("\n[adapter]\nrank = 0", r"adapter\.rank: expected 1 to 1024, got 0"),
+        ("\n[adapter]\nrank = '8'", r"adapter\.rank: expected a whole number"),
+        ("\n[algorithm]\nname = 'sgd'", r"algorithm\.name: expected one of 'pf2lora'"),
+        ("\n[algorithm]\nrank = 1", r"algorithm\.name: is missing"),
+        ("\n[server]\nport = 70000", r"server\.port: expected 0 to 65535"),
+        ("\n[sever]\nport = 7", r"sever: is unknown"),
+        ("\n[adapter]\npersonal_rank = 0", r"personal_rank: pf2lora needs"),
+        ("minimum_reports = 9", r"rounds\.minimum_reports: is over the cohort of 3"),
+        ("\n[rounds", "is not TOML"),
+    ],
+)
+def test_a_wrong_key_is_named_with_what_would_be_right(
+    path: Path, change: str, problem: str
+) -> None:
+    path.write_text(TOML + change)
+    with pytest.raises(ConfigurationError, match=problem):
+        config.load(path, {}, {})
+
+
+def test_wrong_flags_and_variables_are_named_as_the_user_wrote_them(path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--rounds-count: expected a number, got 'many'"):
+        config.load(path, {"rounds.count": "many"}, {})
+    with pytest.raises(ConfigurationError, match=r"PF2LORA_ROUNDS_CUONT: is unknown.*ROUNDS_COUNT"):
+        config.load(path, {}, {"PF2LORA_ROUNDS_CUONT": "3"})
+
+
+def test_a_start_of_another_backbone_is_refused_with_both_named(path: Path) -> None:
+    other = "sha256:" + "2" * 64
+    path.write_text(TOML.replace('name = "tiny"', f'name = "tiny"\nfingerprint = "{other}"'))
+    with pytest.raises(ConfigurationError, match=f"{other}.*{FINGERPRINT}"):
+        config.load(path, {}, {})
+
+
+def test_exit_codes_and_messages_of_the_commands(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check-config", "--config", str(path)]) == 0
+    assert "2 tensors" in capsys.readouterr().out
+    assert cli.main(["check-config", "--config", str(path), "--port", "x"]) == 2
+    assert "--server-port" in capsys.readouterr().err
+    assert cli.main(["serve", "--config", str(path.parent / "none.toml")]) == 2
+    (path.parent / "bad.sqlite").write_bytes(b"rubbish" * 1000)
+    assert cli.main(["serve", "--config", str(path), "--store", "sqlite:///bad.sqlite"]) == 3
+    assert cli.main(["serve", "--config", str(path), "--host", "203.0.113.7"]) == 4
+    (path.parent / "start.safetensors").unlink()
+    assert cli.main(["check-config", "--config", str(path)]) == 2
+    assert "pf2lora-client prepare" in capsys.readouterr().err
