@@ -1,4 +1,7 @@
-"""`pf2lora-coordinator`: serve a federation, check its configuration, list its rounds."""
+"""`pf2lora-coordinator`: serve a federation, check its configuration, list its rounds.
+
+What a user asked for goes to standard output; the log and what went wrong to standard error.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from coordinator import config
-from coordinator.errors import CoordinatorError
+from coordinator.errors import ConfigurationError, CoordinatorError
 from coordinator.server import serve
 from coordinator.store.base import RoundOutcome
 from coordinator.store.sql import SqlStore
@@ -25,9 +29,6 @@ exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configurati
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
     try:
         return int(options.command(options))
     except CoordinatorError as error:
@@ -47,22 +48,27 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", _serve, "run the daemon until its rounds are done or SIGTERM comes"),
         ("check-config", _check, "read the configuration and say what is wrong with it"),
     ):
-        command = commands.add_parser(name, help=about, epilog=EXIT_CODES)
+        # No short forms of flags: the next release's settings could change what they mean.
+        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
         command.set_defaults(command=function)
         command.add_argument("--config", type=Path, default=Path("federation.toml"))
+        if function is _serve:
+            command.add_argument("--log-format", choices=("human", "json"), default="human")
         _add_setting_flags(command)
-    rounds = commands.add_parser("rounds", help="list the rounds that are over")
+    rounds = commands.add_parser(
+        "rounds", help="list the rounds that are over", epilog=EXIT_CODES, allow_abbrev=False
+    )
     rounds.set_defaults(command=_rounds)
     rounds.add_argument("--store", required=True, help="database URL")
     rounds.add_argument("--name", required=True, help="the federation")
-    rounds.add_argument("--json", action="store_true")
+    rounds.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
 
 
 def _add_setting_flags(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("settings, over environment and file")
     for key in config.leaves():
-        names = ["--" + key.replace(".", "-").replace("_", "-")]
+        names = [config.flag_of(key)]
         if key in ("server.host", "server.port", "server.store"):
             names.append("--" + key.removeprefix("server."))
         group.add_argument(*names, dest=key, metavar="VALUE")
@@ -73,8 +79,32 @@ def _configuration(options: argparse.Namespace) -> config.Configuration:
     return config.load(options.config, flags, os.environ)
 
 
+class JsonLines(logging.Formatter):
+    """One JSON object a log line, its time in UTC."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _set_up_log(log_format: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    human = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonLines() if log_format == "json" else human)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
 def _serve(options: argparse.Namespace) -> int:
-    asyncio.run(serve(_configuration(options)))
+    configuration = _configuration(options)
+    _set_up_log(options.log_format)
+    asyncio.run(serve(configuration))
     return 0
 
 
@@ -88,8 +118,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _rounds(options: argparse.Namespace) -> int:
-    store = SqlStore(options.store)
+    # Looking must not make a store where none is.
+    store = SqlStore(options.store, create=False)
     try:
+        if store.load(options.name) is None:
+            raise ConfigurationError("--name", f"the store has no federation {options.name!r}")
         outcomes = store.history(options.name)
     finally:
         store.close()

@@ -1,7 +1,8 @@
 """The coordinator's configuration: flags over environment over `federation.toml`.
 
 The file's sections are the dataclasses of protocol/federation.py and `[server]` below. A key
-`rounds.cohort` has the flag `--rounds-cohort` and the variable `PF2LORA_ROUNDS_COHORT`.
+`rounds.cohort` has the flag `--rounds-cohort` and the variable `PF2LORA_ROUNDS_COHORT`; lists are
+given there with commas. The first base version is a file that `pf2lora-client prepare` made.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import numpy as np
+import sqlalchemy as sa
 from safetensors import SafetensorError, safe_open
 
 from coordinator.errors import ConfigurationError
 from protocol import limits
 from protocol.federation import FederationSettings
 from protocol.schema import (
-    Flag,
     Integer,
     Kind,
     Real,
@@ -27,10 +29,11 @@ from protocol.schema import (
     SchemaError,
     Tagged,
     Text,
+    from_text,
     record_of,
     unknown_name,
 )
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, Payload
 
 ENVIRONMENT: Final = "PF2LORA_"
 START_FORMAT: Final = "pf2lora-start-1"
@@ -72,6 +75,11 @@ def leaves() -> dict[str, Kind]:
     return found
 
 
+def flag_of(key: str) -> str:
+    """The long flag of a dotted key."""
+    return "--" + key.replace(".", "-").replace("_", "-")
+
+
 def load(path: Path, flags: Mapping[str, str], environ: Mapping[str, str]) -> Configuration:
     """The configuration of a file, overridden by the environment, overridden by flags.
 
@@ -85,7 +93,7 @@ def load(path: Path, flags: Mapping[str, str], environ: Mapping[str, str]) -> Co
     """
     table = _read_toml(path)
     for key, name, text in _overrides(flags, environ):
-        _put(table, key, _parsed(leaves()[key], text, name), name)
+        _put(table, key, _parsed(key, text, name), name)
     server = _from_table(record_of(ServerSettings), table.pop("server", {}), "server")
     server = replace(
         server,
@@ -94,15 +102,15 @@ def load(path: Path, flags: Mapping[str, str], environ: Mapping[str, str]) -> Co
     )
     fingerprint, start = _read_start(Path(server.start), path)
     backbone = table.setdefault("backbone", {})
-    if (
-        isinstance(backbone, dict)
-        and backbone.setdefault("fingerprint", fingerprint) != fingerprint
-    ):
+    if isinstance(backbone, dict):
+        backbone.setdefault("fingerprint", fingerprint)
+    federation: FederationSettings = _from_table(record_of(FederationSettings), table, "")
+    if federation.backbone.fingerprint != fingerprint:
         raise ConfigurationError(
             "backbone.fingerprint",
-            f"is {backbone['fingerprint']}, but {server.start} was made for {fingerprint}",
+            f"is {federation.backbone.fingerprint}, but {server.start} was made for {fingerprint}",
         )
-    return Configuration(server, _from_table(record_of(FederationSettings), table, ""), start)
+    return Configuration(server, federation, start)
 
 
 def _collect(prefix: str, record: Record, found: dict[str, Kind]) -> None:
@@ -136,34 +144,15 @@ def _overrides(flags: Mapping[str, str], environ: Mapping[str, str]) -> list[tup
             if name not in variables:
                 raise ConfigurationError(name, unknown_name(name, variables))
             found.append((variables[name], name, text))
-    found += [(key, "--" + key.replace(".", "-").replace("_", "-"), t) for key, t in flags.items()]
+    found += [(key, flag_of(key), text) for key, text in flags.items()]
     return found
 
 
-def _parsed(kind: Kind, text: str, name: str) -> Any:
-    """A flag's or variable's text as TOML would have given it."""
+def _parsed(key: str, text: str, name: str) -> Any:
     try:
-        if isinstance(kind, Integer):
-            return int(text)
-        if isinstance(kind, Real):
-            return float(text)
-    except ValueError:
-        raise ConfigurationError(name, f"expected a number, got {text!r}") from None
-    if isinstance(kind, Flag):
-        if text.lower() not in ("true", "false"):
-            raise ConfigurationError(name, f"expected true or false, got {text!r}")
-        return text.lower() == "true"
-    if isinstance(kind, Text) or not _takes_list(kind):
-        return text
-    return [part.strip() for part in text.split(",")] if "," in text else text
-
-
-def _takes_list(kind: Kind) -> bool:
-    try:
-        kind.decode(["x", "y"], "")
-    except SchemaError:
-        return False
-    return True
+        return from_text(leaves()[key], text, name)
+    except SchemaError as error:
+        raise ConfigurationError(error.path, error.problem) from None
 
 
 def _put(table: dict[str, Any], key: str, value: Any, name: str) -> None:
@@ -184,10 +173,16 @@ def _from_table(record: Record, table: Mapping[str, Any], path: str) -> Any:
 
 def _beside(path: Path, store: str) -> str:
     """A relative SQLite path counts from the configuration's folder."""
-    prefix = "sqlite:///"
-    if store.startswith(prefix) and not store.startswith(prefix + "/"):
-        return prefix + str((path.parent / store.removeprefix(prefix)).resolve())
-    return store
+    try:
+        url = sa.make_url(store)
+    except sa.exc.ArgumentError:
+        raise ConfigurationError(
+            "server.store", "is no database URL, such as sqlite:///pf2lora.sqlite"
+        ) from None
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+        return store
+    database = str((path.parent / str(url.database)).resolve())
+    return url.set(database=database).render_as_string(hide_password=False)
 
 
 def _read_start(start: Path, config: Path) -> tuple[str, NamedTensors]:
@@ -201,8 +196,25 @@ def _read_start(start: Path, config: Path) -> tuple[str, NamedTensors]:
             metadata = file.metadata() or {}
             if metadata.get("format") != START_FORMAT:
                 raise ConfigurationError("server.start", f"{start} is no {START_FORMAT} file")
+            # safetensors orders tensors by itself; the federation's order is in the metadata.
             names = json.loads(metadata["names"])
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if sorted(names) != sorted(file.keys()):
+                raise ValueError("its names are not those of its tensors")
+            arrays = {name: file.get_tensor(name) for name in names}
+        return metadata["fingerprint"], _as_tensors(arrays)
+    except KeyError as error:
+        raise ConfigurationError("server.start", f"{start} lacks {error} in its header") from error
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise ConfigurationError("server.start", f"{start} is damaged: {error}") from error
-    return metadata["fingerprint"], NamedTensors.from_arrays(tensors)
+
+
+def _as_tensors(arrays: dict[str, Any]) -> NamedTensors:
+    """The arrays as they will travel; ValueError if they cannot."""
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise ValueError(f"{name} is {array.dtype}, not float32")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    tensors = NamedTensors.from_arrays(arrays)
+    record_of(Payload).encode(tensors.payload(), "tensors")
+    return tensors

@@ -305,6 +305,35 @@ def _from_plain(kind: Kind, value: Any, path: str) -> Any:
     return kind.decode(value, path)
 
 
+def from_text(kind: Kind, text: str, path: str) -> Any:
+    """What a flag's or variable's text stands for, as TOML would have given it; lists have commas.
+
+    Raises:
+        SchemaError: the kind does not admit it.
+    """
+    plain = _plain_of(kind, text, path)
+    kind.decode(plain, path)
+    return plain
+
+
+def _plain_of(kind: Kind, text: str, path: str) -> Any:
+    match kind:
+        case Integer() | Real():
+            try:
+                return int(text) if isinstance(kind, Integer) else float(text)
+            except ValueError:
+                whole = "whole " if isinstance(kind, Integer) else ""
+                raise SchemaError(path, f"expected a {whole}number, got {_shown(text)}") from None
+        case Flag():
+            return {"true": True, "false": False}.get(text.lower(), text)
+        case _Many():
+            parts = text.split(",") if text.strip() else []
+            return [_plain_of(kind.item, part.strip(), path) for part in parts]
+        case _TextOrMany() if "," in text:
+            return _plain_of(kind.many, text, path)
+    return text
+
+
 @cache
 def record_of(cls: type[Any]) -> Record:
     """The kind of a dataclass, from its annotations."""

@@ -25,7 +25,7 @@ from coordinator.store.base import (
     Snapshot,
 )
 from protocol import codec, limits
-from protocol.errors import ProtocolError
+from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.federation import FederationSettings
 from protocol.messages import Assignment, Joined, Report
 from protocol.tensors import NamedTensors, Payload
@@ -138,7 +138,7 @@ class SqlStore:
             open_round = self._open_round(db, federation)
             reported = self._reported(db, federation, open_round) if open_round else frozenset()
             return Snapshot(
-                _settings(row.settings),
+                _decoded(row.settings, Joined).settings,
                 row.rounds_done,
                 attempt or 0,
                 _tensors(_decoded(row.base_specs, Assignment).payload, row.base),
@@ -356,23 +356,18 @@ def _base_columns(base: NamedTensors) -> dict[str, Any]:
 
 
 def _tensors(payload: Payload, data: bytes) -> NamedTensors:
-    """The tensors of a row; raises StoreError where they are not what was written."""
+    """The tensors of a row, if they are what was written."""
     if len(data) == payload.size_bytes:
         tensors = NamedTensors(payload.tensors, data)
         if tensors.digest() == payload.digest:
             return tensors
-    raise StoreError("the store is damaged: tensors do not match their digest")
-
-
-def _settings(data: bytes) -> FederationSettings:
-    settings: FederationSettings = _decoded(data, Joined).settings
-    return settings
+    raise RemoteProtocolError("damaged: tensors that do not match their digest", ErrorCode.DIGEST)
 
 
 def _decoded(data: bytes, cls: type[Any]) -> Any:
     message = codec.decode(data)
     if not isinstance(message, cls):
-        raise StoreError(f"the store holds a {type(message).__name__} for a {cls.__name__}")
+        raise RemoteProtocolError(f"a {type(message).__name__} in place of a {cls.__name__}")
     return message
 
 
