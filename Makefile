@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint check slow soak gpu clean
+.PHONY: demo test test-core lint check slow soak gpu clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,16 +28,29 @@ demo: $(INSTALLED)  ## one coordinator and four devices on this machine, real te
 test: $(INSTALLED)  ## every fast test
 	$(BIN)/python -m pytest -q
 
+# What a coordinator's machine has: the package without extras, and no torch.
+CORE := .venv-core
+$(CORE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/python -m pip install --quiet --upgrade pip
+	$(CORE)/bin/python -m pip install --quiet --constraint constraints.txt '.[test]'
+	touch $@
+
+test-core: $(CORE)/.installed  ## the coordinator's tests where torch is not installed
+	! $(CORE)/bin/python -c 'import torch' 2>/dev/null
+	cd / && $(abspath $(CORE))/bin/pf2lora-coordinator --help >/dev/null  # the installed one
+	$(CORE)/bin/python -m pytest -q tests/protocol tests/coordinator tests/simulation
+
 lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test
+check: lint test test-core
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@
 
 clean:
-	rm -rf $(VENV) demo-state
+	rm -rf $(VENV) $(CORE) demo-state

@@ -99,6 +99,7 @@ def _set_up_log(log_format: str) -> None:
     human = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JsonLines() if log_format == "json" else human)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("websockets").setLevel(logging.WARNING)  # it tells of every connection
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -180,10 +180,11 @@ async def serve(configuration: Configuration) -> None:
     Raises:
         CoordinatorError: of the kind that tells the exit code.
     """
-    async with CoordinatorServer(configuration) as server:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _stop_or_die, server, number)
+    server = CoordinatorServer(configuration)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_or_die, server, number)
+    async with server:
         log.info("listening on %s:%d", configuration.server.host, server.port)
         await server.wait()
         log.info("stopping")

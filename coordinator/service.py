@@ -46,7 +46,6 @@ from protocol.federation import FederationSettings, Weighting
 from protocol.limits import EXAMPLES_MAX
 from protocol.messages import (
     Assignment,
-    CheckIn,
     Finished,
     Message,
     Receipt,
@@ -141,7 +140,7 @@ class FederationService:
                 return base
         return None
 
-    async def check_in(self, device: str, message: CheckIn) -> Message:  # noqa: ARG002
+    async def check_in(self, device: str) -> Message:
         """Assignment, RetryWindow or Finished; may take as long as a device is held."""
         return await self._ask(device, CheckedIn(device))
 

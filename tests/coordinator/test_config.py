@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from coordinator import cli, config
 from coordinator.errors import ConfigurationError
 from protocol.federation import HomLoRA, PF2LoRA, Weighting
-
-FINGERPRINT = "sha256:" + "1" * 64
-TOML = """
-name = "demo"
-[backbone]
-name = "tiny"
-[task]
-kind = "sequence-classification"
-labels = ["no", "yes"]
-[rounds]
-cohort = 3
-"""
+from tests.coordinator.federation_file import FINGERPRINT, TOML, write_federation
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    arrays = {"z.A": np.ones((1, 2), np.float32), "a.A": np.zeros((2,), np.float32)}
-    metadata = {
-        "format": "pf2lora-start-1",
-        "fingerprint": FINGERPRINT,
-        "names": json.dumps(["z.A", "a.A"]),
-    }
-    save_file(arrays, tmp_path / "start.safetensors", metadata)
-    path = tmp_path / "federation.toml"
-    path.write_text(TOML)
-    return path
+    return write_federation(tmp_path)
 
 
 def test_a_file_gives_settings_defaults_and_the_start_in_its_order(path: Path) -> None:
@@ -95,7 +72,7 @@ def test_a_wrong_key_is_named_with_what_would_be_right(
 
 
 def test_wrong_flags_and_variables_are_named_as_the_user_wrote_them(path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="--rounds-count: expected a number, got 'many'"):
+    with pytest.raises(ConfigurationError, match="--rounds-count: expected a whole number, got"):
         config.load(path, {"rounds.count": "many"}, {})
     with pytest.raises(ConfigurationError, match=r"PF2LORA_ROUNDS_CUONT: is unknown.*ROUNDS_COUNT"):
         config.load(path, {}, {"PF2LORA_ROUNDS_CUONT": "3"})

@@ -139,7 +139,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_url_that_is_none_is_refused() -> None:
-    with pytest.raises(StoreError, match="nonsense"):
+    with pytest.raises(StoreError, match="the store: Could not parse"):
         SqlStore("nonsense")
 
 
