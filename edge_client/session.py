@@ -235,7 +235,7 @@ class Session:
             raise UnreachableError(str(error), self._failures) from error
         longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._failures, 10))
         pause_s = longest * (0.5 + 0.5 * self._rng.random())
-        log.info("connection failed (%s); next try in %.1f s", error, pause_s)
+        log.warning("connection failed (%s); next try in %.1f s", error, pause_s)
         await asyncio.sleep(pause_s)
 
 

