@@ -16,7 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from coordinator.aggregation.fedavg import FedAvg, UpdateError
+from coordinator.aggregation import aggregation_for, report_weight
+from coordinator.aggregation.base import UpdateError
 from coordinator.errors import ConfigurationError
 from coordinator.rounds import (
     Action,
@@ -42,8 +43,7 @@ from coordinator.rounds import (
     Uploaded,
 )
 from coordinator.store.base import Member, ReportRecord, RoundRecord, Snapshot, Store
-from protocol.federation import FederationSettings, Weighting
-from protocol.limits import EXAMPLES_MAX
+from protocol.federation import FederationSettings
 from protocol.messages import (
     Assignment,
     Finished,
@@ -53,7 +53,7 @@ from protocol.messages import (
     Resume,
     RetryWindow,
 )
-from protocol.tensors import NamedTensors, TensorSpec
+from protocol.tensors import NamedTensors, Payload
 from protocol.transfer import Receiver
 
 log = logging.getLogger("pf2lora.coordinator")
@@ -83,7 +83,11 @@ class FederationService:
     ) -> None:
         self.settings = settings
         self._base = start
-        self._previous = start
+        self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
+        # The base version as devices receive it, by rank; and all they may fetch, by digest.
+        self._payloads: dict[int, Payload] = {}
+        self._offered: dict[bytes, NamedTensors] = {}
+        self._offered_before: dict[bytes, NamedTensors] = {}
         self._store = store
         self._rng = rng
         self._run_blocking = run_blocking
@@ -134,14 +138,12 @@ class FederationService:
         self._unfinished.add(device)
 
     def payload(self, digest: bytes) -> NamedTensors | None:
-        """The base version of this digest, if it is the current one or the one before."""
-        for base in (self._base, self._previous):
-            if base.digest() == digest:
-                return base
-        return None
+        """What was offered under this digest, from the current base version or the last."""
+        return self._offered.get(digest) or self._offered_before.get(digest)
 
-    async def check_in(self, device: str) -> Message:
+    async def check_in(self, device: str, rank: int) -> Message:
         """Assignment, RetryWindow or Finished; may take as long as a device is held."""
+        self._ranks[device] = min(rank, self.settings.adapter.rank)
         return await self._ask(device, CheckedIn(device))
 
     async def offer(self, device: str, report: Report) -> tuple[Message, Receiver | None]:
@@ -219,11 +221,11 @@ class FederationService:
             case OpenRound():
                 await self._open_round(action)
             case Assign(device, assignment, number, deadline_at):
-                self._reply(device, self._assignment(assignment, number, deadline_at))
+                self._reply(device, self._assignment(device, assignment, number, deadline_at))
             case Retry(device, after_s, spread_s, reason):
                 self._reply(device, RetryWindow(after_s, spread_s, reason))
             case Finish(device):
-                payload = self._base.payload()
+                payload = self._offer_base(device)
                 rounds = self._machine.rounds_done
                 self._unfinished.discard(device)
                 self._reply(device, Finished(rounds, payload.digest, payload))
@@ -244,17 +246,28 @@ class FederationService:
         if reply is not None and not reply.done():
             reply.set_result(message)
 
-    def _assignment(self, assignment: str, number: int, deadline_at: float) -> Assignment:
-        payload = self._base.payload()
+    def _assignment(
+        self, device: str, assignment: str, number: int, deadline_at: float
+    ) -> Assignment:
+        payload = self._offer_base(device)
         remaining_s = max(0.0, deadline_at - self._clock())
-        return Assignment(assignment, number, payload.digest, remaining_s, payload)
+        return Assignment(assignment, number, self._base_version, remaining_s, payload)
+
+    def _offer_base(self, device: str) -> Payload:
+        """The base version as this device receives it, from now on to be fetched."""
+        rank = self._ranks.get(device, 0)
+        if rank not in self._payloads:
+            download = self._strategy.download(rank)
+            self._payloads[rank] = download.payload()
+            self._offered[self._payloads[rank].digest] = download
+        return self._payloads[rank]
 
     async def _open_round(self, action: OpenRound) -> None:
         cohort = tuple(Member(device, assignment) for device, assignment in action.cohort)
         record = RoundRecord(
             action.number,
             action.attempt,
-            self._base.digest(),
+            self._base_version,
             self._clock(),
             action.deadline_at,
             cohort,
@@ -279,7 +292,7 @@ class FederationService:
             update,
         )
         if await self._write(self._store.keep_report, record):
-            self._strategy.accumulate(update, self._weight(report.examples))
+            self._strategy.accumulate(update, report_weight(self.settings, report.examples))
             log.info("round %d: report of %s", open_round.number, device)
 
     async def _close_round(self, number: int, attempt: int, aggregate: bool) -> None:
@@ -289,7 +302,7 @@ class FederationService:
         if new_base is None:
             log.warning("round %d abandoned: too few reports by the deadline", number)
             return
-        self._previous, self._base = self._base, new_base
+        self._set_base(new_base)
         log.info("round %d of %d aggregated", number, self.settings.rounds.count)
 
     async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
@@ -298,7 +311,7 @@ class FederationService:
     # --- state --------------------------------------------------------------------------------
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self._base = self._previous = snapshot.base
+        self._set_base(snapshot.base)
         record, open_round = snapshot.open_round, None
         if record:
             cohort = {member.device: member.assignment for member in record.cohort}
@@ -313,11 +326,15 @@ class FederationService:
             attempt=snapshot.attempt,
             open_round=open_round,
         )
+
+    def _set_base(self, base: NamedTensors) -> None:
+        self._base, self._base_version = base, base.digest()
+        self._payloads = {}
+        self._offered_before, self._offered = self._offered, {}
         self._begin_sum()
 
     def _begin_sum(self) -> None:
-        cohort = self.settings.rounds.cohort
-        self._strategy = FedAvg(self._base, cohort * self._weight(EXAMPLES_MAX))
+        self._strategy = aggregation_for(self.settings, self._base)
 
     async def _resum(self, record: RoundRecord) -> None:
         def add_all() -> int:
@@ -325,24 +342,21 @@ class FederationService:
             for kept, report in enumerate(  # noqa: B007
                 self._store.reports(self.settings.name, record.number, record.attempt), 1
             ):
-                self._strategy.accumulate(report.update, self._weight(report.examples))
+                weight = report_weight(self.settings, report.examples)
+                self._strategy.accumulate(report.update, weight)
             return kept
 
         kept = await self._run_blocking(add_all)
         log.info("round %d goes on: %d of %d reports", record.number, kept, len(record.cohort))
 
-    def _weight(self, examples: int) -> int:
-        return examples if self.settings.rounds.weighting is Weighting.EXAMPLES else 1
-
     def _unfit(self, report: Report) -> str | None:
         """Why this report cannot be used whatever its bytes, if so."""
         dtype = self.settings.update_dtype
-        wanted = tuple(TensorSpec(s.name, dtype, s.shape) for s in self._base.specs)
-        if report.payload.tensors != wanted:
+        if not self._strategy.fits(report.payload.tensors, dtype):
             return f"its tensors are not those of the common adapter in {dtype.value}"
         open_round = self._machine.open_round
         current = open_round and report.assignment in open_round.cohort.values()
-        if current and report.base_version != self._base.digest():
+        if current and report.base_version != self._base_version:
             return "it was trained from another base version"
         return None
 

@@ -120,7 +120,7 @@ class DeviceSession:
                 ErrorCode.FINGERPRINT,
                 f"the device's backbone is {message.fingerprint}, the federation's is {wanted}",
             )
-        answer = await self._unless_left(self._service.check_in(self.device))
+        answer = await self._unless_left(self._service.check_in(self.device, message.rank))
         await self._send(answer)
 
     async def _send_payload(self, fetch: Fetch) -> None:

@@ -81,6 +81,7 @@ class TwoLevelLoRALinear(nn.Module):
             raise AdapterError(f"{name or 'base'}: {type(base).__name__} is no linear layer")
         _check_ranks(name or "base", shape, rank, personal_rank)
         self.base = base
+        self.name = name
         self.out_features, self.in_features = shape
         self.scaling = scaling
         self.level = Level.PERSONAL
@@ -95,12 +96,23 @@ class TwoLevelLoRALinear(nn.Module):
             self.register_parameter(down, None)
             self.register_parameter(up, None)
             return
-        uniform = seeded_uniform(rank * self.in_features, *origin, down)
-        start = ((2.0 * uniform - 1.0) / np.sqrt(self.in_features)).astype(np.float32)
-        factor = torch.from_numpy(start).view(rank, self.in_features).to(device)
+        factor = self._start(rank, origin, down).to(device)
         zeros = torch.zeros(self.out_features, rank, device=device)
         self.register_parameter(down, nn.Parameter(factor))
         self.register_parameter(up, nn.Parameter(zeros))
+
+    def _start(self, rank: int, origin: tuple[int, str], letter: str) -> Tensor:
+        uniform = seeded_uniform(rank * self.in_features, *origin, letter)
+        start = ((2.0 * uniform - 1.0) / np.sqrt(self.in_features)).astype(np.float32)
+        return torch.from_numpy(start).view(rank, self.in_features)
+
+    def restart_personal(self, seed: int) -> None:
+        """Give the personal level the start that it has on the device of this seed."""
+        if self.C is None or self.D is None:
+            return
+        with torch.no_grad():
+            self.C.copy_(self._start(self.C.shape[0], (seed, self.name), "C"))
+            self.D.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., n] to [..., m] in the dtype that the base gives."""
@@ -194,6 +206,8 @@ def inject(
     exclude: Sequence[str] = (),
     modules_to_train: Sequence[str] = (),
     head: Group | str = Group.COMMON,
+    common_factors: str = "AB",
+    personal_factors: str = "CD",
 ) -> TwoLevelAdapter:
     """Freeze `model` and wrap its target layers in place.
 
@@ -202,7 +216,7 @@ def inject(
     "query-value". Nothing inside `exclude` or `modules_to_train` is wrapped. The modules named in
     `modules_to_train`, a task's head, are trained themselves, in float32, in the group `head`
     ("common" or "personal"). Both levels are scaled by `alpha / rank`, or `alpha / personal_rank`
-    where `rank` is 0.
+    where `rank` is 0. Factors in neither `common_factors` nor `personal_factors` stay frozen.
 
     Raises:
         AdapterError: no such target, not a linear layer, a rank that does not fit, or an adapter
@@ -228,8 +242,14 @@ def inject(
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    groups = {Group.COMMON: _parameters(layers, "AB"), Group.PERSONAL: _parameters(layers, "CD")}
+    groups = {
+        Group.COMMON: _parameters(layers, common_factors),
+        Group.PERSONAL: _parameters(layers, personal_factors),
+    }
     groups[Group(head)] |= _thaw(heads)
+    for layer in layers.values():
+        for letter, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(letter in common_factors + personal_factors)
     common, personal = (dict(sorted(groups[group].items())) for group in Group)
     return TwoLevelAdapter(layers, common, personal, tuple(heads), scaling)
 

@@ -66,6 +66,7 @@ class Offer:
 
     fingerprint: str
     examples: int
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,11 @@ class FinishedReport:
 class Worker(Protocol):
     """The device behind the session: trains when asked, remembers what must not be lost."""
 
-    async def prepare(self, settings: FederationSettings) -> Offer:
+    async def prepare(self, settings: FederationSettings) -> None:
         """Make ready for this federation; called at every connection, so quick the second time."""
+
+    def offer(self) -> Offer:
+        """What to say at the next check-in."""
 
     def held(self, digest: bytes) -> NamedTensors | None:
         """The payload of this digest, if it is on the device already."""
@@ -166,14 +170,18 @@ class Session:
         """True when the federation is finished, False to connect anew later."""
         await line.ask(default_hello("pf2lora-client"), Hello)
         joined = await line.ask(Join(self._federation, self._device), Joined)
-        offer = await self._worker.prepare(joined.settings)
+        await self._worker.prepare(joined.settings)
         while True:
             report = self._worker.unsent()
             if report is not None:
                 await self._worker.settled(await self._send_report(line, report))
                 self._progressed()
+            offer = self._worker.offer()
             answer = await line.ask(
-                CheckIn(offer.fingerprint, offer.examples), Assignment, RetryWindow, Finished
+                CheckIn(offer.fingerprint, offer.examples, offer.rank),
+                Assignment,
+                RetryWindow,
+                Finished,
             )
             self._progressed()
             match answer:

@@ -72,7 +72,7 @@ class DeviceWorker:
 
     # --- session.Worker -----------------------------------------------------------------------
 
-    async def prepare(self, settings: FederationSettings) -> Offer:
+    async def prepare(self, settings: FederationSettings) -> None:
         """Load data and backbone for this federation, once.
 
         Raises:
@@ -87,7 +87,9 @@ class DeviceWorker:
                 f"the settings of {settings.name!r} have changed on the coordinator",
                 "a new federation name, and a fresh state folder",
             )
-        return Offer(self.trainer.fingerprint, len(self.training_rows))
+
+    def offer(self) -> Offer:
+        return Offer(self.trainer.fingerprint, len(self.training_rows), self.trainer.rank)
 
     def held(self, digest: bytes) -> NamedTensors | None:
         if self._base is not None and self._base.digest() == digest:
@@ -119,6 +121,7 @@ class DeviceWorker:
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         def take() -> None:
             self.trainer.set_common(base)
+            self.trainer.personalise(self._encoded)
             self._save(replace(self.state, groups={**self.state.groups, "common": base.arrays()}))
 
         await asyncio.to_thread(take)
@@ -220,13 +223,14 @@ class DeviceWorker:
         if "common" in state.groups:
             specs = self.trainer.common().specs
             self.trainer.set_common(_in_order(state.groups["common"], specs))
+            self.trainer.personalise(self._encoded)
 
     def _train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         trainer, state = self.trainer, self.state
         self._progress(f"round {assignment.round}: training")
         trainer.set_common(base)
         self._base = base
-        result = trainer.train(self._encoded, state.steps_done)
+        result = trainer.train(self._encoded, state.steps_done, assignment.round)
         update = trainer.update_from(base)
         metrics = {"loss": result.mean_loss, "steps": float(result.steps)}
         self._save(

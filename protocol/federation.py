@@ -1,8 +1,8 @@
 """What a federation is: the settings that the coordinator holds and every device obeys.
 
-The same dataclasses are the sections of `federation.toml` and travel in the message `Federation`.
-Method settings follow PF2LoRA (arXiv 2503.03920): the lower step trains the personal adapter, the
-upper step the common adapter.
+The same dataclasses are the sections of `federation.toml` and travel in the message `Joined`. The
+method is PF2LoRA (arXiv 2503.03920): the lower step trains the personal adapter, the upper step the
+common adapter. The others are what it is compared with, on the same devices and the same wire.
 """
 
 from __future__ import annotations
@@ -46,10 +46,34 @@ class Weighting(Enum):
 
 
 class Hypergradient(Enum):
-    """How the upper step's gradient is had (METHOD names; `secant` is this project's own)."""
+    """How the upper step's gradient is had; edge_client/algorithms/pf2lora.py has the formulas.
 
+    `exact` and `finite_difference` differentiate through the lower step; `secant` approximates that
+    for nothing, `first_order` leaves it out. `optimistic` takes both levels' steps from one
+    gradient, extrapolated from the last; `joint` does without the bilevel step at all.
+    """
+
+    EXACT = "exact"
+    FINITE_DIFFERENCE = "finite_difference"
     SECANT = "secant"
     FIRST_ORDER = "first_order"
+    OPTIMISTIC = "optimistic"
+    JOINT = "joint"
+
+
+class OptimizerState(Enum):
+    """Whether a device's optimizers remember their moments from round to round."""
+
+    KEEP = "keep"
+    RESET = "reset"
+
+
+class Decay(Enum):
+    """How learning rates fall over the federation's rounds: not, or to zero."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
 
 
 class LowerOptimizer(Enum):
@@ -105,22 +129,45 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One device's work in a round, the same for every algorithm; AdamW trains what is sent."""
+    """One device's work in a round, the same for every algorithm; AdamW trains what is sent.
+
+    `clip_norm` bounds each level's gradient (0: not at all). Rates rise over `warmup_rounds` and
+    then follow `decay`. A batch is worked through `micro_batch_size` rows at a time (0: at once),
+    which with `gradient_checkpointing` trades time for memory and changes nothing else.
+    """
 
     local_steps: Annotated[int, Integer(1, limits.STEPS_MAX)] = 10
     batch_size: Annotated[int, Integer(1, 4096)] = 16
     learning_rate: LearningRate = 1e-3
     weight_decay: Annotated[float, Real(0.0, 10.0)] = 0.0
+    clip_norm: Annotated[float, Real(0.0, 1e6)] = 0.0
+    warmup_rounds: Annotated[int, Integer(0, limits.ROUNDS_MAX)] = 0
+    decay: Decay = Decay.CONSTANT
+    optimizer_state: OptimizerState = OptimizerState.KEEP
+    micro_batch_size: Annotated[int, Integer(0, 4096)] = 0
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PF2LoRA:
-    """Bilevel: lower step on the personal adapter, upper step with the hypergradient."""
+    """Bilevel: `lower_steps` on the personal adapter, then one upper step on the common one.
+
+    With `separate_batches` the upper step sees rows that the lower step did not. Until
+    `common_warmup_rounds` are over only the common adapter learns.
+    """
 
     NAME: ClassVar[str] = "pf2lora"
     hypergradient: Hypergradient = Hypergradient.SECANT
     lower_optimizer: LowerOptimizer = LowerOptimizer.ADAM
     lower_learning_rate: LearningRate = 1e-3
+    lower_momentum: Annotated[float, Real(0.0, 0.999)] = 0.0
+    lower_steps: Annotated[int, Integer(1, 100)] = 1
+    separate_batches: bool = False
+    common_warmup_rounds: Annotated[int, Integer(0, limits.ROUNDS_MAX)] = 0
+
+    def __post_init__(self) -> None:
+        if self.lower_momentum and self.lower_optimizer is not LowerOptimizer.SGD:
+            raise SchemaError("lower_momentum", "is SGD's; Adam has its own")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +182,54 @@ class LocalOnly:
     """One LoRA a device, never sent: what federation has to beat."""
 
     NAME: ClassVar[str] = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class PerFedAvg:
+    """Per-FedAvg on LoRA: learns a common adapter from which few SGD steps make a good own one."""
+
+    NAME: ClassVar[str] = "per-fedavg"
+    hessian_free: bool = False
+    inner_learning_rate: LearningRate = 0.1
+    adaptation_steps: Annotated[int, Integer(1, 1000)] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HetLoRA:
+    """HETLoRA: devices of ranks from `rank_min` to the adapter's, each pruning its own.
+
+    Ranks above `rank_share` of the present one are penalised by `penalty` and cut off once they
+    have shrunk.
+    """
+
+    NAME: ClassVar[str] = "hetlora"
+    rank_min: Annotated[int, Integer(1, limits.RANK_MAX)] = 2
+    rank_share: Annotated[float, Real(0.01, 1.0)] = 0.99
+    penalty: Annotated[float, Real(0.0, 1e3)] = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class FFALoRA:
+    """FFA-LoRA: A stays as it was drawn, B is trained and sent."""
+
+    NAME: ClassVar[str] = "ffa-lora"
+
+
+@dataclass(frozen=True, slots=True)
+class FedSALoRA:
+    """FedSA-LoRA: A and B are trained, A is sent, B stays on its device."""
+
+    NAME: ClassVar[str] = "fedsa-lora"
+
+
+@dataclass(frozen=True, slots=True)
+class FedDPA:
+    """FedDPA: a global and a personal LoRA, trained in turn within a round."""
+
+    NAME: ClassVar[str] = "feddpa"
+
+
+Algorithm = PF2LoRA | HomLoRA | LocalOnly | PerFedAvg | HetLoRA | FFALoRA | FedSALoRA | FedDPA
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +268,15 @@ class FederationSettings:
     task: Task
     adapter: Adapter = field(default_factory=Adapter)
     training: Training = field(default_factory=Training)
-    algorithm: PF2LoRA | HomLoRA | LocalOnly = field(default_factory=PF2LoRA)
+    algorithm: Algorithm = field(default_factory=PF2LoRA)
     rounds: Rounds = field(default_factory=Rounds)
     update_dtype: WireDtype = WireDtype.FLOAT32
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.algorithm, PF2LoRA) and self.adapter.personal_rank == 0:
-            raise SchemaError("adapter.personal_rank", "pf2lora needs a personal rank of 1 or more")
+        two_level = isinstance(self.algorithm, PF2LoRA | FedDPA)
+        if two_level and self.adapter.personal_rank == 0:
+            name = self.algorithm.NAME
+            raise SchemaError("adapter.personal_rank", f"{name} needs a personal rank of 1 or more")
+        if isinstance(self.algorithm, HetLoRA) and self.algorithm.rank_min > self.adapter.rank:
+            raise SchemaError("algorithm.rank_min", f"is over the rank of {self.adapter.rank}")

@@ -67,11 +67,15 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class CheckIn:
-    """The device offers itself, with the fingerprint of the backbone it has loaded."""
+    """The device offers itself, with the fingerprint of the backbone it has loaded.
+
+    `rank` is how much of the common adapter's rank it works with; 0 is all of it.
+    """
 
     CODE: ClassVar[int] = 4
     fingerprint: Fingerprint
     examples: Examples
+    rank: Annotated[int, Integer(0, limits.RANK_MAX)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,21 @@ class NamedTensors:
         return Payload(self.digest(), len(self.buffer), self.specs)
 
 
+def truncated(tensors: NamedTensors, rank: int) -> NamedTensors:
+    """The first `rank` rows of every A and columns of every B; other tensors whole."""
+    return NamedTensors.from_arrays(
+        {name: array[rank_corner(name, rank)] for name, array in tensors.arrays().items()},
+        tensors.specs[0].dtype if tensors.specs else WireDtype.FLOAT32,
+    )
+
+
+def rank_corner(name: str, rank: int) -> tuple[slice, ...]:
+    """The part of the tensor `name` that an adapter of rank `rank` has."""
+    if name.endswith(".A"):
+        return (slice(rank),)
+    return (slice(None), slice(rank)) if name.endswith(".B") else ()
+
+
 def specs_hasher(specs: Iterable[TensorSpec]) -> hashlib._Hash:
     """A SHA-256 that has taken in the specs and waits for the buffer's bytes."""
     hasher = hashlib.sha256()

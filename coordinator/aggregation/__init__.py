@@ -1,1 +1,25 @@
-"""Aggregation rules, one file each: init with the base version, accumulate reports, finalize."""
+"""From a round's updates to the next base version: one file a rule, all independent of order."""
+
+from __future__ import annotations
+
+from coordinator.aggregation.base import Aggregation
+from coordinator.aggregation.fedavg import FedAvg
+from coordinator.aggregation.hetlora import HetLoRA
+from protocol import federation
+from protocol.federation import FederationSettings, Weighting
+from protocol.limits import EXAMPLES_MAX
+from protocol.tensors import NamedTensors
+
+
+def aggregation_for(settings: FederationSettings, base: NamedTensors) -> Aggregation:
+    """An empty aggregate of the federation's kind on a base version."""
+    cohort = settings.rounds.cohort
+    bound = cohort * report_weight(settings, EXAMPLES_MAX)
+    if isinstance(settings.algorithm, federation.HetLoRA):
+        return HetLoRA(base, bound, cohort)
+    return FedAvg(base, bound)
+
+
+def report_weight(settings: FederationSettings, examples: int) -> int:
+    """How much a report of so many examples counts."""
+    return examples if settings.rounds.weighting is Weighting.EXAMPLES else 1

@@ -7,10 +7,12 @@ on a batch; vectors are NumPy's or torch's, so one algorithm serves every backen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import abc
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from edge_client.algorithms.optimizers import adamw_step, clipped
 from protocol.federation import Adapter, Group, Training
 
 # A flat float vector that supports + - * / ** and their in-place forms: NumPy's or torch's.
@@ -41,22 +43,56 @@ class GradientOracle(Protocol):
     def gradients(self, batch: Batch) -> Gradients:
         """Loss and gradients at the present parameters."""
 
+    def mixed_product(self, batch: Batch, vector: Vector) -> Vector:
+        """`[d2 loss / d common d personal] vector`, [P_c], at the present parameters.
+
+        Raises:
+            AlgorithmError: this backend has first-order gradients only.
+        """
+
+    def factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
+        """Views (A [r, n], B [m, r]) of every adapted layer into a vector like `common`."""
+
 
 @dataclass(slots=True)
 class AlgorithmState:
     """What an algorithm remembers from round to round, on the device: named vectors."""
 
     vectors: dict[str, Vector] = field(default_factory=dict)
-    steps: int = 0
+
+    def forget_moments(self) -> None:
+        """Let the optimizers begin anew; what else is remembered stays."""
+        for name in [n for n in self.vectors if n.startswith(("upper.", "lower."))]:
+            del self.vectors[name]
 
 
 @dataclass(frozen=True, slots=True)
-class Levels:
-    """The ranks of both levels, and the group that the task head is in."""
+class Layout:
+    """The ranks of both levels, the head's group, and which factors are trained in which group.
+
+    Of the factors A, B (common rank) and C, D (personal rank) those named in neither `common` nor
+    `personal` stay as they were drawn.
+    """
 
     common_rank: int
     personal_rank: int
     head: Group
+    common: str = "AB"
+    personal: str = "CD"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step is told: settings with the round's learning rate, and where in the run it is.
+
+    `factor` is what the round's schedule multiplies every learning rate by; `training` has it in
+    already. `round` counts from 1, `step` from 0 within the round.
+    """
+
+    training: Training
+    factor: float = 1.0
+    round: int = 1
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +104,62 @@ class LocalResult:
     steps: int
 
 
-class Algorithm(Protocol):
+class Algorithm(abc.ABC):
     """What is trained, sent, and how."""
 
-    def levels(self, adapter: Adapter) -> Levels:
+    batches_per_step: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def layout(self, adapter: Adapter) -> Layout:
         """The shape of both levels under this algorithm."""
 
+    @abc.abstractmethod
     def step(
-        self, oracle: GradientOracle, batch: Batch, state: AlgorithmState, training: Training
+        self, oracle: GradientOracle, batches: Sequence[Batch], state: AlgorithmState, plan: Plan
     ) -> float:
-        """One local step; the loss before it."""
+        """One local step on `batches_per_step` batches; the loss before it."""
+
+    def rank(self, state: AlgorithmState) -> int:  # noqa: ARG002
+        """How much of the common rank this device works with; 0 is all."""
+        return 0
+
+    def end_round(self, oracle: GradientOracle, state: AlgorithmState) -> None:  # noqa: B027
+        """After a round's last step, before the update is taken."""
+
+    def personalise(  # noqa: B027 - most methods have nothing to do
+        self, oracle: GradientOracle, batches: Iterator[Batch]
+    ) -> None:
+        """Make the common parameters this device's own, in place, where the method does so."""
+
+
+class PlainAlgorithm(Algorithm):
+    """One gradient a step, and AdamW on whatever is trained in either group."""
+
+    def step(
+        self, oracle: GradientOracle, batches: Sequence[Batch], state: AlgorithmState, plan: Plan
+    ) -> float:
+        gradients = oracle.gradients(batches[0])
+        for name, parameters, gradient in (
+            ("upper", oracle.common, gradients.common),
+            ("lower", oracle.personal, gradients.personal),
+        ):
+            if len(parameters):
+                descend(parameters, gradient, state, name, plan.training)
+        return gradients.loss
+
+
+def descend(
+    parameters: Vector, gradient: Vector, state: AlgorithmState, name: str, training: Training
+) -> None:
+    """The federation's AdamW step on one level, clipped as it says."""
+    adamw_step(
+        parameters,
+        clipped(gradient, training.clip_norm),
+        state.vectors,
+        name,
+        training.learning_rate,
+        training.weight_decay,
+    )
 
 
 def train(
@@ -85,11 +167,12 @@ def train(
     oracle: GradientOracle,
     batches: Iterable[Batch],
     state: AlgorithmState,
-    training: Training,
+    plans: Iterable[Plan],
 ) -> LocalResult:
-    """The shared local loop: one step a batch."""
-    losses = []
-    for batch in batches:
-        losses.append(algorithm.step(oracle, batch, state, training))
-        state.steps += 1
+    """The shared local loop: one step a plan."""
+    losses, stream = [], iter(batches)
+    for plan in plans:
+        taken = [next(stream) for _ in range(algorithm.batches_per_step)]
+        losses.append(algorithm.step(oracle, taken, state, plan))
+    algorithm.end_round(oracle, state)
     return LocalResult(sum(losses) / len(losses), losses[-1], len(losses))

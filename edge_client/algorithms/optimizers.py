@@ -1,40 +1,67 @@
-"""Optimizers on flat vectors, in place: few operations a step, whatever the number of tensors."""
+"""Optimizers on flat vectors, in place: few operations a step, whatever the number of tensors.
+
+What they remember is kept in a dictionary of vectors under `NAME.m` and so on, so that it may live
+on across rounds.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+import math
+from typing import Any, Final
 
-from edge_client.algorithms.base import AlgorithmState, Vector
+Vector = Any
 
 BETA_1: Final = 0.9
 BETA_2: Final = 0.999
 EPSILON: Final = 1e-8
 
 
-def sgd_step(parameters: Vector, gradient: Vector, learning_rate: float) -> None:
-    """`p -= lr g`."""
+def norm(vector: Vector) -> float:
+    """Euclidean norm."""
+    return math.sqrt(float((vector * vector).sum()))
+
+
+def clipped(gradient: Vector, norm_max: float) -> Vector:
+    """The gradient, scaled down to `norm_max` where it is longer; 0 leaves it alone."""
+    if norm_max == 0.0:
+        return gradient
+    length = norm(gradient)
+    return gradient if length <= norm_max else gradient * (norm_max / length)
+
+
+def sgd_step(
+    parameters: Vector,
+    gradient: Vector,
+    memory: dict[str, Vector],
+    name: str,
+    learning_rate: float,
+    momentum: float = 0.0,
+) -> None:
+    """`m = momentum m + g; p -= lr m`; without momentum nothing is remembered."""
+    if momentum:
+        if f"{name}.m" not in memory:
+            memory[f"{name}.m"] = parameters * 0.0
+        velocity = memory[f"{name}.m"]
+        velocity *= momentum
+        velocity += gradient
+        gradient = velocity
     parameters -= learning_rate * gradient
 
 
 def adamw_step(
     parameters: Vector,
     gradient: Vector,
-    state: AlgorithmState,
+    memory: dict[str, Vector],
     name: str,
     learning_rate: float,
     weight_decay: float = 0.0,
 ) -> None:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2).
-
-    Its two moments are kept in `state` as `NAME.m` and `NAME.v`, its own step count beside them, so
-    that the state may live on across rounds.
-    """
-    vectors = state.vectors
-    if f"{name}.m" not in vectors:
-        vectors[f"{name}.m"] = parameters * 0.0
-        vectors[f"{name}.v"] = parameters * 0.0
-        vectors[f"{name}.steps"] = parameters[:1] * 0.0
-    m, v, steps = vectors[f"{name}.m"], vectors[f"{name}.v"], vectors[f"{name}.steps"]
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2)."""
+    if f"{name}.m" not in memory:
+        memory[f"{name}.m"] = parameters * 0.0
+        memory[f"{name}.v"] = parameters * 0.0
+        memory[f"{name}.steps"] = parameters[:1] * 0.0
+    m, v, steps = memory[f"{name}.m"], memory[f"{name}.v"], memory[f"{name}.steps"]
     steps += 1
     count = float(steps[0])
     m *= BETA_1
@@ -46,3 +73,24 @@ def adamw_step(
     root = (v / (1 - BETA_2**count)) ** 0.5
     root += EPSILON
     parameters -= (learning_rate / (1 - BETA_1**count)) * m / root
+
+
+def adam_derivative(
+    gradient: Vector, memory: dict[str, Vector], name: str, learning_rate: float
+) -> Vector:
+    """`d p / d g` of the Adam step just taken with `gradient`: a diagonal, as a vector.
+
+    With m^ = m / c1, v^ = v / c2 and c = 1 - beta ** count,
+
+        d p / d g = -lr [ (1 - beta1) / (c1 (sqrt v^ + eps))
+                          - m^ (1 - beta2) g / (c2 sqrt v^ (sqrt v^ + eps)^2) ].
+    """
+    count = float(memory[f"{name}.steps"][0])
+    c1, c2 = 1 - BETA_1**count, 1 - BETA_2**count
+    root = (memory[f"{name}.v"] / c2) ** 0.5
+    below = root + EPSILON
+    through_m = (1 - BETA_1) / (c1 * below)
+    through_v = (memory[f"{name}.m"] / c1) * ((1 - BETA_2) / c2) * gradient
+    # Where the gradient has always been zero so is its square's share.
+    through_v = through_v / ((root + (root == 0.0)) * below * below)
+    return -learning_rate * (through_m - through_v)

@@ -8,58 +8,152 @@ the hypergradient of the one-step unrolled objective,
 
     h = grad_x f(x, y+) - alpha [d2 f / dx dy](x, y) . grad_y f(x, y+).
 
-Order, optimizers and interval are the paper's; the formula of h is this project's reading. `secant`
-is this project's approximation, `h ~ 2 grad_x f(x, y+) - grad_x f(x, y)` on one batch: the second
-term is `-alpha H_xy grad_y f(x, y)` to first order in alpha, which is what is wanted, and costs
-nothing, as the first pass gives grad_x and grad_y together. `first_order` drops the second term.
-With the lower step taken by Adam, y+ - y takes the place of -alpha grad_y f in both.
+Order, optimizers and interval are the paper's; everything below is this project's reading of h.
+Write J = d y+ / d grad_y f, a diagonal (-alpha for SGD; optimizers.adam_derivative for Adam), so
+that h = grad_x f(x, y+) + [d2 f / dx dy](x, y) . v with v = J grad_y f(x, y+).
+
+    exact              the product with v by double backward                        2 + ~2 gradients
+    finite_difference  the product as (grad_x f(x, y + e v) - grad_x f(x, y - e v)) / 2e     4
+    secant             2 grad_x f(x, y+) - grad_x f(x, y): the second term is H_xy (y+ - y), which
+                       for SGD is `-alpha H_xy grad_y f` to first order in alpha             2
+    first_order        grad_x f(x, y+)                                                       2
+    optimistic         2 g_t - g_(t-1), g_t = grad_x f(x_t, y_t), and y's step from the same
+                       backward: the secant's extrapolation from the last step               1
+    joint              grad_x f(x, y): no bilevel step                                       1
+
+With Adam below, y+ - y also holds past gradients, which the secant then takes for this one's.
+Of several lower steps, `exact` and `finite_difference` differentiate through the last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from edge_client.algorithms.base import AlgorithmState, Batch, GradientOracle, Levels
-from edge_client.algorithms.optimizers import adamw_step, sgd_step
-from protocol.federation import Adapter, Hypergradient, LowerOptimizer, PF2LoRA, Training
+from edge_client.algorithms.base import (
+    Algorithm,
+    AlgorithmState,
+    Batch,
+    GradientOracle,
+    Layout,
+    Plan,
+    Vector,
+    descend,
+)
+from edge_client.algorithms.optimizers import adam_derivative, adamw_step, clipped, norm, sgd_step
+from protocol.federation import Adapter, Hypergradient, LowerOptimizer, PF2LoRA
+
+# Length of the finite difference's step: that of DARTS (arXiv 1806.09055, section 2.3).
+DIFFERENCE_NORM: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class PF2LoRAStep:
+class _Lower:
+    """The last lower step: where it began, its gradient, and d y+ / d gradient."""
+
+    start: Vector
+    gradient: Vector
+    derivative: Vector | float
+
+
+class PF2LoRAStep(Algorithm):
     """The bilevel step under the federation's settings."""
 
-    settings: PF2LoRA
+    def __init__(self, settings: PF2LoRA) -> None:
+        self._settings = settings
+        self.batches_per_step = 2 if settings.separate_batches else 1  # type: ignore[misc]
 
-    def levels(self, adapter: Adapter) -> Levels:
-        return Levels(adapter.rank, adapter.personal_rank, adapter.head)
+    def layout(self, adapter: Adapter) -> Layout:
+        return Layout(adapter.rank, adapter.personal_rank, adapter.head)
 
     def step(
-        self, oracle: GradientOracle, batch: Batch, state: AlgorithmState, training: Training
+        self, oracle: GradientOracle, batches: Sequence[Batch], state: AlgorithmState, plan: Plan
     ) -> float:
-        before = oracle.gradients(batch)
-        secant = self.settings.hypergradient is Hypergradient.SECANT
-        # The gradients hold until the next call only.
-        common_before = before.common * 1.0 if secant else None
-        self._lower_step(oracle, before.personal, state)
-        after = oracle.gradients(batch)
-        if common_before is None:
-            hypergradient = after.common
-        else:
-            hypergradient = 2.0 * after.common
-            hypergradient -= common_before
-        adamw_step(
-            oracle.common,
-            hypergradient,
-            state,
-            "upper",
-            training.learning_rate,
-            training.weight_decay,
-        )
-        return before.loss
+        below, above = batches[0], batches[-1]
+        if plan.round <= self._settings.common_warmup_rounds:
+            gradients = oracle.gradients(above)
+            descend(oracle.common, gradients.common, state, "upper", plan.training)
+            return gradients.loss
+        if self._settings.hypergradient in (Hypergradient.OPTIMISTIC, Hypergradient.JOINT):
+            return self._one_pass(oracle, below, state, plan)
+        before = oracle.gradients(below)
+        loss, common_before = before.loss, before.common * 1.0  # gradients hold until the next call
+        lower = self._lower_step(oracle, before.personal * 1.0, state, plan)
+        for _ in range(self._settings.lower_steps - 1):
+            gradient = oracle.gradients(below).personal * 1.0
+            lower = self._lower_step(oracle, gradient, state, plan)
+        hypergradient = self._hypergradient(oracle, below, above, common_before, lower)
+        descend(oracle.common, hypergradient, state, "upper", plan.training)
+        return loss
 
-    def _lower_step(self, oracle: GradientOracle, gradient: object, state: AlgorithmState) -> None:
-        learning_rate = self.settings.lower_learning_rate
-        if self.settings.lower_optimizer is LowerOptimizer.SGD:
-            sgd_step(oracle.personal, gradient, learning_rate)
+    def _one_pass(
+        self, oracle: GradientOracle, batch: Batch, state: AlgorithmState, plan: Plan
+    ) -> float:
+        gradients = oracle.gradients(batch)
+        upward = gradients.common
+        if self._settings.hypergradient is Hypergradient.OPTIMISTIC:
+            last = state.vectors.get("upper.last") if plan.step else None
+            state.vectors["upper.last"] = gradients.common * 1.0
+            if last is not None:
+                upward = 2.0 * gradients.common - last
+        self._lower_step(oracle, gradients.personal, state, plan)
+        descend(oracle.common, upward, state, "upper", plan.training)
+        return gradients.loss
+
+    def _lower_step(
+        self, oracle: GradientOracle, gradient: Vector, state: AlgorithmState, plan: Plan
+    ) -> _Lower:
+        settings, memory = self._settings, state.vectors
+        rate = settings.lower_learning_rate * plan.factor
+        start = oracle.personal * 1.0
+        gradient = clipped(gradient, plan.training.clip_norm)
+        if settings.lower_optimizer is LowerOptimizer.SGD:
+            sgd_step(oracle.personal, gradient, memory, "lower", rate, settings.lower_momentum)
+            return _Lower(start, gradient, -rate)
+        adamw_step(oracle.personal, gradient, memory, "lower", rate)
+        if settings.hypergradient in (Hypergradient.SECANT, Hypergradient.FIRST_ORDER):
+            return _Lower(start, gradient, 0.0)  # these two do not ask for it
+        return _Lower(start, gradient, adam_derivative(gradient, memory, "lower", rate))
+
+    def _hypergradient(
+        self,
+        oracle: GradientOracle,
+        below: Batch,
+        above: Batch,
+        common_before: Vector,
+        lower: _Lower,
+    ) -> Vector:
+        after = oracle.gradients(above)
+        direct = after.common * 1.0
+        match self._settings.hypergradient:
+            case Hypergradient.FIRST_ORDER:
+                return direct
+            case Hypergradient.SECANT:
+                same = direct if above is below else oracle.gradients(below).common
+                return direct + same - common_before
+        vector = lower.derivative * after.personal
+        landed = oracle.personal * 1.0
+        if self._settings.hypergradient is Hypergradient.EXACT:
+            _move(oracle, lower.start)
+            through = oracle.mixed_product(below, vector)
         else:
-            adamw_step(oracle.personal, gradient, state, "lower", learning_rate)
+            through = _difference(oracle, below, lower.start, vector)
+        _move(oracle, landed)
+        return direct + through
+
+
+def _difference(oracle: GradientOracle, batch: Batch, start: Vector, vector: Vector) -> Vector:
+    """`[d2 f / dx dy](x, start) vector` from two gradients."""
+    length = norm(vector)
+    if length == 0.0:
+        return oracle.common * 0.0
+    scale = DIFFERENCE_NORM / length
+    _move(oracle, start + scale * vector)
+    forward = oracle.gradients(batch).common * 1.0
+    _move(oracle, start - scale * vector)
+    return (forward - oracle.gradients(batch).common) / (2.0 * scale)
+
+
+def _move(oracle: GradientOracle, personal: Vector) -> None:
+    oracle.personal[:] = personal

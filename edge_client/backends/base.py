@@ -75,10 +75,13 @@ class Trainer(Protocol):
         """The common adapter, float32."""
 
     def set_common(self, base: NamedTensors) -> None:
-        """Take over a base version; refuses other names or shapes."""
+        """Take over a base version; refuses other names or shapes.
+
+        Where devices have ranks of their own, one of a lower rank is filled up with zeros.
+        """
 
     def update_from(self, base: NamedTensors) -> NamedTensors:
-        """The common adapter minus a base version, in the federation's update dtype."""
+        """The common adapter minus a base version: in the federation's dtype, of our rank."""
 
     def personal(self) -> Arrays:
         """A copy of the personal adapter."""
@@ -92,8 +95,18 @@ class Trainer(Protocol):
     def set_optimizer_state(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Take over what the algorithm remembered."""
 
-    def train(self, rows: Encoded, first_step: int) -> LocalResult:
+    @property
+    def rank(self) -> int:
+        """How much of the common adapter's rank this device works with; 0 is all."""
+
+    def train(self, rows: Encoded, first_step: int, round_number: int) -> LocalResult:
         """One round's local steps, `first_step` being how many this device has taken before."""
+
+    def personalise(self, rows: Encoded) -> None:
+        """Make what is used at the personal level from the present common adapter.
+
+        Only for methods that adapt it by training steps; the common adapter itself stays.
+        """
 
     def evaluate(self, rows: Encoded, level: Level) -> Evaluation:
         """Loss and accuracy at a level."""

@@ -34,6 +34,22 @@ class Batch:
     inputs: dict[str, Tensor]
     targets: Tensor
 
+    @property
+    def weight(self) -> int:
+        """How many targets the mean loss is over."""
+        targets = self.targets[:, 1:] if self.targets.dim() == 2 else self.targets
+        return int((targets != IGNORED).sum())
+
+    def split(self, rows: int) -> list[Batch]:
+        """Parts of at most so many rows; 0 leaves it whole."""
+        if rows == 0 or len(self.targets) <= rows:
+            return [self]
+        cut = {name: torch.split(tensor, rows) for name, tensor in self.inputs.items()}
+        return [
+            Batch({name: parts[i] for name, parts in cut.items()}, targets)
+            for i, targets in enumerate(torch.split(self.targets, rows))
+        ]
+
 
 class Encoder:
     """Tokenises rows of one task, and pads them into batches."""

@@ -6,8 +6,10 @@ optimizer step is a few vector operations, and nothing is copied between model a
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ from torch.nn import functional
 
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, train
+from edge_client.algorithms.schedule import plans
 from edge_client.backends.base import Arrays, Evaluation, Level, Prediction, RankReport
 from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Encoder
 from edge_client.data import Example
@@ -25,8 +28,15 @@ from edge_client.errors import StateError
 from edge_client.lora import AdapterError, active_level, inject, rank_report
 from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
-from protocol.federation import FederationSettings, TaskKind
-from protocol.tensors import NamedTensors, TensorSpec
+from protocol.federation import (
+    FederationSettings,
+    HetLoRA,
+    Hypergradient,
+    OptimizerState,
+    PF2LoRA,
+    TaskKind,
+)
+from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.backbone import Backbone, load_backbone
 
 EVALUATION_BATCH: Final = 64
@@ -51,6 +61,12 @@ class FlatGroup:
             parameter.grad = self.gradients[at:end].view(parameter.shape)
             at = end
 
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector like `values`, cut into the parameters' shapes; views, by name."""
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        parts = zip(self.parameters.items(), torch.split(vector, sizes), strict=True)
+        return {name: part.view(parameter.shape) for (name, parameter), part in parts}
+
     def arrays(self) -> Arrays:
         """Copies, by name."""
         return {
@@ -58,21 +74,29 @@ class FlatGroup:
             for name, parameter in self.parameters.items()
         }
 
-    def load(self, arrays: Mapping[str, np.ndarray[Any, Any]], what: str) -> None:
-        """Take over values, in place.
+    def load(
+        self, arrays: Mapping[str, np.ndarray[Any, Any]], what: str, *, fill_up: bool = False
+    ) -> None:
+        """Take over values, in place; with `fill_up` smaller ones too, zeros behind them.
 
         Raises:
             StateError: the names or shapes are others.
         """
         found = {name: array.shape for name, array in arrays.items()}
         wanted = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        if found != wanted:
+        fits = found.keys() == wanted.keys() and all(
+            found[name] == shape or (fill_up and _is_within(found[name], shape))
+            for name, shape in wanted.items()
+        )
+        if not fits:
             differing = sorted(set(found.items()) ^ set(wanted.items()))[:3]
             raise StateError(f"the {what} has other tensors than this model: {differing}")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                # A copy first: arrays that came over the wire are read-only.
-                parameter.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))
+        self.values.zero_()
+        views = self.views(self.values)
+        for name, array in arrays.items():
+            corner = tuple(slice(side) for side in array.shape)
+            # A copy first: arrays that came over the wire are read-only.
+            views[name][corner] = torch.from_numpy(np.array(array, dtype=np.float32))
 
 
 class TorchTrainer:
@@ -87,36 +111,77 @@ class TorchTrainer:
     ) -> None:
         self.fingerprint = backbone.fingerprint
         self._settings = settings
-        self._algorithm = algorithm_for(settings)
+        self._algorithm = algorithm_for(settings, personal_seed)
         self._model: nn.Module = backbone.model
         self._tokenizer: Any = backbone.tokenizer
-        self.seed = personal_seed
-        levels = self._algorithm.levels(settings.adapter)
+        self._seed = personal_seed
+        layout = self._algorithm.layout(settings.adapter)
         self._adapter = inject(
             backbone.model,
             target_modules=settings.adapter.target_modules,
-            rank=levels.common_rank,
-            personal_rank=levels.personal_rank,
+            rank=layout.common_rank,
+            personal_rank=layout.personal_rank,
             alpha=settings.adapter.alpha,
             common_seed=settings.seed,
             personal_seed=personal_seed,
             modules_to_train=backbone.head_modules,
-            head=levels.head,
+            head=layout.head,
+            common_factors=layout.common,
+            personal_factors=layout.personal,
         )
+        if settings.training.gradient_checkpointing:
+            _checkpoint_gradients(backbone.model)
         device = str(backbone.device)
         self._common = FlatGroup(self._adapter.common, device)
         self._personal = FlatGroup(self._adapter.personal, device)
         self._state = AlgorithmState()
+        self._own_common: Tensor | None = None  # at the personal level, where a method adapts it
+        self._personal_start = self._personal.arrays()
         self._encoder = Encoder(backbone.tokenizer, settings.task, device)
+
+    def become(self, seed: int) -> None:
+        """Be another device, one that has just begun: for simulations of many in one process."""
+        self._seed = seed
+        self._algorithm = algorithm_for(self._settings, seed)
+        self._state = AlgorithmState()
+        self._own_common = None
+        self._personal.load(self._personal_start, "personal adapter")
+        for layer in self._adapter.layers.values():
+            layer.restart_personal(seed)
 
     # --- algorithms.base.GradientOracle -------------------------------------------------------
 
     def gradients(self, batch: Batch) -> Gradients:
         self._common.gradients.zero_()
         self._personal.gradients.zero_()
-        loss = self._loss(self._logits(batch), batch.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return Gradients(float(loss.detach()), self._common.gradients, self._personal.gradients)
+        total = 0.0
+        for part in self._parts(batch):
+            loss = self._loss(part) * (part.weight / batch.weight)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return Gradients(total, self._common.gradients, self._personal.gradients)
+
+    def mixed_product(self, batch: Batch, vector: Tensor) -> Tensor:
+        """`[d2 loss / d common d personal] vector`, [P_c], by double backward."""
+        common = list(self._common.parameters.values())
+        personal = list(self._personal.parameters.values())
+        pieces = list(self._personal.views(vector).values())
+        product = torch.zeros_like(self._common.values)
+        into = self._common.views(product)
+        for part in self._parts(batch):
+            loss = self._loss(part) * (part.weight / batch.weight)
+            gradients = torch.autograd.grad(loss, personal, create_graph=True)
+            dot = torch.stack([(g * v).sum() for g, v in zip(gradients, pieces, strict=True)]).sum()
+            found = torch.autograd.grad(dot, common, allow_unused=True)
+            for view, one in zip(into.values(), found, strict=True):
+                if one is not None:
+                    view += one
+        return product
+
+    def factors(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views (A, B) of every adapted layer into a vector like the common one."""
+        views = self._common.views(vector)
+        return [(views[f"{name}.A"], views[f"{name}.B"]) for name in self._adapter.layers]
 
     @property
     def oracle(self) -> _Oracle:
@@ -132,13 +197,23 @@ class TorchTrainer:
         return NamedTensors.from_arrays(self._common.arrays())
 
     def set_common(self, base: NamedTensors) -> None:
-        self._common.load(base.arrays(), "common adapter")
+        fill_up = isinstance(self._settings.algorithm, HetLoRA)
+        self._common.load(base.arrays(), "common adapter", fill_up=fill_up)
+        self._own_common = None
 
     def update_from(self, base: NamedTensors) -> NamedTensors:
-        flat = self._common.values.cpu().numpy() - base.flat()
         dtype = self._settings.update_dtype
-        specs = [TensorSpec(s.name, dtype, s.shape) for s in base.specs]
-        return NamedTensors.from_flat(specs, flat, dtype)
+        if not self.rank:
+            flat = self._common.values.cpu().numpy() - base.flat()
+            specs = [TensorSpec(s.name, dtype, s.shape) for s in base.specs]
+            return NamedTensors.from_flat(specs, flat, dtype)
+        own = truncated(self.common(), self.rank).arrays()
+        before = truncated(base, self.rank).arrays()
+        return NamedTensors.from_arrays({n: own[n] - before[n] for n in own}, dtype)
+
+    @property
+    def rank(self) -> int:
+        return self._algorithm.rank(self._state)
 
     def personal(self) -> Arrays:
         return self._personal.arrays()
@@ -155,20 +230,30 @@ class TorchTrainer:
             name: torch.from_numpy(np.array(array)).to(device) for name, array in arrays.items()
         }
 
-    def train(self, rows: list[EncodedRow], first_step: int) -> LocalResult:
-        training = self._settings.training
-        batches = batch_indices(
-            len(rows), training.batch_size, first_step, training.local_steps, self.seed
+    def train(self, rows: list[EncodedRow], first_step: int, round_number: int = 1) -> LocalResult:
+        if self._settings.training.optimizer_state is OptimizerState.RESET:
+            self._state.forget_moments()
+        # Without dropout, quantised or not: nothing here is random.
+        return train(
+            self._algorithm,
+            self.oracle,
+            self._stream(rows, first_step * self._algorithm.batches_per_step),
+            self._state,
+            plans(self._settings, round_number),
         )
-        encoded = (self._encoder.batch([rows[i] for i in indices]) for indices in batches)
-        # Quantised layers and eager dropout-free models alike: nothing here is random.
-        return train(self._algorithm, self.oracle, encoded, self._state, training)
+
+    def personalise(self, rows: list[EncodedRow]) -> None:
+        shared = self._common.values.clone()
+        self._algorithm.personalise(self.oracle, self._stream(rows, 0))
+        if not torch.equal(shared, self._common.values):
+            self._own_common = self._common.values.clone()
+            self._common.values.copy_(shared)
 
     def evaluate(self, rows: list[EncodedRow], level: Level) -> Evaluation:
         loss_sum, count = 0.0, 0
         right: list[Tensor] = []
         wanted: list[Tensor] = []
-        with torch.no_grad(), active_level(self._model, level):
+        with torch.no_grad(), self._at(level):
             for batch in self._batches(rows):
                 logits, targets = self._flat(self._logits(batch), batch.targets)
                 kept = targets != IGNORED
@@ -187,7 +272,7 @@ class TorchTrainer:
             raise AdapterError("predict is for classification; use generate for causal-lm")
         names = self._settings.task.labels
         found = []
-        with torch.no_grad(), active_level(self._model, level):
+        with torch.no_grad(), self._at(level):
             for batch in self._batches(self.encode(rows)):
                 for row in self._logits(batch).float().softmax(-1).cpu():
                     found.append(Prediction(names[int(row.argmax())], tuple(row.tolist())))
@@ -199,7 +284,7 @@ class TorchTrainer:
             raise AdapterError("generate is for causal-lm; use predict for classification")
         ids = list(self._tokenizer(prompt)["input_ids"])
         begin = len(ids)
-        with torch.no_grad(), active_level(self._model, level):
+        with torch.no_grad(), self._at(level):
             for _ in range(new_tokens_max):
                 inputs = torch.tensor([ids], device=self._common.values.device)
                 ids.append(int(self._model(input_ids=inputs).logits[0, -1].argmax()))
@@ -211,22 +296,47 @@ class TorchTrainer:
         return {name: rank_report(layer) for name, layer in self._adapter.layers.items()}
 
     def save_pretrained(self, folder: Path, base_model: str) -> None:
-        save_pretrained(
-            self._adapter, folder, base_model_name=base_model, task=self._settings.task.kind
-        )
+        with self._at(Level.PERSONAL):
+            save_pretrained(
+                self._adapter, folder, base_model_name=base_model, task=self._settings.task.kind
+            )
 
     # --- inside -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _at(self, level: Level) -> Iterator[None]:
+        """Within the block the model is what it is at that level."""
+        shared = None
+        if level is Level.PERSONAL and self._own_common is not None:
+            shared = self._common.values.clone()
+            self._common.values.copy_(self._own_common)
+        try:
+            with active_level(self._model, level):
+                yield
+        finally:
+            if shared is not None:
+                self._common.values.copy_(shared)
+
+    def _stream(self, rows: list[EncodedRow], first: int) -> Iterator[Batch]:
+        """Training batches from the first-th on, without end."""
+        size = self._settings.training.batch_size
+        for number in count(first):
+            (indices,) = batch_indices(len(rows), size, number, 1, self._seed)
+            yield self._encoder.batch([rows[i] for i in indices])
 
     def _batches(self, rows: list[EncodedRow]) -> list[Batch]:
         parts = range(0, len(rows), EVALUATION_BATCH)
         return [self._encoder.batch(rows[at : at + EVALUATION_BATCH]) for at in parts]
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        return batch.split(self._settings.training.micro_batch_size)
+
     def _logits(self, batch: Batch) -> Tensor:
         logits: Tensor = self._model(**batch.inputs).logits
         return logits
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(*self._flat(logits, targets))
+    def _loss(self, batch: Batch) -> Tensor:
+        return functional.cross_entropy(*self._flat(self._logits(batch), batch.targets))
 
     def _flat(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [k, classes] and targets [k]: a row each, or for causal LM a next token each."""
@@ -242,6 +352,21 @@ class _Oracle:
         self.common = common
         self.personal = personal
         self.gradients = trainer.gradients
+        self.mixed_product = trainer.mixed_product
+        self.factors = trainer.factors
+
+
+def _is_within(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return len(shape) == len(whole) and all(a <= b for a, b in zip(shape, whole, strict=True))
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    """Keep no activations inside blocks; compute them again in the backward pass."""
+    # Newer versions of transformers call it by the first name, and drop the second in version 6.
+    newer = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()  # transformers looks at this; there is no dropout to be switched on
 
 
 def load_trainer(
@@ -253,6 +378,8 @@ def load_trainer(
     personal_seed: int,
 ) -> TorchTrainer:
     """The trainer of a federation, its backbone loaded from its own name or from `backbone`."""
+    algorithm = settings.algorithm
+    twice = isinstance(algorithm, PF2LoRA) and algorithm.hypergradient is Hypergradient.EXACT
     with _LOADING:
         loaded = load_backbone(
             backbone or settings.backbone.name,
@@ -261,5 +388,7 @@ def load_trainer(
             task=settings.task.kind.value,
             label_count=len(settings.task.labels),
             head_seed=settings.seed,
+            # Fused attention has no double backward.
+            attention="eager" if twice else None,
         )
     return TorchTrainer(settings, loaded, personal_seed=personal_seed)

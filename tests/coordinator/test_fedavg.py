@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregation.fedavg import FedAvg, UpdateError
+from coordinator.aggregation.base import UpdateError
+from coordinator.aggregation.fedavg import FedAvg
 from protocol.limits import COHORT_MAX, EXAMPLES_MAX
 from protocol.tensors import NamedTensors
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 from hypothesis import strategies as st
 
 from protocol import schema
-from protocol.federation import Adapter, FederationSettings, Rounds, Task, TaskKind
+from protocol.federation import (
+    Adapter,
+    FederationSettings,
+    HetLoRA,
+    LowerOptimizer,
+    PF2LoRA,
+    Rounds,
+    Task,
+    TaskKind,
+)
 from protocol.messages import Message
 from protocol.tensors import Payload, TensorSpec
 
@@ -54,7 +64,7 @@ def of_class(cls: type[Any]) -> st.SearchStrategy[Any]:
         return _payloads()
     kinds = schema.record_of(cls).kinds
     plain = st.tuples(*(of_kind(kind) for _, kind in kinds))
-    if cls in (Task, Rounds, Adapter, FederationSettings):
+    if cls in (Task, Rounds, Adapter, PF2LoRA, FederationSettings):
         return plain.map(lambda values: _built(cls, values)).filter(lambda built: built is not None)
     return plain.map(lambda values: cls(*values))
 
@@ -69,6 +79,13 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         values = (count, cohort, cohort, *rest)
     if cls is Adapter:
         values = (values[0], max(1, values[1]), *values[2:])
+    if cls is PF2LoRA and values[1] is LowerOptimizer.ADAM:
+        values = (*values[:3], 0.0, *values[4:])
+    if cls is FederationSettings:
+        adapter, algorithm = values[3], values[5]
+        if isinstance(algorithm, HetLoRA):
+            algorithm = replace(algorithm, rank_min=min(algorithm.rank_min, adapter.rank))
+        values = (*values[:5], algorithm, *values[6:])
     return cls(*values)
 
 

@@ -106,7 +106,10 @@ class FakeDevice:
     def examples(self) -> int:
         return 10 + int(seeded(self.name).integers(90))
 
-    async def prepare(self, settings: FederationSettings) -> Offer:
+    async def prepare(self, settings: FederationSettings) -> None:
+        pass
+
+    def offer(self) -> Offer:
         return Offer(self.fingerprint, self.examples)
 
     def held(self, digest: bytes) -> NamedTensors | None:

