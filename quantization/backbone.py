@@ -94,8 +94,9 @@ def load_backbone(
     model, head_modules = _read_model(folder, kind, label_count, attention)
     model.config.pad_token_id = tokenizer.pad_token_id
     _start_head(model, head_modules, head_seed)
+    model.float()
     quantize_linears(model, scheme, place, keep=(*head_modules, *_output_embeddings(model)))
-    model.float().to(place).requires_grad_(False).eval()
+    model.to(place).requires_grad_(False).eval()
     _prove(model, tokenizer, f"{name_or_path!r}, scheme {scheme.value}, device {place}")
     return Backbone(model, tokenizer, fingerprint(folder), scheme, kind, head_modules, place)
 

@@ -1,6 +1,6 @@
-"""Frozen linear layers in few bits, through bitsandbytes, on CPU and CUDA alike.
+"""Frozen linear layers in fewer bits, most of them through bitsandbytes, on CPU and CUDA alike.
 
-NF4 and FP4 are `bitsandbytes.nn.Linear4bit`. INT8 is this module's own `FrozenLinear8bit`, because
+BF16 is torch's own: a CPU with bfloat16 instructions multiplies so in half of float32's time. NF4 and FP4 are `bitsandbytes.nn.Linear4bit`. INT8 is this module's own `FrozenLinear8bit`, because
 `bitsandbytes.nn.Linear8bitLt` computes another function in evaluation than in training on a CPU.
 bitsandbytes is imported here alone, and only when a scheme needs it.
 
@@ -30,6 +30,7 @@ class Scheme(Enum):
     """How the frozen linear layers are stored. The value is what settings say."""
 
     NONE = "none"
+    BF16 = "bf16"
     NF4 = "nf4"
     FP4 = "fp4"
     INT8 = "int8"
@@ -47,11 +48,11 @@ class Scheme(Enum):
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return `(m, n)`, outputs and inputs, of a linear layer of any kind; None for other modules.
 
-    Known are nn.Linear and what derives from it (bitsandbytes' layers do), FrozenLinear8bit, and
+    Known are nn.Linear and what derives from it (bitsandbytes' layers do), this module's own, and
     the transposed `Conv1D` of GPT-2.
     """
     match module:
-        case nn.Linear() | FrozenLinear8bit():
+        case nn.Linear() | FrozenLinear8bit() | FrozenLinear16bit():
             return module.out_features, module.in_features
         case Conv1D():
             inputs, outputs = module.weight.shape
@@ -102,6 +103,8 @@ def is_below(name: str, roots: Collection[str]) -> bool:
 
 def _quantized(layer: nn.Module, scheme: Scheme, device: torch.device) -> nn.Module:
     weight, bias = _dense(layer)
+    if scheme is Scheme.BF16:
+        return FrozenLinear16bit(weight, bias).to(device)
     if scheme is Scheme.INT8:
         return FrozenLinear8bit(weight.to(device), None if bias is None else bias.to(device))
     return _linear_4bit(weight, bias, scheme, device)
@@ -159,6 +162,31 @@ def _bitsandbytes() -> Any:
         raise MissingExtraError("bitsandbytes", "torch") from error
     finally:
         backend.setLevel(before)
+
+
+class FrozenLinear16bit(nn.Module):
+    """`y = W x + b` with W [m, n] in bfloat16; the product too, with float32's sums inside.
+
+    What comes in and goes out keeps its own dtype.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Round `weight` [m, n] and `bias` [m] or None."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+        frozen_bias = None if bias is None else nn.Parameter(bias.bfloat16(), requires_grad=False)
+        self.register_parameter("bias", frozen_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [..., n] to [..., m] in the dtype of `x`."""
+        return functional.linear(x.bfloat16(), self.weight, self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class FrozenLinear8bit(nn.Module):

@@ -13,7 +13,8 @@ from protocol.fake_link import Faults
 from protocol.federation import WireDtype
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
-from tests.simulation.world import FakeDevice, World, settings, simulate
+from protocol.virtual_time import simulate
+from tests.simulation.world import FakeDevice, World, settings
 
 FAULTY = Faults(drop=0.02, duplicate=0.02, cut=0.02, delay_s=2.0)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import selectors
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +29,7 @@ from protocol.federation import (
 from protocol.link import Link, LinkClosedError
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
+from protocol.virtual_time import at_once
 
 FINGERPRINT = "sha256:" + "a" * 64
 START = NamedTensors.from_arrays(
@@ -47,41 +47,6 @@ def settings(**rounds: Any) -> FederationSettings:
         Task(TaskKind.SEQUENCE_CLASSIFICATION, ("a", "b")),
         rounds=Rounds(weighting=Weighting.EXAMPLES, **rounds),
     )
-
-
-class _NoWaiting(selectors.SelectSelector):
-    """Instead of waiting, time jumps to what comes next."""
-
-    loop: VirtualLoop
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise RuntimeError("the simulation is stuck: nothing will ever happen again")
-        self.loop.now += max(timeout, 0.0)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock is its own: hours pass in no time, and alike every time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        selector = _NoWaiting()
-        selector.loop = self
-        super().__init__(selector)
-
-    def time(self) -> float:
-        return self.now
-
-
-def simulate(scenario: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(scenario())
-
-
-async def at_once(call: Callable[[], Any]) -> Any:
-    """A RunBlocking that does not leave the thread."""
-    return call()
 
 
 def _unharmed(update: NamedTensors) -> NamedTensors:

@@ -1,0 +1,2 @@
+def write_report(records, folder):
+    raise SystemExit("not yet")

@@ -1,0 +1,195 @@
+"""A whole federation in one thread: the real service, sessions and messages, one model for all.
+
+Links are in memory and the clock is virtual, so nothing but training and evaluation takes time.
+Every device evaluates what it receives before it trains on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmarks.tasks import DeviceRows
+from coordinator.service import FederationService
+from coordinator.session import DeviceSession, Roster
+from coordinator.store.memory import MemoryStore
+from edge_client.backends.base import Arrays, Level
+from edge_client.backends.torch_backend import TorchTrainer
+from edge_client.session import FinishedReport, Offer, Session
+from protocol.fake_link import FakeLink, fake_links
+from protocol.federation import FederationSettings
+from protocol.link import Link
+from protocol.messages import Assignment, Metric, Receipt
+from protocol.tensors import NamedTensors
+from protocol.virtual_time import at_once, simulate
+
+
+@dataclass
+class Clock:
+    """Seconds of training, without evaluation."""
+
+    training_s: float = 0.0
+
+
+@dataclass
+class SimulatedDevice:
+    """A session's Worker that borrows the one model whenever it has something to do.
+
+    `results` has, by rounds done and level, the evaluation of each set of rows.
+    """
+
+    name: str
+    seed: int
+    training: object
+    training_count: int
+    evaluation: list[DeviceRows]
+    trainer: TorchTrainer
+    settings: FederationSettings
+    every: int
+    clock: Clock
+    personal: Arrays | None = None
+    optimizer: Arrays = field(default_factory=dict)
+    results: dict[tuple[int, str], list[dict[str, float]]] = field(default_factory=dict)
+    report: FinishedReport | None = None
+    links: list[FakeLink] = field(default_factory=list)
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    async def prepare(self, settings: FederationSettings) -> None:
+        pass
+
+    def offer(self) -> Offer:
+        self._take_model()
+        return Offer(self.trainer.fingerprint, self.training_count, self.trainer.rank)
+
+    def held(self, digest: bytes) -> NamedTensors | None:
+        return None
+
+    def unsent(self) -> FinishedReport | None:
+        return self.report
+
+    async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+        done = assignment.round - 1
+        self._take_model()
+        self.trainer.set_common(base)
+        if done % self.every == 0 and done:
+            self._evaluate(done, Level.PERSONAL)
+            self.trainer.set_common(base)
+        started = time.perf_counter()
+        steps = self.settings.training.local_steps
+        result = self.trainer.train(self.training, done * steps, assignment.round)
+        update = self.trainer.update_from(base)
+        self.clock.training_s += time.perf_counter() - started
+        self.personal = self.trainer.personal()
+        self.optimizer = self.trainer.optimizer_state()
+        self.report = FinishedReport(
+            assignment.assignment,
+            assignment.base_version,
+            self.training_count,
+            (Metric("loss", result.mean_loss),),
+            update,
+        )
+        return self.report
+
+    async def settled(self, receipt: Receipt) -> None:
+        self.report = None
+        self._count_bytes()
+
+    async def finish(self, base: NamedTensors, rounds: int) -> None:
+        self._count_bytes()
+        self._take_model()
+        self.trainer.set_common(base)
+        for level in (Level.PERSONAL, Level.COMMON):
+            self._evaluate(rounds, level)
+
+    def _take_model(self) -> None:
+        self.trainer.become(self.seed)
+        if self.personal is not None:
+            self.trainer.set_personal(self.personal)
+            self.trainer.set_optimizer_state(self.optimizer)
+
+    def _evaluate(self, done: int, level: Level) -> None:
+        if level is Level.PERSONAL:
+            self.trainer.personalise(self.training)
+        self.results[done, level.name.lower()] = [
+            measured(self.trainer, rows, level) for rows in self.evaluation
+        ]
+
+    def _count_bytes(self) -> None:
+        for link in self.links:
+            self.sent_bytes += sum(map(len, link.sent))
+            self.received_bytes += sum(map(len, link.other.sent))
+            link.sent.clear()
+            link.other.sent.clear()
+
+
+def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str, float]:
+    """Accuracy, balanced accuracy, log-loss and Matthews correlation on a device's own rows."""
+    by_length = sorted(rows.evaluation, key=lambda row: len(row.text))
+    found = trainer.predict(by_length, level)
+    probabilities = np.array([one.probabilities for one in found], np.float64)
+    wanted = np.array([row.label for row in by_length])
+    return scores(probabilities, wanted)
+
+
+def scores(probabilities: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Scores of class probabilities [n, classes] against labels [n].
+
+    Matthews correlation is Gorodkin's for any number of classes; 0 where it is undefined.
+    """
+    chosen = probabilities.argmax(1)
+    right = chosen == wanted
+    recalls = [right[wanted == label].mean() for label in np.unique(wanted)]
+    likelihood = np.maximum(probabilities[np.arange(len(wanted)), wanted], 1e-12)
+    classes = probabilities.shape[1]
+    said, true = np.bincount(chosen, minlength=classes), np.bincount(wanted, minlength=classes)
+    count = len(wanted)
+    spread = (count**2 - (said @ said)) * (count**2 - (true @ true))
+    matthews = (right.sum() * count - said @ true) / np.sqrt(spread) if spread else 0.0
+    return {
+        "accuracy": float(right.mean()),
+        "balanced_accuracy": float(np.mean(recalls)),
+        "loss": float(-np.log(likelihood).mean()),
+        "matthews": float(matthews),
+    }
+
+
+def run_federation(
+    settings: FederationSettings, trainer: TorchTrainer, devices: list[SimulatedDevice]
+) -> None:
+    """All rounds, to the end."""
+
+    async def scenario() -> None:
+        clock = asyncio.get_running_loop().time
+        service = FederationService(
+            settings,
+            trainer.common(),
+            MemoryStore(),
+            rng=random.Random(settings.seed),
+            run_blocking=at_once,
+            clock=clock,
+        )
+        await service.open()
+        roster, serving = Roster(), set()
+
+        def session(device: SimulatedDevice) -> Session:
+            rng = random.Random(device.seed)
+
+            async def dial() -> Link:
+                ours, theirs = fake_links(rng)
+                device.links.append(ours)
+                task = asyncio.create_task(DeviceSession(theirs, service, roster).run())
+                serving.add(task)
+                task.add_done_callback(serving.discard)
+                return ours
+
+            return Session(dial, device, federation=settings.name, device=device.name, rng=rng)
+
+        await asyncio.gather(*(session(device).run() for device in devices))
+        service.close()
+
+    simulate(scenario)
