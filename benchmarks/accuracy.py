@@ -6,8 +6,8 @@
     python -m benchmarks.accuracy --tasks sst2-s0.5 --methods pf2lora --seeds 0 \\
         --split dev --set algorithm.lower_learning_rate=0.003
 
-A finished cell is one line of benchmarks/results/accuracy.jsonl and is never run again. Every method
-has the same rounds, local steps, batches, and the same number of learning rates to choose from; it
+A finished cell is one line of benchmarks/results/accuracy.jsonl and is never run again. All methods
+have the same rounds, local steps, batches, and the same number of learning rates to choose from; one
 is run with the one that was best on the rows for choices. The rest of its settings are the
 federation's defaults, unless `--set` says otherwise.
 """
@@ -281,7 +281,9 @@ def _of_all(devices: list[SimulatedDevice], done: int, level: str) -> list[dict[
     return [{name: round(value, 5) for name, value in one.items()} for one in found]
 
 
-def _point(devices: list[SimulatedDevice], done: int, clock: Clock, rounds: int) -> dict[str, float]:
+def _point(
+    devices: list[SimulatedDevice], done: int, clock: Clock, rounds: int
+) -> dict[str, float]:
     """Means over devices after some rounds. Bytes and times grow evenly with the rounds."""
     share = done / rounds / len(devices)
     return {

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,14 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about)
         command.set_defaults(command=function)
         _add_device_flags(command)
+        if name == "ranks":
+            command.add_argument("--png", type=Path, help="also draw a heat map into this file")
         if name == "export":
             command.add_argument("--out", required=True, type=Path)
+            command.add_argument(
+                "--rank", type=_rank, help='cut layers to a rank; "auto": to what --energy asks'
+            )
+            command.add_argument("--energy", type=float, default=0.99, help="default 0.99")
 
     prepare = commands.add_parser("prepare", help="make the start file of a federation.toml")
     prepare.set_defaults(command=_prepare)
@@ -165,12 +171,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _ranks(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        for layer, report in client.rank_report().items():
-            _say(
-                options,
-                _rank_facts(layer, report),
-                f"{layer}: rank {report.numerical_rank}, entropy rank {report.entropy_rank:.2f}",
-            )
+        reports = client.rank_report()
+    if not options.json:
+        print(rank_table(reports))
+    for layer, report in reports.items() if options.json else ():
+        print(json.dumps(_rank_facts(layer, report)))
+    if options.png:
+        from edge_client.rank_plot import draw_ranks
+
+        draw_ranks(reports, options.png)
+        _say(options, {"png": str(options.png)}, f"drew {options.png}")
 
 
 def _rank_facts(layer: str, report: RankReport) -> dict[str, Any]:
@@ -179,13 +189,36 @@ def _rank_facts(layer: str, report: RankReport) -> dict[str, Any]:
         "rank": report.numerical_rank,
         "entropy_rank": report.entropy_rank,
         "singular_values": list(report.singular_values),
+        "energies": list(report.energies),
     }
+
+
+def rank_table(reports: Mapping[str, RankReport]) -> str:
+    """A row a layer: numerical and entropy rank, and the ranks that keep 90 and 99 % of energy."""
+    width = max(map(len, reports))
+    lines = [f"{'layer':<{width}}  rank  entropy  90 %  99 %"]
+    lines += [
+        f"{layer:<{width}}  {report.numerical_rank:>4}  {report.entropy_rank:>7.2f}"
+        f"  {report.rank_for(0.9):>4}  {report.rank_for(0.99):>4}"
+        for layer, report in reports.items()
+    ]
+    return "\n".join(lines)
+
+
+def _rank(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _export(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        client.save_pretrained(options.out)
-    _say(options, {"out": str(options.out)}, f"wrote {options.out}")
+        export = client.save_pretrained(options.out, rank=options.rank, energy=options.energy)
+    facts: dict[str, Any] = {"out": str(options.out), "ranks": export.ranks}
+    lowest, highest = min(export.ranks.values()), max(export.ranks.values())
+    lines = [f"wrote {options.out}, rank {lowest} to {highest}"]
+    if export.full and export.written:
+        facts |= {"held_out_loss_full": export.full.loss, "held_out_loss": export.written.loss}
+        lines += [f"held-out loss {export.written.loss:.4f}; uncut {export.full.loss:.4f}"]
+    _say(options, facts, "\n".join(lines))
 
 
 def _prepare(options: argparse.Namespace) -> None:

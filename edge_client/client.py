@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.backends.base import Evaluation, Level, Prediction, RankReport, Trainer
+from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
 from edge_client.data import Example, FieldNames
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
@@ -130,11 +130,23 @@ class EdgeClient:
         self._worker.restore()
         return self._worker.trainer.rank_report()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write common + personal as one LoRA of rank r + r2 in PEFT's layout."""
+    def save_pretrained(
+        self, folder: str | Path, *, rank: int | str | None = None, energy: float = 0.99
+    ) -> Export:
+        """Write common + personal as one LoRA in PEFT's layout.
+
+        Args:
+            folder: where to; made if it is not there.
+            rank: none writes r + r2, exactly. "auto" cuts each layer to the smallest rank that
+                keeps the share `energy` of the squared singular values; a number cuts all to it.
+            energy: in (0, 1].
+
+        Returns:
+            The ranks written, and the evaluation of the held-out rows before and after the cut.
+        """
         self._worker.restore()
         name = self._backbone or self._worker.settings.backbone.name
-        self._worker.trainer.save_pretrained(Path(folder), name)
+        return self._worker.save_pretrained(Path(folder), name, rank, energy)
 
     @property
     def worker(self) -> DeviceWorker:

@@ -137,6 +137,18 @@ class TwoLevelLoRALinear(nn.Module):
             case _:
                 return torch.cat(downs), torch.cat(ups, dim=1)
 
+    def put_factors(self, down: Tensor, up: Tensor) -> None:
+        """Take over `[A; C]` [k, n] and `[B D]` [m, k], zeros behind them."""
+        at = 0
+        with torch.no_grad():
+            for below, above in ((self.A, self.B), (self.C, self.D)):
+                if below is None or above is None:
+                    continue
+                size = min(below.shape[0], down.shape[0] - at)
+                below.zero_()[:size] = down[at : at + size]
+                above.zero_()[:, :size] = up[:, at : at + size]
+                at += size
+
     @property
     def weight(self) -> Tensor:
         """The base's stored weight: some architectures look at its dtype before a product."""
@@ -341,16 +353,8 @@ def _output_embeddings(model: nn.Module) -> object:
 
 
 def rank_report(layer: TwoLevelLoRALinear) -> RankReport:
-    """Report the rank of `B A + D C`, unscaled, in float64 and without forming [m, n].
-
-    With QR of [B D] = Q1 R1 and [A; C]^T = Q2 R2 the sum is Q1 (R1 R2^T) Q2^T, so its singular
-    values are those of the small core R1 R2^T.
-    """
-    factors = layer.factors(Level.PERSONAL)
-    assert factors is not None  # noqa: S101 - the constructor refuses a layer without ranks
-    down, up = (factor.detach().double().cpu() for factor in factors)
-    core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
-    values = torch.linalg.svdvals(core)
+    """Report the rank of `B A + D C`, unscaled, from its singular values in float64."""
+    values = _svd(layer)[1]
     largest = float(values[0])
     if largest == 0.0:
         return RankReport(0, 0.0, 0.0, tuple(values.tolist()))
@@ -362,3 +366,43 @@ def rank_report(layer: TwoLevelLoRALinear) -> RankReport:
     return RankReport(
         int((values > tolerance).sum()), float(np.exp(entropy)), tolerance, tuple(values.tolist())
     )
+
+
+def cut(layer: TwoLevelLoRALinear, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of `B A + D C` of a rank: factors [rank, n] and [m, rank], float32.
+
+    By the singular value decomposition (Eckart and Young 1936), each factor with half of every
+    singular value.
+    """
+    left, values, right = _svd(layer)
+    root = values[:rank].sqrt()
+    up, down = left[:, :rank] * root, root.unsqueeze(1) * right[:rank]
+    return down.float().contiguous(), up.float().contiguous()
+
+
+@contextmanager
+def factors_in_place(layers: dict[TwoLevelLoRALinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within the block, run layers on other factors [k, n] and [m, k], k up to r + r2."""
+    before = {layer: layer.factors(Level.PERSONAL) for layer in layers}
+    kept = {layer: tuple(f.clone() for f in pair) for layer, pair in before.items() if pair}
+    try:
+        for layer, (down, up) in layers.items():
+            layer.put_factors(down, up)
+        yield
+    finally:
+        for layer, (down, up) in kept.items():
+            layer.put_factors(down, up)
+
+
+def _svd(layer: TwoLevelLoRALinear) -> tuple[Tensor, Tensor, Tensor]:
+    """`B A + D C = U diag(S) V`: [m, k], [k], [k, n] in float64, without forming [m, n].
+
+    With QR of [B D] = Q1 R1 and [A; C]^T = Q2 R2 the sum is Q1 (R1 R2^T) Q2^T: only the small core
+    R1 R2^T is decomposed.
+    """
+    factors = layer.factors(Level.PERSONAL)
+    assert factors is not None  # noqa: S101 - the constructor refuses a layer without ranks
+    down, up = (factor.detach().double().cpu() for factor in factors)
+    left, right = torch.linalg.qr(up), torch.linalg.qr(down.T)
+    core = torch.linalg.svd(left.R @ right.R.T)
+    return left.Q @ core.U, core.S, core.Vh @ right.Q.T

@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from edge_client.backends.base import Evaluation, Level, Trainer
+from edge_client.backends.base import Evaluation, Export, Level, Trainer
 from edge_client.data import Example, FieldNames, read_rows
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.private_store import DeviceState, PrivateStore
@@ -169,6 +169,30 @@ class DeviceWorker:
         if not rows:
             raise DataError("no rows to evaluate on: hold some out, or pass some")
         return self.trainer.evaluate(self.trainer.encode(rows), level)
+
+    def save_pretrained(
+        self, folder: Path, base_model: str, rank: int | str | None, energy: float
+    ) -> Export:
+        """Write common + personal in PEFT's layout, cut as told.
+
+        Raises:
+            ConfigurationError: rank or energy is out of bounds.
+        """
+        reports = self.trainer.rank_report()
+        most = min((len(report.singular_values) for report in reports.values()), default=0)
+        match rank:
+            case None:
+                ranks = {}
+            case "auto":
+                if not 0 < energy <= 1:
+                    raise ConfigurationError("energy", f"{energy} is no share", "over 0, up to 1")
+                ranks = {name: report.rank_for(energy) for name, report in reports.items()}
+            case int() if 1 <= rank <= most:
+                ranks = dict.fromkeys(reports, rank)
+            case _:
+                raise ConfigurationError("rank", f"{rank!r}", f'none, "auto" or 1 to {most}')
+        rows = self.trainer.encode(self.held_out_rows)
+        return self.trainer.save_pretrained(folder, base_model, ranks, rows)
 
     def read(self, source: DataSource) -> list[Example]:
         """Rows of this federation's task."""

@@ -1,6 +1,7 @@
 """Frozen linear layers in fewer bits, most of them through bitsandbytes, on CPU and CUDA alike.
 
-BF16 is torch's own: a CPU with bfloat16 instructions multiplies so in half of float32's time. NF4 and FP4 are `bitsandbytes.nn.Linear4bit`. INT8 is this module's own `FrozenLinear8bit`, because
+BF16 is torch's own: a CPU with bfloat16 instructions multiplies so in half of float32's time. NF4
+and FP4 are `bitsandbytes.nn.Linear4bit`. INT8 is this module's own `FrozenLinear8bit`, because
 `bitsandbytes.nn.Linear8bitLt` computes another function in evaluation than in training on a CPU.
 bitsandbytes is imported here alone, and only when a scheme needs it.
 

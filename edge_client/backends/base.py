@@ -62,6 +62,34 @@ class RankReport:
     tolerance: float
     singular_values: tuple[float, ...]
 
+    @property
+    def energies(self) -> tuple[float, ...]:
+        """The share of the squared Frobenius norm that the best approximation of each rank keeps.
+
+        Ranks count from 1; a zero matrix is kept whole by any.
+        """
+        squares = np.square(self.singular_values)
+        total = squares.sum()
+        kept = np.cumsum(squares) / total if total else np.ones_like(squares)
+        return tuple(kept.tolist())
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank, 1 or more, that keeps at least this share of the energy."""
+        # Rounding must not ask for one rank more than there are.
+        return 1 + int(np.argmax(np.array(self.energies) >= min(energy, 1.0) - 1e-12))
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was written: the rank of each layer, and evaluations on the rows given, if any.
+
+    `full` is with all of r + r2, `written` with what the files hold.
+    """
+
+    ranks: dict[str, int]
+    full: Evaluation | None
+    written: Evaluation | None
+
 
 class Trainer(Protocol):
     """One device's model. Arrays are float32."""
@@ -117,5 +145,10 @@ class Trainer(Protocol):
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of each adapted layer."""
 
-    def save_pretrained(self, folder: Path, base_model: str) -> None:
-        """Write both levels as one LoRA in PEFT's layout."""
+    def save_pretrained(
+        self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: Encoded
+    ) -> Export:
+        """Write both levels as one LoRA in PEFT's layout, cut to a rank for each layer named.
+
+        Evaluates what was cut off on `rows`; empty rows are not evaluated.
+        """

@@ -21,11 +21,25 @@ from torch.nn import functional
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, train
 from edge_client.algorithms.schedule import plans
-from edge_client.backends.base import Arrays, Evaluation, Level, Prediction, RankReport
+from edge_client.backends.base import (
+    Arrays,
+    Evaluation,
+    Export,
+    Level,
+    Prediction,
+    RankReport,
+)
 from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Encoder
 from edge_client.data import Example
 from edge_client.errors import StateError
-from edge_client.lora import AdapterError, active_level, inject, rank_report
+from edge_client.lora import (
+    AdapterError,
+    active_level,
+    cut,
+    factors_in_place,
+    inject,
+    rank_report,
+)
 from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from protocol.federation import (
@@ -250,22 +264,8 @@ class TorchTrainer:
             self._common.values.copy_(shared)
 
     def evaluate(self, rows: list[EncodedRow], level: Level) -> Evaluation:
-        loss_sum, count = 0.0, 0
-        right: list[Tensor] = []
-        wanted: list[Tensor] = []
-        with torch.no_grad(), self._at(level):
-            for batch in self._batches(rows):
-                logits, targets = self._flat(self._logits(batch), batch.targets)
-                kept = targets != IGNORED
-                loss_sum += float(functional.cross_entropy(logits, targets, reduction="sum"))
-                count += int(kept.sum())
-                right.append((logits.argmax(-1) == targets)[kept].cpu())
-                wanted.append(targets[kept].cpu())
-        hits, labels = torch.cat(right).double(), torch.cat(wanted)
-        recalls = [float(hits[labels == label].mean()) for label in set(labels.tolist())]
-        return Evaluation(
-            len(rows), loss_sum / count, float(hits.mean()), sum(recalls) / len(recalls)
-        )
+        with self._at(level):
+            return self._evaluate(rows)
 
     def predict(self, rows: Sequence[Example], level: Level) -> list[Prediction]:
         if self._settings.task.kind is TaskKind.CAUSAL_LM:
@@ -295,13 +295,47 @@ class TorchTrainer:
     def rank_report(self) -> dict[str, RankReport]:
         return {name: rank_report(layer) for name, layer in self._adapter.layers.items()}
 
-    def save_pretrained(self, folder: Path, base_model: str) -> None:
+    def save_pretrained(
+        self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: list[EncodedRow]
+    ) -> Export:
+        layers = self._adapter.layers
+        full = self.evaluate(rows, Level.PERSONAL) if rows else None
         with self._at(Level.PERSONAL):
+            smaller = {name: cut(layers[name], rank) for name, rank in ranks.items()}
             save_pretrained(
-                self._adapter, folder, base_model_name=base_model, task=self._settings.task.kind
+                self._adapter,
+                folder,
+                base_model_name=base_model,
+                task=self._settings.task.kind,
+                cut=smaller,
             )
+            written = full
+            if rows and smaller:
+                with factors_in_place({layers[name]: pair for name, pair in smaller.items()}):
+                    written = self._evaluate(rows)
+        every = self._algorithm.layout(self._settings.adapter)
+        whole = every.common_rank + every.personal_rank
+        return Export({name: ranks.get(name, whole) for name in layers}, full, written)
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _evaluate(self, rows: list[EncodedRow]) -> Evaluation:
+        loss_sum, count = 0.0, 0
+        right: list[Tensor] = []
+        wanted: list[Tensor] = []
+        with torch.no_grad():
+            for batch in self._batches(sorted(rows, key=lambda row: len(row.ids))):
+                logits, targets = self._flat(self._logits(batch), batch.targets)
+                kept = targets != IGNORED
+                loss_sum += float(functional.cross_entropy(logits, targets, reduction="sum"))
+                count += int(kept.sum())
+                right.append((logits.argmax(-1) == targets)[kept].cpu())
+                wanted.append(targets[kept].cpu())
+        hits, labels = torch.cat(right).double(), torch.cat(wanted)
+        recalls = [float(hits[labels == label].mean()) for label in set(labels.tolist())]
+        return Evaluation(
+            len(rows), loss_sum / count, float(hits.mean()), sum(recalls) / len(recalls)
+        )
 
     @contextlib.contextmanager
     def _at(self, level: Level) -> Iterator[None]:

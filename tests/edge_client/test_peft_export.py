@@ -11,7 +11,15 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from edge_client.lora import AdapterError, Level, TwoLevelAdapter, active_level, inject
+from edge_client.lora import (
+    AdapterError,
+    Level,
+    TwoLevelAdapter,
+    active_level,
+    cut,
+    factors_in_place,
+    inject,
+)
 from edge_client.peft_export import save_pretrained
 from protocol.federation import TaskKind
 from quantization.backbone import Backbone, load_backbone
@@ -132,6 +140,24 @@ def test_the_common_level_alone_can_be_written(tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", "np") as file:
         down = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
         assert file.get_tensor(down).shape == (4, 384)
+
+
+@pytest.mark.parametrize("targets", ["query-value", "all-linear"])
+def test_layers_cut_to_ranks_of_their_own_round_trip_and_come_back_whole(tmp_path, targets):
+    ours = minilm()
+    batch = batch_of(ours)
+    adapter = put(ours.model, target_modules=targets, modules_to_train=["classifier"])
+    whole = logits(ours.model, batch)
+    before = {n: p.detach().numpy().tobytes() for n, p in ours.model.named_parameters()}
+    ranks = {name: 1 + number % 6 for number, name in enumerate(adapter.layers)}
+    smaller = {name: cut(layer, ranks[name]) for name, layer in adapter.layers.items()}
+    save_pretrained(adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION, cut=smaller)
+    theirs = PeftModel.from_pretrained(minilm().model, tmp_path)
+    with factors_in_place({adapter.layers[name]: pair for name, pair in smaller.items()}):
+        exact = logits(ours.model, batch)
+    assert relative_error(logits(theirs, batch), exact) < 1e-5
+    assert relative_error(exact, whole) > 1e-3
+    assert {n: p.detach().numpy().tobytes() for n, p in ours.model.named_parameters()} == before
 
 
 def test_the_configuration_is_one_lora_of_both_ranks(tmp_path):

@@ -18,7 +18,7 @@ from coordinator import config
 from coordinator.server import CoordinatorServer
 from edge_client import cli
 from edge_client.client import EdgeClient
-from edge_client.errors import RefusedError, StateError, UnreachableError
+from edge_client.errors import ConfigurationError, RefusedError, StateError, UnreachableError
 from edge_client.private_store import PrivateStore
 from edge_client.transport import WebSocketLink
 
@@ -140,8 +140,17 @@ def test_personal_bytes_never_leave_and_the_personal_adapter_outlives_restarts(
             assert len(again.predict(["a fine film"])) == 1
             for name, array in again.worker.trainer.personal().items():
                 assert array.tobytes() == trained[i][name].tobytes()
-            again.save_pretrained(tmp_path / f"peft-{i}")
+            whole = again.save_pretrained(tmp_path / f"peft-{i}")
             assert (tmp_path / f"peft-{i}" / "adapter_model.safetensors").exists()
+            assert whole.written == whole.full == again.evaluate()
+            small = again.save_pretrained(tmp_path / f"auto-{i}", rank="auto", energy=0.9)
+            assert sum(small.ranks.values()) < sum(whole.ranks.values())
+            assert small.written is not None
+            assert whole.full == small.full == again.evaluate()  # nothing stays cut here
+            for wrong in ({"rank": "best"}, {"rank": 99}, {"rank": "auto", "energy": 1.5}):
+                with pytest.raises(ConfigurationError, match=r"rank: |energy: "):
+                    again.save_pretrained(tmp_path / "wrong", **wrong)
+            assert not (tmp_path / "wrong").exists()
 
 
 def test_a_coordinator_that_restarts_goes_on_and_devices_come_back(tmp_path: Path) -> None:

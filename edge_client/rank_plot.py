@@ -1,0 +1,51 @@
+"""A heat map of what rank each layer has learned."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_client.backends.base import RankReport
+from edge_client.errors import MissingExtraError
+
+
+def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
+    """Draw singular values over layers into a PNG file; each layer's line ends at its rank.
+
+    Colours are singular values relative to the layer's largest.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        figures: Any = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plot") from error
+    most = max(len(report.singular_values) for report in reports.values())
+    heat = np.full((len(reports), most), np.nan)
+    for row, report in enumerate(reports.values()):
+        values = np.array(report.singular_values)
+        heat[row, : len(values)] = values / (values[0] or 1.0)
+    figure = figures.Figure(figsize=(2.5 + 0.45 * most, 1.6 + 0.28 * len(reports)), dpi=120)
+    axes = figure.subplots()
+    image = axes.imshow(heat, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
+    for row, report in enumerate(reports.values()):
+        end = report.numerical_rank - 0.5
+        axes.plot([end, end], [row - 0.5, row + 0.5], color="crimson", linewidth=2)
+    axes.set_yticks(range(len(reports)), [_short(name) for name in reports])
+    axes.set_xticks(range(most), range(1, most + 1))
+    axes.set_xlabel("singular value (red: numerical rank)")
+    figure.colorbar(image, label="share of the layer's largest")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _short(name: str) -> str:
+    """A layer's number and last part, such as `0 query`, from its name in the model."""
+    number = re.search(r"\.(\d+)\.", name)
+    return f"{number[1] if number else ''} {name.rpartition('.')[2]}".strip()
