@@ -51,7 +51,7 @@ class EdgeClient:
         federation: name of the federation; none asks for the coordinator's only one.
         backbone: folder or name to load the backbone from instead of the federation's own name for
             it; the fingerprint must agree in any case.
-        scheme: how the frozen backbone is held here: "none", "nf4" or "int8".
+        scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4" or "fp4".
         device: torch device, such as "cpu" or "cuda".
         held_out: share of the rows kept apart for `evaluate`, in [0, 1).
         fields: the names of the data's fields.

@@ -88,7 +88,7 @@ def gpt2() -> PreTrainedModel:
 # --- the layer -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "nf4", "fp4", "int8", "conv1d"])
+@pytest.mark.parametrize("kind", ["none", "bf16", "nf4", "fp4", "int8", "conv1d"])
 @pytest.mark.parametrize("shape", [(3, INPUTS), (2, 3, INPUTS)], ids=["2-d", "3-d"])
 def test_one_product_equals_the_formula_in_value_and_gradient(kind, shape):
     layer = stirred_layer(kind)
@@ -106,7 +106,7 @@ def test_one_product_equals_the_formula_in_value_and_gradient(kind, shape):
         torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["none", "nf4", "int8", "conv1d"])
+@pytest.mark.parametrize("kind", ["none", "bf16", "nf4", "int8", "conv1d"])
 def test_a_fresh_layer_equals_its_base(kind):
     base = base_layer(kind)
     layer = TwoLevelLoRALinear(base, rank=RANK, personal_rank=PERSONAL_RANK, scaling=2.0)

@@ -64,7 +64,7 @@ def _frozen(trainer: TorchTrainer) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("scheme", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("scheme", ["none", "bf16", "nf4", "int8"])
 def test_a_round_moves_both_levels_and_not_a_byte_of_the_backbone(scheme: str) -> None:
     trainer = _trainer(_settings(), scheme)
     rows = trainer.encode(ROWS)

@@ -82,7 +82,7 @@ def test_every_linear_layer_but_the_head_is_quantised(scheme):
     assert set(weights.values()) == {torch.int8 if scheme is Scheme.INT8 else torch.uint8}
 
 
-@pytest.mark.parametrize(("scheme", "least"), [("nf4", 0.95), ("fp4", 0.92), ("int8", 0.999)])
+@pytest.mark.parametrize(("scheme", "least"), [("bf16", 0.999), ("nf4", 0.95), ("fp4", 0.92), ("int8", 0.999)])
 def test_a_quantised_backbone_stays_near_the_float_one(scheme, least):
     exact, near = embedding(load_minilm()), embedding(load_minilm(scheme=scheme))
     assert least < torch.cosine_similarity(near, exact, dim=0) < 0.99999
