@@ -82,7 +82,9 @@ def test_every_linear_layer_but_the_head_is_quantised(scheme):
     assert set(weights.values()) == {torch.int8 if scheme is Scheme.INT8 else torch.uint8}
 
 
-@pytest.mark.parametrize(("scheme", "least"), [("bf16", 0.999), ("nf4", 0.95), ("fp4", 0.92), ("int8", 0.999)])
+@pytest.mark.parametrize(
+    ("scheme", "least"), [("bf16", 0.999), ("nf4", 0.95), ("fp4", 0.92), ("int8", 0.999)]
+)
 def test_a_quantised_backbone_stays_near_the_float_one(scheme, least):
     exact, near = embedding(load_minilm()), embedding(load_minilm(scheme=scheme))
     assert least < torch.cosine_similarity(near, exact, dim=0) < 0.99999
@@ -180,7 +182,11 @@ def test_a_backbone_without_a_usable_gradient_fails_at_once(gpt2, value, complai
 @pytest.mark.parametrize(
     ("settings", "error", "reason"),
     [
-        ({"scheme": "int3"}, SchemeError, "no quantisation scheme 'int3'; there are: none, nf4"),
+        (
+            {"scheme": "int3"},
+            SchemeError,
+            "no quantisation scheme 'int3'; there are: none, bf16, nf4",
+        ),
         ({"task": "translation"}, BackboneError, "no task 'translation'; there are: sequence"),
         ({"label_count": 1}, BackboneError, "label_count of two or more, not 1"),
         ({"device": "toaster"}, BackboneError, "device 'toaster' cannot be used"),
