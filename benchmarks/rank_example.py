@@ -112,6 +112,10 @@ class Regression:
         vectors = (vector, self.personal)
         return [(self.factor("A", vectors), self.factor("B", vectors))]
 
+    def personal_factors(self, vector: Array) -> list[tuple[Array, Array]]:
+        vectors = (self.common, vector)
+        return [(self.factor("C", vectors), self.factor("D", vectors))]
+
     @property
     def matrix(self) -> Array:
         a, b, c, d = (self.factor(name) for name in "ABCD")

@@ -153,7 +153,8 @@ class PF2LoRA:
     """Bilevel: `lower_steps` on the personal adapter, then one upper step on the common one.
 
     With `separate_batches` the upper step sees rows that the lower step did not. Until
-    `common_warmup_rounds` are over only the common adapter learns.
+    `common_warmup_rounds` are over only the common adapter learns. With a `personal_rank_max` each
+    device's r2 begins at the adapter's and follows its data, up to that, layer by layer.
     """
 
     NAME: ClassVar[str] = "pf2lora"
@@ -164,6 +165,7 @@ class PF2LoRA:
     lower_steps: Annotated[int, Integer(1, 100)] = 1
     separate_batches: bool = False
     common_warmup_rounds: Annotated[int, Integer(0, limits.ROUNDS_MAX)] = 0
+    personal_rank_max: Annotated[int, Integer(0, limits.RANK_MAX)] = 0
 
     def __post_init__(self) -> None:
         if self.lower_momentum and self.lower_optimizer is not LowerOptimizer.SGD:
@@ -278,5 +280,11 @@ class FederationSettings:
         if two_level and self.adapter.personal_rank == 0:
             name = self.algorithm.NAME
             raise SchemaError("adapter.personal_rank", f"{name} needs a personal rank of 1 or more")
+        highest = getattr(self.algorithm, "personal_rank_max", 0)
+        if 0 < highest < self.adapter.personal_rank:
+            raise SchemaError(
+                "algorithm.personal_rank_max",
+                f"is under the personal rank of {self.adapter.personal_rank}; 0 leaves it fixed",
+            )
         if isinstance(self.algorithm, HetLoRA) and self.algorithm.rank_min > self.adapter.rank:
             raise SchemaError("algorithm.rank_min", f"is over the rank of {self.adapter.rank}")

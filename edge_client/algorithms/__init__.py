@@ -29,7 +29,7 @@ def algorithm_for(settings: FederationSettings, device_seed: int) -> Algorithm:
     """The algorithm that the federation's settings name, for the device of this seed."""
     match settings.algorithm:
         case PF2LoRA() as pf2lora:
-            return PF2LoRAStep(pf2lora)
+            return PF2LoRAStep(pf2lora, settings.adapter.personal_rank, device_seed)
         case HomLoRA():
             return HomLoRAStep()
         case LocalOnly():

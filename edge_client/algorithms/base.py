@@ -53,6 +53,9 @@ class GradientOracle(Protocol):
     def factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
         """Views (A [r, n], B [m, r]) of every adapted layer into a vector like `common`."""
 
+    def personal_factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
+        """Views (C [r2, n], D [m, r2]) of every adapted layer into a vector like `personal`."""
+
 
 @dataclass(slots=True)
 class AlgorithmState:
@@ -123,8 +126,10 @@ class Algorithm(abc.ABC):
         """How much of the common rank this device works with; 0 is all."""
         return 0
 
-    def end_round(self, oracle: GradientOracle, state: AlgorithmState) -> None:  # noqa: B027
-        """After a round's last step, before the update is taken."""
+    def end_round(  # noqa: B027 - most methods have nothing to do
+        self, oracle: GradientOracle, state: AlgorithmState, plan: Plan
+    ) -> None:
+        """After a round's last step, whose plan is given, before the update is taken."""
 
     def personalise(  # noqa: B027 - most methods have nothing to do
         self, oracle: GradientOracle, batches: Iterator[Batch]
@@ -174,5 +179,5 @@ def train(
     for plan in plans:
         taken = [next(stream) for _ in range(algorithm.batches_per_step)]
         losses.append(algorithm.step(oracle, taken, state, plan))
-    algorithm.end_round(oracle, state)
+    algorithm.end_round(oracle, state, plan)
     return LocalResult(sum(losses) / len(losses), losses[-1], len(losses))

@@ -52,7 +52,7 @@ class HetLoRAStep(Algorithm):
         descend(oracle.common, gradient, state, "upper", plan.training)
         return gradients.loss
 
-    def end_round(self, oracle: GradientOracle, state: AlgorithmState) -> None:
+    def end_round(self, oracle: GradientOracle, state: AlgorithmState, plan: Plan) -> None:  # noqa: ARG002
         before, tail = float(state.vectors["hetlora"][1]), self._tail(state)
         rank = self.rank(state)
         if self._tail_product(oracle, state) < before:

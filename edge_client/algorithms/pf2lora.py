@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from edge_client.algorithms import rank_rule
 from edge_client.algorithms.base import (
     Algorithm,
     AlgorithmState,
@@ -58,19 +59,24 @@ class _Lower:
 
 
 class PF2LoRAStep(Algorithm):
-    """The bilevel step under the federation's settings."""
+    """The bilevel step under the federation's settings, on the device of this seed."""
 
-    def __init__(self, settings: PF2LoRA) -> None:
+    def __init__(self, settings: PF2LoRA, personal_rank: int = 0, device_seed: int = 0) -> None:
         self._settings = settings
+        self._personal_rank = personal_rank
+        self._device_seed = device_seed
         self.batches_per_step = 2 if settings.separate_batches else 1  # type: ignore[misc]
 
     def layout(self, adapter: Adapter) -> Layout:
-        return Layout(adapter.rank, adapter.personal_rank, adapter.head)
+        highest = max(adapter.personal_rank, self._settings.personal_rank_max)
+        return Layout(adapter.rank, highest, adapter.head)
 
     def step(
         self, oracle: GradientOracle, batches: Sequence[Batch], state: AlgorithmState, plan: Plan
     ) -> float:
         below, above = batches[0], batches[-1]
+        if self._settings.personal_rank_max:
+            rank_rule.begin(oracle, state, self._personal_rank)
         if plan.round <= self._settings.common_warmup_rounds:
             gradients = oracle.gradients(above)
             descend(oracle.common, gradients.common, state, "upper", plan.training)
@@ -86,6 +92,11 @@ class PF2LoRAStep(Algorithm):
         hypergradient = self._hypergradient(oracle, below, above, common_before, lower)
         descend(oracle.common, hypergradient, state, "upper", plan.training)
         return loss
+
+    def end_round(self, oracle: GradientOracle, state: AlgorithmState, plan: Plan) -> None:
+        highest = self._settings.personal_rank_max
+        if highest and plan.round > self._settings.common_warmup_rounds:
+            rank_rule.follow(oracle, state, highest, plan.round, self._device_seed)
 
     def _one_pass(
         self, oracle: GradientOracle, batch: Batch, state: AlgorithmState, plan: Plan

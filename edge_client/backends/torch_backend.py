@@ -197,6 +197,11 @@ class TorchTrainer:
         views = self._common.views(vector)
         return [(views[f"{name}.A"], views[f"{name}.B"]) for name in self._adapter.layers]
 
+    def personal_factors(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views (C, D) of every adapted layer into a vector like the personal one."""
+        views = self._personal.views(vector)
+        return [(views[f"{name}.C"], views[f"{name}.D"]) for name in self._adapter.layers]
+
     @property
     def oracle(self) -> _Oracle:
         """This model as algorithms see it."""
@@ -388,6 +393,7 @@ class _Oracle:
         self.gradients = trainer.gradients
         self.mixed_product = trainer.mixed_product
         self.factors = trainer.factors
+        self.personal_factors = trainer.personal_factors
 
 
 def _is_within(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:

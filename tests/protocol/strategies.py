@@ -83,6 +83,8 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         values = (*values[:3], 0.0, *values[4:])
     if cls is FederationSettings:
         adapter, algorithm = values[3], values[5]
+        if isinstance(algorithm, PF2LoRA):
+            algorithm = replace(algorithm, personal_rank_max=adapter.personal_rank)
         if isinstance(algorithm, HetLoRA):
             algorithm = replace(algorithm, rank_min=min(algorithm.rank_min, adapter.rank))
         values = (*values[:5], algorithm, *values[6:])

@@ -185,7 +185,7 @@ def test_a_backbone_without_a_usable_gradient_fails_at_once(gpt2, value, complai
         (
             {"scheme": "int3"},
             SchemeError,
-            "no quantisation scheme 'int3'; there are: none, bf16, nf4",
+            "no quantisation scheme 'int3'; there are: none, bf16",
         ),
         ({"task": "translation"}, BackboneError, "no task 'translation'; there are: sequence"),
         ({"label_count": 1}, BackboneError, "label_count of two or more, not 1"),
