@@ -266,7 +266,7 @@ def test_hetlora_trains_its_own_rank_and_prunes_it_when_the_tail_shrinks() -> No
     assert algorithm.rank(state) == 3
     for step in range(10):
         algorithm.step(oracle, [None], state, replace(plan, step=step))
-    algorithm.end_round(oracle, state)
+    algorithm.end_round(oracle, state, PLAN)
     assert algorithm.rank(state) == 2  # floor(0.7 * 3)
     assert not a[2:].any()
     assert not b[:, 2:].any()
