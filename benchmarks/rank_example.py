@@ -46,10 +46,11 @@ Array = np.ndarray[Any, Any]
 RANK, PERSONAL_RANK = 4, 2
 INPUTS, OUTPUTS, ROWS = 24, 16, 40
 TRUE_RANKS = (2, 3, 4, 5, 6)
-ROUNDS, LOCAL_STEPS = 400, 10
+ROUNDS, LOCAL_STEPS = 1200, 10
 TOLERANCE = 0.01
+RATE = 0.01  # of every level, in all methods
 METHODS = {
-    "PF2LoRA": PF2LoRA(),
+    "PF2LoRA": PF2LoRA(lower_learning_rate=RATE),
     "FedDPA": FedDPA(),
     "HETLoRA": HetLoRA(rank_min=2, rank_share=0.9),
     "HOMLoRA": HomLoRA(),
@@ -87,6 +88,7 @@ class Regression:
 
     def __init__(self, client: Client, layout: Layout, seed: int, personal_seed: int) -> None:
         self._client = client
+        self.personal_head = 0.0
         shapes = {
             "A": (layout.common_rank, INPUTS),
             "B": (OUTPUTS, layout.common_rank),
@@ -153,7 +155,7 @@ def learn(method: str, seed: int) -> list[Array]:
         Backbone("none", "sha256:" + "0" * 64),
         Task(TaskKind.CAUSAL_LM),
         Adapter(rank, PERSONAL_RANK),
-        Training(LOCAL_STEPS, learning_rate=0.01, warmup_rounds=5, decay=Decay.COSINE),
+        Training(LOCAL_STEPS, learning_rate=RATE, warmup_rounds=5, decay=Decay.COSINE),
         METHODS[method],
         Rounds(ROUNDS, len(clients), weighting=Weighting.UNIFORM),
     )

@@ -15,6 +15,7 @@ Record = dict[str, Any]
 # (task, set) -> method -> records of its seeds
 Group = dict[tuple[str, tuple[str, ...]], dict[str, list[Record]]]
 COLUMNS = ("accuracy", "balanced_accuracy", "matthews", "loss")
+CAUSAL_COLUMNS = ("bleu", "rouge_l", "accuracy", "loss")
 
 
 def write_report(records: list[Record], folder: Path) -> None:
@@ -43,12 +44,12 @@ def _grouped(records: Iterable[Record]) -> Group:
 
 
 def _table(task: str, groups: Group) -> list[str]:
-    metric = TASKS[task].metric
+    metric, columns = TASKS[task].metric, _columns(task)
     lines = [
         f"## {task} (compared by {metric})",
         "",
-        f"| method | seeds | rate | {' | '.join(COLUMNS)} | common level | KiB sent a round |",
-        "|---|---|---|" + "---|" * (len(COLUMNS) + 2),
+        f"| method | seeds | rate | {' | '.join(columns)} | common level | KiB sent a round |",
+        "|---|---|---|" + "---|" * (len(columns) + 2),
     ]
     majority: list[dict[str, float]] = []
     rows = []
@@ -56,18 +57,25 @@ def _table(task: str, groups: Group) -> list[str]:
         if name != task:
             continue
         for method, records in methods.items():
-            majority += [record["majority"] for record in records]
+            majority += [record["majority"] for record in records if record["majority"]]
             label = " ".join((method, *variant))
-            rows.append((-_final(records, metric).mean(), _row(label, records, metric)))
+            rows.append((-_final(records, metric).mean(), _row(label, records, task)))
     lines += [row for _, row in sorted(rows)]
-    cells = [f"{np.mean([one[column] for one in majority]):.3f}" for column in COLUMNS]
+    if not majority:
+        return lines
+    cells = [f"{np.mean([one[column] for one in majority]):.3f}" for column in columns]
     return [*lines, f"| label counts alone | | | {' | '.join(cells)} | | 0 |"]
 
 
-def _row(label: str, records: list[Record], metric: str) -> str:
+def _columns(task: str) -> tuple[str, ...]:
+    return CAUSAL_COLUMNS if TASKS[task].causal else COLUMNS
+
+
+def _row(label: str, records: list[Record], task: str) -> str:
+    metric = TASKS[task].metric
     seeds = ", ".join(str(record["cell"]["seed"]) for record in records)
     rates = " ".join(sorted({f"{record['cell']['learning_rate']:g}" for record in records}))
-    cells = [_mean_and_spread(_final(records, column)) for column in COLUMNS]
+    cells = [_mean_and_spread(_final(records, column)) for column in _columns(task)]
     common = [np.mean([d[metric] for d in record["devices_common"]]) for record in records]
     last = records[0]["curve"][-1]
     sent = last["sent_bytes"] / last["round"] / 1024
@@ -89,7 +97,8 @@ def _mean_and_spread(values: np.ndarray) -> str:
 def _plot(task: str, groups: Group, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    metric = TASKS[task].metric
+    # Text is written at the end of a run only.
+    metric = "loss" if TASKS[task].causal else TASKS[task].metric
     figure = Figure(figsize=(12, 3.6), dpi=110)
     panels = figure.subplots(1, 3, sharey=True)
     axes_of = (("round", 1.0), ("sent_bytes", 2.0**20), ("training_s", 1.0))
@@ -99,15 +108,18 @@ def _plot(task: str, groups: Group, path: Path) -> None:
             y = np.array([[at[metric] for at in record["curve"]] for record in records])
             (line,) = axes.plot(x, y.mean(0), marker="o", markersize=3, label=method)
             axes.fill_between(x, y.min(0), y.max(0), alpha=0.15, color=line.get_color())
-    majority = np.mean([r["majority"][metric] for m in groups[task, ()].values() for r in m])
+    every = [record for records in groups[task, ()].values() for record in records]
+    majority = [record["majority"][metric] for record in every if record["majority"]]
     for axes, name in zip(
         panels, ("rounds", "MiB sent by a device", "seconds of training on a device"), strict=True
     ):
-        axes.axhline(majority, color="grey", linewidth=1, linestyle=":")
+        if majority:
+            axes.axhline(float(np.mean(majority)), color="grey", linewidth=1, linestyle=":")
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"{metric}, mean over devices")
-    panels[0].set_title(f"{task} (dotted: label counts alone)", fontsize=10, loc="left")
+    note = " (dotted: label counts alone)" if majority else ""
+    panels[0].set_title(task + note, fontsize=10, loc="left")
     panels[2].legend(fontsize=7, ncol=2)
     figure.tight_layout()
     figure.savefig(path)

@@ -21,11 +21,15 @@ from edge_client.backends.base import Arrays, Level
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.session import FinishedReport, Offer, Session
 from protocol.fake_link import FakeLink, fake_links
-from protocol.federation import FederationSettings
+from protocol.federation import FederationSettings, TaskKind
 from protocol.link import Link
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import at_once, simulate
+
+# Of a causal task, what is written at the end of a run.
+GENERATED_ROWS = 10
+GENERATED_TOKENS = 100
 
 
 @dataclass
@@ -105,6 +109,10 @@ class SimulatedDevice:
         self.trainer.set_common(base)
         for level in (Level.PERSONAL, Level.COMMON):
             self._evaluate(rounds, level)
+            if self.settings.task.kind is TaskKind.CAUSAL_LM:
+                found = self.results[rounds, level.name.lower()]
+                for one, rows in zip(found, self.evaluation, strict=True):
+                    one |= generated(self.trainer, rows, level)
 
     def _take_model(self) -> None:
         self.trainer.become(self.seed)
@@ -128,12 +136,29 @@ class SimulatedDevice:
 
 
 def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str, float]:
-    """Accuracy, balanced accuracy, log-loss and Matthews correlation on a device's own rows."""
+    """A device's scores on its own rows; of a causal task accuracy and loss a token."""
     by_length = sorted(rows.evaluation, key=lambda row: len(row.text))
-    found = trainer.predict(by_length, level)
-    probabilities = np.array([one.probabilities for one in found], np.float64)
+    if by_length[0].label is None:
+        found = trainer.evaluate(trainer.encode(by_length), level)
+        return {"accuracy": found.accuracy, "loss": found.loss}
+    said = trainer.predict(by_length, level)
+    probabilities = np.array([one.probabilities for one in said], np.float64)
     wanted = np.array([row.label for row in by_length])
     return scores(probabilities, wanted)
+
+
+def generated(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str, float]:
+    """BLEU (sacrebleu) and ROUGE-L, 0 to 100, of what is written for a device's first rows."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    chosen = rows.evaluation[:GENERATED_ROWS]
+    wanted = [(row.text_pair or "").strip() for row in chosen]
+    said = [trainer.generate(row.text, GENERATED_TOKENS, level).strip() for row in chosen]
+    rouge = RougeScorer(["rougeL"])
+    fits = [rouge.score(a, b)["rougeL"].fmeasure for a, b in zip(wanted, said, strict=True)]
+    bleu = sacrebleu.corpus_bleu(said, [wanted]).score
+    return {"bleu": bleu, "rouge_l": 100 * float(np.mean(fits))}
 
 
 def scores(probabilities: np.ndarray, wanted: np.ndarray) -> dict[str, float]:

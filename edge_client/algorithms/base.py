@@ -40,6 +40,10 @@ class GradientOracle(Protocol):
     def personal(self) -> Vector:
         """Live view of the personal parameters, [P_p]."""
 
+    @property
+    def personal_head(self) -> Vector:
+        """1 where a personal parameter is of the task's head, 0 elsewhere, [P_p]."""
+
     def gradients(self, batch: Batch) -> Gradients:
         """Loss and gradients at the present parameters."""
 

@@ -53,10 +53,13 @@ def adamw_step(
     gradient: Vector,
     memory: dict[str, Vector],
     name: str,
-    learning_rate: float,
+    learning_rate: Vector | float,
     weight_decay: float = 0.0,
 ) -> None:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2)."""
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2).
+
+    The learning rate is a number, or one for each parameter.
+    """
     if f"{name}.m" not in memory:
         memory[f"{name}.m"] = parameters * 0.0
         memory[f"{name}.v"] = parameters * 0.0
@@ -76,7 +79,7 @@ def adamw_step(
 
 
 def adam_derivative(
-    gradient: Vector, memory: dict[str, Vector], name: str, learning_rate: float
+    gradient: Vector, memory: dict[str, Vector], name: str, learning_rate: Vector | float
 ) -> Vector:
     """`d p / d g` of the Adam step just taken with `gradient`: a diagonal, as a vector.
 

@@ -21,7 +21,7 @@ that h = grad_x f(x, y+) + [d2 f / dx dy](x, y) . v with v = J grad_y f(x, y+).
                        backward: the secant's extrapolation from the last step               1
     joint              grad_x f(x, y): no bilevel step                                       1
 
-With Adam below, y+ - y also holds past gradients, which the secant then takes for this one's.
+With Adam below, a personal head has the upper level's learning rate, and y+ - y also holds past gradients, which the secant then takes for this one's.
 Of several lower steps, `exact` and `finite_difference` differentiate through the last.
 """
 
@@ -116,12 +116,14 @@ class PF2LoRAStep(Algorithm):
         self, oracle: GradientOracle, gradient: Vector, state: AlgorithmState, plan: Plan
     ) -> _Lower:
         settings, memory = self._settings, state.vectors
-        rate = settings.lower_learning_rate * plan.factor
+        rate: Vector | float = settings.lower_learning_rate * plan.factor
         start = oracle.personal * 1.0
         gradient = clipped(gradient, plan.training.clip_norm)
         if settings.lower_optimizer is LowerOptimizer.SGD:
             sgd_step(oracle.personal, gradient, memory, "lower", rate, settings.lower_momentum)
             return _Lower(start, gradient, -rate)
+        # A head starts from nothing and is trained as every method trains it.
+        rate = rate + oracle.personal_head * (plan.training.learning_rate - rate)
         adamw_step(oracle.personal, gradient, memory, "lower", rate)
         if settings.hypergradient in (Hypergradient.SECANT, Hypergradient.FIRST_ORDER):
             return _Lower(start, gradient, 0.0)  # these two do not ask for it

@@ -52,6 +52,7 @@ from protocol.federation import (
 )
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.backbone import Backbone, load_backbone
+from quantization.bnb import is_below
 
 EVALUATION_BATCH: Final = 64
 # transformers changes torch's global state while it builds a model: one at a time in a process.
@@ -148,6 +149,9 @@ class TorchTrainer:
         device = str(backbone.device)
         self._common = FlatGroup(self._adapter.common, device)
         self._personal = FlatGroup(self._adapter.personal, device)
+        self._personal_head = torch.zeros_like(self._personal.values)
+        for name, view in self._personal.views(self._personal_head).items():
+            view.fill_(is_below(name, self._adapter.head_modules))
         self._state = AlgorithmState()
         self._own_common: Tensor | None = None  # at the personal level, where a method adapts it
         self._personal_start = self._personal.arrays()
@@ -205,7 +209,7 @@ class TorchTrainer:
     @property
     def oracle(self) -> _Oracle:
         """This model as algorithms see it."""
-        return _Oracle(self, self._common.values, self._personal.values)
+        return _Oracle(self, self._common.values, self._personal.values, self._personal_head)
 
     # --- backends.base.Trainer ----------------------------------------------------------------
 
@@ -387,9 +391,12 @@ class TorchTrainer:
 class _Oracle:
     """A GradientOracle on a TorchTrainer; its vectors are tensors without autograd."""
 
-    def __init__(self, trainer: TorchTrainer, common: Tensor, personal: Tensor) -> None:
+    def __init__(
+        self, trainer: TorchTrainer, common: Tensor, personal: Tensor, personal_head: Tensor
+    ) -> None:
         self.common = common
         self.personal = personal
+        self.personal_head = personal_head
         self.gradients = trainer.gradients
         self.mixed_product = trainer.mixed_product
         self.factors = trainer.factors

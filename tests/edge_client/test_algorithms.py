@@ -46,6 +46,7 @@ class Quadratic:
         self.common = rng.standard_normal(size)
         self.personal = rng.standard_normal(size)
         self.size = size
+        self.personal_head = 0.0
         self.calls = 0
 
     def gradients(self, batch: float | None) -> Gradients:

@@ -32,6 +32,7 @@ class Approximation:
         start = np.zeros(size)
         start[: HIGHEST * INPUTS] = rng.standard_normal(HIGHEST * INPUTS) / np.sqrt(INPUTS)
         vector = torch.from_numpy if kind == "torch" else np.asarray
+        self.personal_head = 0.0
         self.target, self.personal, self.common = map(vector, (target, start, np.zeros(1)))
 
     def factors(self, vector: Any) -> list[tuple[Any, Any]]:
