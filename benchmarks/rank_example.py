@@ -46,11 +46,12 @@ Array = np.ndarray[Any, Any]
 RANK, PERSONAL_RANK = 4, 2
 INPUTS, OUTPUTS, ROWS = 24, 16, 40
 TRUE_RANKS = (2, 3, 4, 5, 6)
-ROUNDS, LOCAL_STEPS = 1200, 10
+ROUNDS, LOCAL_STEPS = 600, 10
 TOLERANCE = 0.01
 RATE = 0.01  # of every level, in all methods
 METHODS = {
     "PF2LoRA": PF2LoRA(lower_learning_rate=RATE),
+    "PF2LoRA, common first": PF2LoRA(lower_learning_rate=RATE, common_warmup_rounds=60),
     "FedDPA": FedDPA(),
     "HETLoRA": HetLoRA(rank_min=2, rank_share=0.9),
     "HOMLoRA": HomLoRA(),

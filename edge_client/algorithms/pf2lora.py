@@ -21,8 +21,9 @@ that h = grad_x f(x, y+) + [d2 f / dx dy](x, y) . v with v = J grad_y f(x, y+).
                        backward: the secant's extrapolation from the last step               1
     joint              grad_x f(x, y): no bilevel step                                       1
 
-With Adam below, a personal head has the upper level's learning rate, and y+ - y also holds past gradients, which the secant then takes for this one's.
-Of several lower steps, `exact` and `finite_difference` differentiate through the last.
+With Adam below, a personal head has the upper level's learning rate, and y+ - y also holds past
+gradients, which the secant then takes for this one's. Of several lower steps, `exact` and
+`finite_difference` differentiate through the last.
 """
 
 from __future__ import annotations
