@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-core lint check slow soak gpu clean
+.PHONY: demo test test-core lint check slow soak gpu bench-accuracy clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,13 @@ check: lint test test-core
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@
+
+# One cell of the accuracy matrix, run again and compared with its record.
+TASK ?= sst2-s0.5
+METHOD ?= pf2lora
+SEED ?= 0
+bench-accuracy: $(INSTALLED)  ## TASK=sst2-s0.5 METHOD=pf2lora SEED=0
+	$(BIN)/python -m benchmarks.accuracy --tasks $(TASK) --methods $(METHOD) --seeds $(SEED) --again
 
 clean:
 	rm -rf $(VENV) $(CORE) demo-state

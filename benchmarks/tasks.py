@@ -85,14 +85,14 @@ def deal(task: Task, split: str, seed: int) -> list[DeviceRows]:
     train, training_keys = _read(task, "train")
     if split == "test":
         evaluation, keys = _read(task, task.test or "dev")
-    elif task.test:
-        evaluation, keys = _read(task, "dev")
     else:
-        # The same cut for every seed, and gone from training in reports too.
-        train, evaluation = hold_out(train, CHOICE_ROWS / len(train), 0)
-    if not task.test and split == "test":
-        train, _ = hold_out(train, CHOICE_ROWS / len(train), 0)
+        evaluation, keys = _read(task, "dev")
     if task.field is None:
+        train = list(dict.fromkeys(train))  # CoLA has rows twice
+        if not task.test:
+            # The same cut for every seed, and gone from training in reports too.
+            train, choices = hold_out(train, CHOICE_ROWS / len(train), 0)
+            evaluation = evaluation if split == "test" else choices
         if len(train) > task.rows:
             _, train = hold_out(train, task.rows / len(train), seed)
         parts = split_by_skew(train, task.devices, task.skew or 0.0, seed)
