@@ -137,7 +137,6 @@ learning_rate = 2e-3
 
 [algorithm]
 name = "pf2lora"
-lower_learning_rate = 2e-3
 
 [rounds]
 count = {options.rounds}

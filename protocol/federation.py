@@ -114,7 +114,8 @@ class Adapter:
 
     `rank` is r of the common adapter, `personal_rank` r2 of each device's own; `target_modules` are
     PEFT's (suffixes, a regular expression, "all-linear"), or "query-value" for the attention query
-    and value projections under whatever names the architecture gives them.
+    and value projections under whatever names the architecture gives them. `head` is the level that
+    a classifier's head belongs to, where the method leaves a choice.
     """
 
     rank: Annotated[int, Integer(1, limits.RANK_MAX)] = 8
@@ -124,7 +125,7 @@ class Adapter:
         Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)]
         | Annotated[tuple[ModuleName, ...], Items(limits.TARGET_MODULES_MAX, 1)]
     ) = "query-value"
-    head: Group = Group.COMMON
+    head: Group = Group.PERSONAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ class PF2LoRA:
     NAME: ClassVar[str] = "pf2lora"
     hypergradient: Hypergradient = Hypergradient.SECANT
     lower_optimizer: LowerOptimizer = LowerOptimizer.ADAM
-    lower_learning_rate: LearningRate = 1e-3
+    lower_learning_rate: LearningRate = 3e-4
     lower_momentum: Annotated[float, Real(0.0, 0.999)] = 0.0
     lower_steps: Annotated[int, Integer(1, 100)] = 1
     separate_batches: bool = False

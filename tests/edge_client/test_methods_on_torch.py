@@ -77,13 +77,13 @@ HEAD = {"weight", "bias"}
 @pytest.mark.parametrize(
     ("algorithm", "sent", "kept"),
     [
-        (PF2LoRA(), {"A", "B"} | HEAD, {"C", "D"}),
+        (PF2LoRA(), {"A", "B"}, {"C", "D"} | HEAD),
         (HomLoRA(), {"A", "B"} | HEAD, set()),
         (LocalOnly(), set(), {"C", "D"} | HEAD),
         (PerFedAvg(), {"A", "B"} | HEAD, set()),
         (FFALoRA(), {"B"} | HEAD, set()),
-        (FedSALoRA(), {"A"} | HEAD, {"B"}),
-        (FedDPA(), {"A", "B"} | HEAD, {"C", "D"}),
+        (FedSALoRA(), {"A"}, {"B"} | HEAD),
+        (FedDPA(), {"A", "B"}, {"C", "D"} | HEAD),
         (HetLoRA(), {"A", "B"} | HEAD, set()),
     ],
     ids=lambda value: getattr(value, "NAME", None),
@@ -108,7 +108,8 @@ def test_each_method_trains_and_sends_what_it_says(
 def test_the_secant_departs_from_the_exact_hypergradient_with_alpha_squared(scheme: str) -> None:
     """Over the lower learning rates 1e-4 to 1e-1; the first-order form departs with alpha."""
     exact = PF2LoRA(Hypergradient.EXACT, LowerOptimizer.SGD)  # eager attention for all
-    trainer = _trainer(_settings(exact), scheme)
+    factors_alone = Adapter(rank=4, personal_rank=2, head=Group.COMMON)
+    trainer = _trainer(_settings(exact, adapter=factors_alone), scheme)
     oracle = trainer.oracle
     batch = trainer._encoder.batch(trainer.encode(ROWS[:8]))
     (plan, *_) = plans(trainer._settings, 1)
