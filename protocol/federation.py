@@ -153,6 +153,8 @@ class Training:
 class PF2LoRA:
     """Bilevel: `lower_steps` on the personal adapter, then one upper step on the common one.
 
+    A `lower_learning_rate` of 0 is a fifth of the upper one, so that what all devices share is
+    learned in common first; SGD below asks for a rate of its own.
     With `separate_batches` the upper step sees rows that the lower step did not. Until
     `common_warmup_rounds` are over only the common adapter learns. With a `personal_rank_max` each
     device's r2 begins at the adapter's and follows its data, up to that, layer by layer.
@@ -161,7 +163,7 @@ class PF2LoRA:
     NAME: ClassVar[str] = "pf2lora"
     hypergradient: Hypergradient = Hypergradient.SECANT
     lower_optimizer: LowerOptimizer = LowerOptimizer.ADAM
-    lower_learning_rate: LearningRate = 3e-4
+    lower_learning_rate: Annotated[float, Real(0.0, 100.0)] = 0.0
     lower_momentum: Annotated[float, Real(0.0, 0.999)] = 0.0
     lower_steps: Annotated[int, Integer(1, 100)] = 1
     separate_batches: bool = False
@@ -171,6 +173,8 @@ class PF2LoRA:
     def __post_init__(self) -> None:
         if self.lower_momentum and self.lower_optimizer is not LowerOptimizer.SGD:
             raise SchemaError("lower_momentum", "is SGD's; Adam has its own")
+        if not self.lower_learning_rate and self.lower_optimizer is LowerOptimizer.SGD:
+            raise SchemaError("lower_learning_rate", "must be given for SGD, such as 0.1")
 
 
 @dataclass(frozen=True, slots=True)

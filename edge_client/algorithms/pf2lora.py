@@ -48,6 +48,9 @@ from protocol.federation import Adapter, Hypergradient, LowerOptimizer, PF2LoRA
 
 # Length of the finite difference's step: that of DARTS (arXiv 1806.09055, section 2.3).
 DIFFERENCE_NORM: Final = 0.01
+# Of the upper rate, where the lower one is not set. At equal rates the personal level takes
+# up what devices share before the common level has it (docs/evidence.md).
+LOWER_SHARE: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ class PF2LoRAStep(Algorithm):
         self, oracle: GradientOracle, gradient: Vector, state: AlgorithmState, plan: Plan
     ) -> _Lower:
         settings, memory = self._settings, state.vectors
-        rate: Vector | float = settings.lower_learning_rate * plan.factor
+        own_rate = settings.lower_learning_rate * plan.factor
+        rate: Vector | float = own_rate or LOWER_SHARE * plan.training.learning_rate
         start = oracle.personal * 1.0
         gradient = clipped(gradient, plan.training.clip_norm)
         if settings.lower_optimizer is LowerOptimizer.SGD:

@@ -159,7 +159,7 @@ def test_the_optimistic_step_extrapolates_the_last_gradient_within_a_round() -> 
 def test_several_lower_steps_go_further_down() -> None:
     one, three = Quadratic(1), Quadratic(1)
     for oracle, steps in ((one, 1), (three, 3)):
-        settings = PF2LoRA(lower_optimizer=LowerOptimizer.SGD, lower_steps=steps)
+        settings = PF2LoRA(Hypergradient.SECANT, LowerOptimizer.SGD, 1e-3, lower_steps=steps)
         _hypergradient_used(oracle, replace(settings, lower_learning_rate=0.1))
     oracle = Quadratic(1)
     for _ in range(3):
@@ -182,7 +182,7 @@ def test_until_the_warm_up_is_over_only_the_common_level_learns() -> None:
     ("settings", "common_moves", "personal_moves"),
     [
         *[(PF2LoRA(kind), True, True) for kind in Hypergradient],
-        (PF2LoRA(lower_optimizer=LowerOptimizer.SGD, lower_momentum=0.5), True, True),
+        (PF2LoRA(Hypergradient.SECANT, LowerOptimizer.SGD, 1e-3, lower_momentum=0.5), True, True),
         (HomLoRA(), True, False),
         (FFALoRA(), True, False),
         (LocalOnly(), False, True),

@@ -107,7 +107,7 @@ def test_each_method_trains_and_sends_what_it_says(
 @pytest.mark.parametrize("scheme", ["none", "nf4", "int8"])
 def test_the_secant_departs_from_the_exact_hypergradient_with_alpha_squared(scheme: str) -> None:
     """Over the lower learning rates 1e-4 to 1e-1; the first-order form departs with alpha."""
-    exact = PF2LoRA(Hypergradient.EXACT, LowerOptimizer.SGD)  # eager attention for all
+    exact = PF2LoRA(Hypergradient.EXACT, LowerOptimizer.SGD, 0.1)  # eager attention for all
     factors_alone = Adapter(rank=4, personal_rank=2, head=Group.COMMON)
     trainer = _trainer(_settings(exact, adapter=factors_alone), scheme)
     oracle = trainer.oracle
@@ -164,7 +164,7 @@ def _trained(settings: FederationSettings) -> dict[str, np.ndarray]:
 def test_what_saves_memory_changes_nothing_else(
     changes: dict[str, object], kind: Hypergradient
 ) -> None:
-    settings = _settings(PF2LoRA(kind, LowerOptimizer.SGD))
+    settings = _settings(PF2LoRA(kind, LowerOptimizer.SGD, 1e-3))
     whole = _trained(settings)
     saving = _trained(replace(settings, training=replace(settings.training, **changes)))
     for name, array in whole.items():

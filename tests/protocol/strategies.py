@@ -79,8 +79,9 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         values = (count, cohort, cohort, *rest)
     if cls is Adapter:
         values = (values[0], max(1, values[1]), *values[2:])
-    if cls is PF2LoRA and values[1] is LowerOptimizer.ADAM:
-        values = (*values[:3], 0.0, *values[4:])
+    if cls is PF2LoRA:
+        adam = values[1] is LowerOptimizer.ADAM
+        values = (*values[:2], values[2] or 0.1, 0.0 if adam else values[3], *values[4:])
     if cls is FederationSettings:
         adapter, algorithm = values[3], values[5]
         if isinstance(algorithm, PF2LoRA):
