@@ -36,7 +36,7 @@ from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (2e-3, 4e-3)
 SEARCH_ROUNDS = 10
 TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5", "webnlg"]
 # Centralised training is HOMLoRA on one device that has everybody's rows, and as many steps.

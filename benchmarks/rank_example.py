@@ -48,10 +48,11 @@ INPUTS, OUTPUTS, ROWS = 24, 16, 40
 TRUE_RANKS = (2, 3, 4, 5, 6)
 ROUNDS, LOCAL_STEPS = 600, 10
 TOLERANCE = 0.01
-RATE = 0.01  # of every level, in all methods
+RATE = 0.01  # of all methods; the default of PF2LoRA's lower level is a fifth
 METHODS = {
-    "PF2LoRA": PF2LoRA(lower_learning_rate=RATE),
-    "PF2LoRA, common first": PF2LoRA(lower_learning_rate=RATE, common_warmup_rounds=60),
+    "PF2LoRA": PF2LoRA(),
+    "PF2LoRA, common first": PF2LoRA(common_warmup_rounds=60),
+    "PF2LoRA, equal rates": PF2LoRA(lower_learning_rate=RATE),
     "FedDPA": FedDPA(),
     "HETLoRA": HetLoRA(rank_min=2, rank_share=0.9),
     "HOMLoRA": HomLoRA(),

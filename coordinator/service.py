@@ -49,6 +49,7 @@ from protocol.messages import (
     Finished,
     Message,
     Receipt,
+    ReceiptStatus,
     Report,
     Resume,
     RetryWindow,
@@ -232,6 +233,8 @@ class FederationService:
             case TakeUpdate(device, _):
                 self._reply(device, Resume(0))
             case Answer(device, assignment, status, reason):
+                if status is ReceiptStatus.LATE:
+                    status, reason = await self._late_or_kept(assignment, reason)
                 self._reply(device, Receipt(assignment, status, reason))
             case Keep(device, assignment):
                 await self._keep(device, assignment)
@@ -240,6 +243,15 @@ class FederationService:
                 await self._close_round(number, attempt, aggregate)
                 return Closed(aggregate)
         return None
+
+    async def _late_or_kept(self, assignment: str, reason: str) -> tuple[ReceiptStatus, str]:
+        """A report that was counted, its receipt lost, is not late when it comes again.
+
+        The machine remembers the open round alone; the store knows them all.
+        """
+        if await self._write(self._store.has_report, assignment):
+            return ReceiptStatus.DUPLICATE, "it was kept before its round ended"
+        return ReceiptStatus.LATE, reason
 
     def _reply(self, device: str, message: Message) -> None:
         reply = self._replies.pop(device, None)

@@ -109,6 +109,9 @@ class Store(Protocol):
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
         """The kept reports of the open round, one in memory at a time, ordered by assignment."""
 
+    def has_report(self, federation: str, assignment: str) -> bool:
+        """Whether a report of this assignment has ever been kept, its round open or over."""
+
     def close_round(
         self,
         federation: str,

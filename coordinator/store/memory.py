@@ -25,6 +25,7 @@ class _Federation:
     attempt: int = 0
     open_round: RoundRecord | None = None
     reports: dict[str, ReportRecord] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)  # assignments, of all rounds
     history: list[RoundOutcome] = field(default_factory=list)
 
 
@@ -64,6 +65,7 @@ class MemoryStore:
         if record.assignment in found.reports:
             return False
         found.reports[record.assignment] = record
+        found.kept.add(record.assignment)
         return True
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
@@ -72,6 +74,9 @@ class MemoryStore:
             record = reports[assignment]
             if (record.round, record.attempt) == (number, attempt):
                 yield record
+
+    def has_report(self, federation: str, assignment: str) -> bool:
+        return assignment in self._found(federation).kept
 
     def close_round(
         self,

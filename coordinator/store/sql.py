@@ -223,6 +223,12 @@ class SqlStore:
                 )
             yield record
 
+    def has_report(self, federation: str, assignment: str) -> bool:
+        kept = sa.select(_reports.c.assignment).join(_members)
+        wanted = (_members.c.federation == federation, _members.c.assignment == assignment)
+        with self._begin() as db:
+            return db.scalar(kept.where(*wanted)) is not None
+
     def close_round(
         self,
         federation: str,

@@ -115,8 +115,8 @@ def test_the_rate_is_the_best_on_the_rows_for_choices_and_all_must_be_tried() ->
         cell = {**CELL, "set": [], "rounds": 10, "learning_rate": rate}
         return {"cell": cell, "curve": [{"accuracy": accuracy}]}
 
-    tried = [record(rate, score) for rate, score in ((1e-3, 0.5), (2e-3, 0.7), (4e-3, 0.6))]
+    tried = [record(rate, score) for rate, score in ((2e-3, 0.7), (4e-3, 0.6))]
     assert best_learning_rate(tried, "sst2-s0.5", "pf2lora") == 2e-3
     with pytest.raises(SystemExit, match="run --search first"):
-        best_learning_rate(tried[:2], "sst2-s0.5", "pf2lora")
+        best_learning_rate(tried[:1], "sst2-s0.5", "pf2lora")
     assert json.loads(_key(CELL)) == CELL

@@ -99,6 +99,16 @@ class StoreContract:
         outcomes = [(o.number, o.attempt, o.outcome, o.reports) for o in store.history("demo")]
         assert outcomes == [(1, 1, Outcome.ABANDONED, 1), (1, 2, Outcome.AGGREGATED, 2)]
 
+    def test_that_a_report_was_kept_is_known_after_its_round(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", _round())
+        assert not store.has_report("demo", "1-1-a")
+        store.keep_report("demo", _report("a"))
+        assert store.has_report("demo", "1-1-a")
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        assert store.has_report("demo", "1-1-a")
+        assert not store.has_report("demo", "1-1-b")
+
 
 class TestMemoryStore(StoreContract):
     @pytest.fixture

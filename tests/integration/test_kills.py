@@ -1,0 +1,174 @@
+"""The kill harness: a real coordinator process on real SQLite, killed at random points.
+
+Devices are sessions over real websockets whose training is a fixed function, so that what the
+federation must end with is known to the byte from a simulation that nothing disturbs. Now and then
+a device is cut off and starts again from what it remembers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from coordinator.config import START_FORMAT
+from coordinator.store.sql import SqlStore
+from edge_client.session import Session
+from edge_client.transport import websocket_dial
+from protocol.messages import ReceiptStatus
+from protocol.virtual_time import simulate
+from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
+
+DEVICES = 6
+TOML = """
+name = "sim"
+[backbone]
+name = "none"
+[task]
+kind = "sequence-classification"
+labels = ["a", "b"]
+[rounds]
+count = {rounds}
+cohort = {devices}
+minimum_reports = {devices}
+deadline_s = 100000.0
+[server]
+hold_s = 5.0
+"""
+
+
+@pytest.mark.parametrize(
+    "kills", [8, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+)
+def test_kills_at_random_points_lose_nothing_and_count_nothing_twice(
+    tmp_path: Path, kills: int
+) -> None:
+    seed = 20 + kills
+    print(f"seed {seed}")
+    harness = Harness(tmp_path, rounds=2 * kills, kills=kills, rng=random.Random(seed))
+    asyncio.run(harness.run())
+    print(f"killed the coordinator {harness.killed} times, devices {harness.cut} times")
+    assert harness.killed == kills
+    assert {device.final.digest() for device in harness.devices if device.final} == {
+        _undisturbed(harness.rounds)
+    }
+    assert all(device.final for device in harness.devices)
+    for device in harness.devices:
+        rounds_trained = Counter(device.trained)
+        assert rounds_trained == dict.fromkeys(range(1, harness.rounds + 1), 1)
+        statuses = {receipt.status for receipt in device.receipts}
+        assert statuses <= {ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE}
+    store = SqlStore(f"sqlite:///{tmp_path}/pf2lora.sqlite")
+    history = store.history("sim")
+    store.close()
+    assert [(o.number, o.outcome.value, o.reports) for o in history] == [
+        (number, "aggregated", DEVICES) for number in range(1, harness.rounds + 1)
+    ]
+
+
+def _devices() -> list[FakeDevice]:
+    return [FakeDevice(f"device-{number}", training_s=0.05) for number in range(DEVICES)]
+
+
+def _undisturbed(rounds: int) -> bytes:
+    """The final adapter's digest of the same federation when nothing goes wrong."""
+    rules = settings(count=rounds, cohort=DEVICES, minimum_reports=DEVICES, deadline_s=1e5)
+    devices = _devices()
+
+    async def scenario() -> None:
+        world = World(rules)
+        await world.start()
+        await asyncio.gather(*(world.take_part(device) for device in devices))
+
+    simulate(scenario)
+    (digest,) = {device.final.digest() for device in devices if device.final}
+    return digest
+
+
+@dataclass
+class Harness:
+    """One federation, and who disturbs it."""
+
+    folder: Path
+    rounds: int
+    kills: int
+    rng: random.Random
+    killed: int = 0
+    cut: int = 0
+    devices: list[FakeDevice] = field(default_factory=_devices)
+    port: int = 0
+
+    async def run(self) -> None:
+        self._write_federation()
+        process = await self._start()
+        running = [asyncio.create_task(self._device(device)) for device in self.devices]
+        everyone = asyncio.gather(*running)
+        try:
+            while self.killed < self.kills:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.rng.uniform(0.0, 1.5)):
+                        await asyncio.shield(everyone)
+                        raise AssertionError("the federation ended before all kills")
+                process.send_signal(signal.SIGKILL)
+                await process.communicate()
+                self.killed += 1
+                process = await self._start()
+            await everyone
+        finally:
+            everyone.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
+
+    async def _device(self, device: FakeDevice) -> None:
+        """One device; cut off now and then in the middle of whatever it does."""
+        while device.final is None:
+            session = Session(
+                websocket_dial(f"ws://127.0.0.1:{self.port}"),
+                device,
+                federation="sim",
+                device=device.name,
+                rng=self.rng,
+                first_contact_patience_s=600.0,
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.rng.uniform(1.0, 10.0)):
+                    await session.run()
+                    return
+            self.cut += 1
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        command = [sys.executable, "-m", "coordinator.cli", "serve"]
+        command += ["--config", str(self.folder / "federation.toml"), "--port", str(self.port)]
+        process = await asyncio.create_subprocess_exec(
+            *command, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
+        )
+        assert process.stderr is not None
+        said = b""
+        async for line in process.stderr:
+            said += line
+            if b"listening on" in line:
+                self.port = int(line.rsplit(b":", 1)[1])
+                return process
+        raise AssertionError(f"the coordinator did not start: {said.decode()}")
+
+    def _write_federation(self) -> None:
+        arrays = {name: np.array(array) for name, array in START.arrays().items()}
+        metadata = {
+            "format": START_FORMAT,
+            "fingerprint": FINGERPRINT,
+            "names": json.dumps(list(arrays)),
+        }
+        save_file(arrays, self.folder / "start.safetensors", metadata)
+        text = TOML.format(rounds=self.rounds, devices=DEVICES)
+        (self.folder / "federation.toml").write_text(text)
