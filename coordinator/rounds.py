@@ -1,6 +1,6 @@
 """The round machine: events and a time in, actions out. No I/O, no clock, chance passed in.
 
-    GATHERING --enough devices wait--> OPEN --all answered, or deadline--> CLOSING --closed--> ...
+    GATHERING --enough devices wait--> OPEN --goal reached, or deadline--> CLOSING --closed--> ...
         ^                                                                     |
         +--------- aggregated, or abandoned for want of reports --------------+--last--> FINISHED
 
@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from protocol.federation import FederationSettings
+from protocol.federation import FederationSettings, Selection
 from protocol.messages import ReceiptStatus
 
 RETRY_AFTER_S = 1.0
 RETRY_SPREAD_S = 2.0
 # How long a device that is away for a moment (told to come back, or cut off) still counts as there.
 AWAY_GRACE_S = 120.0
+# With devices enough for the goal, how long a round waits for the rest of its cohort.
+GATHER_S = 5.0
 
 
 class Phase(Enum):
@@ -203,12 +206,15 @@ class RoundMachine:
         rounds_done: int = 0,
         attempt: int = 0,
         open_round: OpenState | None = None,
+        last_asked: Mapping[str, int] | None = None,
     ) -> None:
         self._settings = settings
         self._rng = rng
         self._hold_s = hold_s
         self._waiting: dict[str, float] = {}  # device -> since when
         self._away: dict[str, float] = {}  # device that is expected back -> until when
+        self._last_asked = dict(last_asked or {})  # device -> number of the round
+        self._goal_since: float | None = None  # since when there are enough for the goal
         self.rounds_done = rounds_done
         self.attempt = attempt
         self.open_round = open_round
@@ -221,6 +227,8 @@ class RoundMachine:
         times = [since + self._hold_s for since in self._waiting.values()]
         if self.phase is Phase.OPEN and self.open_round:
             times.append(self.open_round.deadline_at)
+        if self.phase is Phase.GATHERING and self._goal_since is not None:
+            times.append(self._goal_since + GATHER_S)
         return min(times, default=None)
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -247,7 +255,8 @@ class RoundMachine:
             case Closed(aggregated):
                 return self._closed(aggregated, now)
             case Ticked():
-                return [*self._close_if_due(now), *self._release_held(now)]
+                due = [*self._close_if_due(now), *self._open_if_enough(now)]
+                return [*due, *self._release_held(now)]
 
     def _check_in(self, device: str, now: float) -> list[Action]:
         if self.phase is Phase.FINISHED:
@@ -267,11 +276,21 @@ class RoundMachine:
             return []
         self._away = {device: until for device, until in self._away.items() if now < until}
         available = sorted(self._waiting | self._away)
-        if len(available) < rounds.cohort:
+        if len(available) < rounds.goal:
+            self._goal_since = None
             return []
+        if self._goal_since is None:
+            self._goal_since = now
+        if len(available) < rounds.cohort and now < self._goal_since + GATHER_S:
+            return []
+        self._goal_since = None
         # Sorted, so that the choice depends on who is there and the seed, not on who came first.
-        chosen = sorted(self._rng.sample(available, rounds.cohort))
+        shuffled = self._rng.sample(available, len(available))
+        if rounds.selection is Selection.LEAST_RECENT:
+            shuffled.sort(key=lambda device: self._last_asked.get(device, 0))
+        chosen = sorted(shuffled[: rounds.cohort])
         number, self.attempt = self.rounds_done + 1, self.attempt + 1
+        self._last_asked |= dict.fromkeys(chosen, number)
         cohort = {device: self._assignment_id(number, device) for device in chosen}
         deadline_at = now + rounds.deadline_s
         self.open_round = OpenState(number, self.attempt, deadline_at, cohort)
@@ -314,7 +333,8 @@ class RoundMachine:
             return []
         round_ = self._opened()
         everyone = all(round_.answered(assignment) for assignment in round_.cohort.values())
-        if not everyone and now < round_.deadline_at:
+        goal_reached = len(round_.kept) >= self._settings.rounds.goal
+        if not everyone and not goal_reached and now < round_.deadline_at:
             return []
         self.phase = Phase.CLOSING
         enough = len(round_.kept) >= self._settings.rounds.minimum_reports

@@ -113,7 +113,7 @@ class FederationService:
         if snapshot is None:
             create = partial(self._store.create, self.settings, self._base)
             await self._run_blocking(create)
-            snapshot = Snapshot(self.settings, 0, 0, self._base, None, frozenset())
+            snapshot = Snapshot(self.settings, 0, 0, self._base, None, frozenset(), {})
         elif snapshot.settings != self.settings:
             raise ConfigurationError(
                 "name",
@@ -337,6 +337,7 @@ class FederationService:
             rounds_done=snapshot.rounds_done,
             attempt=snapshot.attempt,
             open_round=open_round,
+            last_asked=snapshot.last_asked,
         )
 
     def _set_base(self, base: NamedTensors) -> None:

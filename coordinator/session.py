@@ -120,6 +120,12 @@ class DeviceSession:
                 ErrorCode.FINGERPRINT,
                 f"the device's backbone is {message.fingerprint}, the federation's is {wanted}",
             )
+        least = self._service.settings.rounds.minimum_examples
+        if message.examples < least:
+            raise RefusedError(
+                ErrorCode.INELIGIBLE,
+                f"the device has {message.examples} examples, the federation asks for {least}",
+            )
         answer = await self._unless_left(self._service.check_in(self.device, message.rank))
         await self._send(answer)
 

@@ -8,7 +8,6 @@ report remembered, or it is as if it had never begun.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -20,13 +19,18 @@ import numpy as np
 
 from edge_client.backends.base import Evaluation, Export, Level, Trainer
 from edge_client.data import Example, FieldNames, read_rows
-from edge_client.errors import ConfigurationError, DataError
+from edge_client.errors import ConfigurationError, DataError, StateError
 from edge_client.private_store import DeviceState, PrivateStore
 from edge_client.session import FinishedReport, Offer
 from edge_client.splits import hold_out
-from protocol import codec
-from protocol.federation import FederationSettings, TaskKind
-from protocol.messages import Assignment, Joined, Metric, Receipt
+from protocol.federation import (
+    FederationSettings,
+    TaskKind,
+    settings_from_json,
+    settings_to_json,
+)
+from protocol.messages import Assignment, Metric, Receipt
+from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors, TensorSpec
 
 log = logging.getLogger("pf2lora.client")
@@ -141,10 +145,11 @@ class DeviceWorker:
             raise ConfigurationError(
                 "state_dir", f"{self._store.folder} holds no trained state", "call run() first"
             )
-        joined = codec.decode(base64.b64decode(str(self._state.facts["settings"])))
-        if not isinstance(joined, Joined):
-            raise ConfigurationError("state_dir", "holds no federation's settings", "a fresh one")
-        self._set_up(joined.settings)
+        try:
+            settings = settings_from_json(str(self._state.facts["settings"]))
+        except SchemaError as error:
+            raise StateError(f"the state's settings are not of this version: {error}") from None
+        self._set_up(settings)
 
     @property
     def state(self) -> DeviceState:
@@ -222,9 +227,7 @@ class DeviceWorker:
 
     def _begin(self, settings: FederationSettings) -> None:
         trainer = self.trainer
-        facts: dict[str, str | int | float | bool | None] = {
-            "settings": base64.b64encode(codec.encode(Joined(settings))).decode()
-        }
+        facts: dict[str, str | int | float | bool | None] = {"settings": settings_to_json(settings)}
         if self.held_out_rows:
             before = self.evaluate(self.held_out_rows, Level.BACKBONE)
             facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}

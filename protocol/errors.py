@@ -24,6 +24,7 @@ class ErrorCode(Enum):
     DIGEST = "digest"
     UNKNOWN_FEDERATION = "unknown_federation"
     FINGERPRINT = "fingerprint"
+    INELIGIBLE = "ineligible"
     NOT_FOUND = "not_found"
     SUPERSEDED = "superseded"
     BUSY = "busy"
@@ -42,6 +43,7 @@ class ErrorCode(Enum):
             ErrorCode.LIMIT,
             ErrorCode.UNKNOWN_FEDERATION,
             ErrorCode.FINGERPRINT,
+            ErrorCode.INELIGIBLE,
         }
 
 

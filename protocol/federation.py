@@ -7,12 +7,13 @@ common adapter. The others are what it is compared with, on the same devices and
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, ClassVar
 
 from protocol import limits
-from protocol.schema import Integer, Items, Real, SchemaError, Text
+from protocol.schema import Integer, Items, Real, SchemaError, Text, record_of
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Name = Annotated[str, Text(limits.NAME_BYTES_MAX, 1, NAME_PATTERN)]
@@ -43,6 +44,13 @@ class Weighting(Enum):
 
     UNIFORM = "uniform"
     EXAMPLES = "examples"
+
+
+class Selection(Enum):
+    """Whom a round asks: anyone alike, or first those who were asked longest ago."""
+
+    UNIFORM = "uniform"
+    LEAST_RECENT = "least-recent"
 
 
 class Hypergradient(Enum):
@@ -243,8 +251,11 @@ Algorithm = PF2LoRA | HomLoRA | LocalOnly | PerFedAvg | HetLoRA | FFALoRA | FedS
 class Rounds:
     """How rounds run.
 
-    A round asks `cohort` devices, ends when all have reported or after `deadline_s`, and counts if
-    at least `minimum_reports` came; otherwise it is abandoned and tried again from the same base.
+    A round asks `cohort` devices of `minimum_examples` or more, ends when `report_goal` of them (0:
+    all) have reported or after `deadline_s`, and counts if at least `minimum_reports` came;
+    otherwise it is abandoned and tried again from the same base. A cohort over the goal is how a
+    round does without its slowest devices: their reports are late, and where they are still busy
+    the next round begins without them.
     """
 
     count: Annotated[int, Integer(1, limits.ROUNDS_MAX)] = 10
@@ -252,10 +263,21 @@ class Rounds:
     minimum_reports: Annotated[int, Integer(1, limits.COHORT_MAX)] = 1
     deadline_s: Annotated[float, Real(0.1, limits.SECONDS_MAX)] = 600.0
     weighting: Weighting = Weighting.EXAMPLES
+    report_goal: Annotated[int, Integer(0, limits.COHORT_MAX)] = 0
+    minimum_examples: Annotated[int, Integer(1, limits.EXAMPLES_MAX)] = 1
+    selection: Selection = Selection.UNIFORM
 
     def __post_init__(self) -> None:
-        if self.minimum_reports > self.cohort:
-            raise SchemaError("minimum_reports", f"is over the cohort of {self.cohort}")
+        if self.report_goal > self.cohort:
+            raise SchemaError("report_goal", f"is over the cohort of {self.cohort}")
+        if self.minimum_reports > self.goal:
+            what = "report goal" if self.report_goal else "cohort"
+            raise SchemaError("minimum_reports", f"is over the {what} of {self.goal}")
+
+    @property
+    def goal(self) -> int:
+        """How many reports end a round before its deadline."""
+        return self.report_goal or self.cohort
 
 
 class WireDtype(Enum):
@@ -293,3 +315,22 @@ class FederationSettings:
             )
         if isinstance(self.algorithm, HetLoRA) and self.algorithm.rank_min > self.adapter.rank:
             raise SchemaError("algorithm.rank_min", f"is over the rank of {self.adapter.rank}")
+
+
+def settings_to_json(settings: FederationSettings) -> str:
+    """Settings by name, for files that a later version with more settings has to read."""
+    return json.dumps(record_of(FederationSettings).to_mapping(settings))
+
+
+def settings_from_json(text: str) -> FederationSettings:
+    """What `settings_to_json` wrote; settings that it did not know take their defaults.
+
+    Raises:
+        SchemaError: it is no JSON, or holds what is no setting of this version.
+    """
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SchemaError("settings", f"are no JSON: {error}") from None
+    settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
+    return settings

@@ -249,6 +249,10 @@ class Record:
                 raise SchemaError(where, "is missing")
         return self.build(path, *values)
 
+    def to_mapping(self, value: Any) -> dict[str, Any]:
+        """What `from_mapping` makes the same dataclass from, also once it has more fields."""
+        return {name: _to_plain(kind, getattr(value, name), name) for name, kind in self.kinds}
+
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
@@ -277,6 +281,11 @@ class Tagged:
         rest = {key: value for key, value in table.items() if key != "name"}
         return self._record(table["name"], where).from_mapping(rest, path)
 
+    def to_mapping(self, value: Any) -> dict[str, Any]:
+        """What `from_mapping` makes the same dataclass from."""
+        name = type(value).NAME
+        return {"name": name, **self._record(name, "").to_mapping(value)}
+
     def _record(self, name: Any, path: str) -> Record:
         for known, record in self.records:
             if name == known:
@@ -297,6 +306,12 @@ def unknown_name(name: str, known: typing.Iterable[str]) -> str:
 
     near = difflib.get_close_matches(name, list(known), n=1)
     return "is unknown" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _to_plain(kind: Kind, value: Any, path: str) -> Any:
+    if isinstance(kind, Record | Tagged):
+        return kind.to_mapping(value)
+    return kind.encode(value, path)
 
 
 def _from_plain(kind: Kind, value: Any, path: str) -> Any:

@@ -7,7 +7,7 @@ one thread of their own. Every call may raise StoreError: the store is damaged o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -56,7 +56,7 @@ class Snapshot:
     """Where a federation stands: enough to go on from.
 
     `attempt` counts the attempts at the next round so far; `reported` are the assignments of the
-    open round whose reports are kept.
+    open round whose reports are kept; `last_asked` has the latest round of each device.
     """
 
     settings: FederationSettings
@@ -65,6 +65,7 @@ class Snapshot:
     base: NamedTensors
     open_round: RoundRecord | None
     reported: frozenset[str]
+    last_asked: Mapping[str, int]
 
 
 class Outcome(Enum):

@@ -25,6 +25,7 @@ class _Federation:
     attempt: int = 0
     open_round: RoundRecord | None = None
     reports: dict[str, ReportRecord] = field(default_factory=dict)
+    last_asked: dict[str, int] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)  # assignments, of all rounds
     history: list[RoundOutcome] = field(default_factory=list)
 
@@ -51,11 +52,13 @@ class MemoryStore:
             found.base,
             found.open_round,
             frozenset(found.reports),
+            dict(found.last_asked),
         )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
         found = self._found(federation)
         found.open_round, found.attempt = record, record.attempt
+        found.last_asked |= {member.device: record.number for member in record.cohort}
 
     def keep_report(self, federation: str, record: ReportRecord) -> bool:
         found = self._found(federation)

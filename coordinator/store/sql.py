@@ -1,7 +1,8 @@
 """The Store on any database that SQLAlchemy Core speaks; SQLite by default.
 
 SQLite runs in WAL mode with synchronous=FULL: a transaction that has returned is on the disk. What
-has a fixed form on the wire (settings, metrics, tensor specs) is stored in it, as protocol bytes.
+has a fixed form on the wire (metrics, tensor specs) is stored in it, as protocol bytes; settings by
+name, so that a version with more of them can read them.
 Tensors are checked against their digests when they are read: a damaged base is never trained from.
 """
 
@@ -26,8 +27,9 @@ from coordinator.store.base import (
 )
 from protocol import codec, limits
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
-from protocol.federation import FederationSettings
-from protocol.messages import Assignment, Joined, Report
+from protocol.federation import FederationSettings, settings_from_json, settings_to_json
+from protocol.messages import Assignment, Report
+from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors, Payload
 
 SCHEMA_VERSION: Final = 1
@@ -41,7 +43,7 @@ _federations = sa.Table(
     "federations",
     _schema,
     sa.Column("name", sa.String(128), primary_key=True),
-    sa.Column("settings", _Bytes, nullable=False),
+    sa.Column("settings", sa.Text, nullable=False),
     sa.Column("rounds_done", sa.Integer, nullable=False),
     sa.Column("base_specs", _Bytes, nullable=False),
     sa.Column("base", _Bytes, nullable=False),
@@ -116,7 +118,7 @@ class SqlStore:
             db.execute(
                 _federations.insert().values(
                     name=settings.name,
-                    settings=codec.encode(Joined(settings)),
+                    settings=settings_to_json(settings),
                     rounds_done=0,
                     **_base_columns(start),
                 )
@@ -137,13 +139,19 @@ class SqlStore:
             )
             open_round = self._open_round(db, federation)
             reported = self._reported(db, federation, open_round) if open_round else frozenset()
+            asked = db.execute(
+                sa.select(_members.c.device, sa.func.max(_members.c.number).label("number"))
+                .where(_members.c.federation == federation)
+                .group_by(_members.c.device)
+            )
             return Snapshot(
-                _decoded(row.settings, Joined).settings,
+                settings_from_json(row.settings),
                 row.rounds_done,
                 attempt or 0,
                 _tensors(_decoded(row.base_specs, Assignment).payload, row.base),
                 open_round,
                 reported,
+                {row.device: row.number for row in asked},
             )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
@@ -299,7 +307,13 @@ class SqlStore:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except (sa.exc.SQLAlchemyError, OSError, ProtocolError, ModuleNotFoundError) as error:
+        except (
+            sa.exc.SQLAlchemyError,
+            OSError,
+            ProtocolError,
+            SchemaError,
+            ModuleNotFoundError,
+        ) as error:
             cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
             kind = StorageFullError if any(text in cause for text in DISK_FULL) else StoreError
             raise kind(f"{self._label}: {cause}") from error

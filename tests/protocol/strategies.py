@@ -75,8 +75,8 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         labels = () if kind is TaskKind.CAUSAL_LM else (*dict.fromkeys(labels), "0 one", "0 two")
         values = (kind, labels, length)
     if cls is Rounds:
-        count, cohort, _, *rest = values
-        values = (count, cohort, cohort, *rest)
+        count, cohort, _, deadline_s, weighting, _, *rest = values
+        values = (count, cohort, cohort, deadline_s, weighting, cohort, *rest)
     if cls is Adapter:
         values = (values[0], max(1, values[1]), *values[2:])
     if cls is PF2LoRA:

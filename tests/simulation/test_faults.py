@@ -10,7 +10,7 @@ import pytest
 
 from edge_client.errors import RefusedError, UnreachableError
 from protocol.fake_link import Faults
-from protocol.federation import WireDtype
+from protocol.federation import Selection, WireDtype
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
@@ -179,4 +179,59 @@ def test_without_a_coordinator_the_device_gives_up_and_says_so() -> None:
         await session.run()
 
     with pytest.raises(UnreachableError, match="nobody listens"):
+        simulate(scenario)
+
+
+def test_a_round_ends_at_its_goal_and_the_slowest_are_late() -> None:
+    devices = [FakeDevice(f"device-{i}", training_s=1.0) for i in range(4)]
+    slow = FakeDevice("slow", training_s=500.0)
+    rules = settings(count=3, cohort=5, report_goal=4, minimum_reports=4, deadline_s=1e4)
+
+    async def scenario() -> float:
+        world = World(rules)
+        await world.start()
+        everyone = [asyncio.create_task(world.take_part(d)) for d in (*devices, slow)]
+        await asyncio.gather(*everyone)
+        return asyncio.get_running_loop().time()
+
+    ended_at = simulate(scenario)
+    assert 500.0 <= ended_at < 600.0  # the slow one trains once, the others do not wait for it
+    assert [receipt.status for receipt in slow.receipts] == [ReceiptStatus.LATE]
+    assert {tuple(device.trained) for device in devices} == {(1, 2, 3)}
+    assert len(_finals([*devices, slow])) == 1
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_who_was_asked_longest_ago_comes_first_also_after_a_restart(killed: bool) -> None:
+    devices = [FakeDevice(f"device-{i}", training_s=1.0) for i in range(6)]
+    rules = settings(
+        count=6, cohort=2, minimum_reports=2, deadline_s=1e4, selection=Selection.LEAST_RECENT
+    )
+
+    async def scenario() -> None:
+        world = World(rules)
+        await world.start()
+        everyone = [asyncio.create_task(world.take_part(device)) for device in devices]
+        if killed:
+            await asyncio.sleep(4.5)  # some rounds are over and one is open
+            await world.kill()
+            await world.start()
+        await asyncio.gather(*everyone)
+
+    simulate(scenario)
+    if not killed:  # every device twice; after a kill some may be away when the next is chosen
+        assert {len(device.trained) for device in devices} == {2}
+    assert max(len(device.trained) for device in devices) <= 3
+    assert min(len(device.trained) for device in devices) >= 1
+
+
+def test_a_device_with_too_few_examples_is_refused_for_good() -> None:
+    device = FakeDevice("poor")
+
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1, minimum_examples=1000))
+        await world.start()
+        await world.take_part(device)
+
+    with pytest.raises(RefusedError, match=r"ineligible.*has \d+ examples.*asks for 1000"):
         simulate(scenario)

@@ -1,0 +1,52 @@
+"""Settings by name: what is written is read, also by a version that knows more of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+
+from protocol.federation import (
+    FederationSettings,
+    PF2LoRA,
+    Rounds,
+    settings_from_json,
+    settings_to_json,
+)
+from protocol.schema import SchemaError
+from tests.protocol.samples import SETTINGS
+from tests.protocol.strategies import of_class
+
+
+@settings(derandomize=True, deadline=None)
+@given(of_class(FederationSettings))
+def test_any_settings_come_back(written: FederationSettings) -> None:
+    assert settings_from_json(settings_to_json(written)) == written
+
+
+def test_settings_that_the_writer_did_not_know_take_their_defaults() -> None:
+    table = json.loads(settings_to_json(SETTINGS))
+    del table["rounds"]["report_goal"], table["algorithm"]["separate_batches"]
+    read = settings_from_json(json.dumps(table))
+    assert read == SETTINGS
+    assert (read.rounds, read.algorithm) == (Rounds(), PF2LoRA())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rounds": {"cohrot": 4}}, r"rounds\.cohrot: is unknown; did you mean 'cohort'"),
+        ({"rounds": {"cohort": 4, "report_goal": 5}}, r"report_goal: is over the cohort of 4"),
+        (
+            {"rounds": {"cohort": 4, "report_goal": 2, "minimum_reports": 3}},
+            r"minimum_reports: is over the report goal of 2",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(wrong: dict[str, object], said: str) -> None:
+    table = json.loads(settings_to_json(SETTINGS)) | wrong
+    with pytest.raises(SchemaError, match=said):
+        settings_from_json(json.dumps(table))
+    with pytest.raises(SchemaError, match="no JSON"):
+        settings_from_json("{")
