@@ -42,7 +42,15 @@ from coordinator.rounds import (
     Ticked,
     Uploaded,
 )
-from coordinator.store.base import Member, ReportRecord, RoundRecord, Snapshot, Store
+from coordinator.server_step import take_step
+from coordinator.store.base import (
+    Member,
+    ReportRecord,
+    RoundRecord,
+    Snapshot,
+    Store,
+    StoredReports,
+)
 from protocol.federation import FederationSettings
 from protocol.messages import (
     Assignment,
@@ -308,14 +316,22 @@ class FederationService:
             log.info("round %d: report of %s", open_round.number, device)
 
     async def _close_round(self, number: int, attempt: int, aggregate: bool) -> None:
-        new_base = self._strategy.finalize() if aggregate else None
-        await self._write(self._store.close_round, number, attempt, new_base, self._clock())
+        new_base = memory = None
+        if aggregate:
+            new_base, memory = await self._run_blocking(partial(self._next_base, number, attempt))
+        await self._write(self._store.close_round, number, attempt, new_base, self._clock(), memory)
         self._receivers.clear()
         if new_base is None:
             log.warning("round %d abandoned: too few reports by the deadline", number)
             return
+        self._memory = memory
         self._set_base(new_base)
         log.info("round %d of %d aggregated", number, self.settings.rounds.count)
+
+    def _next_base(self, number: int, attempt: int) -> tuple[NamedTensors, NamedTensors | None]:
+        kept = StoredReports(self._store, self.settings, number, attempt)
+        averaged = self._strategy.finalize(kept)
+        return take_step(self.settings.server_step, self._base, averaged, self._memory)
 
     async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
         return await self._run_blocking(partial(call, self.settings.name, *args))
@@ -323,6 +339,7 @@ class FederationService:
     # --- state --------------------------------------------------------------------------------
 
     def _restore(self, snapshot: Snapshot) -> None:
+        self._memory = snapshot.memory
         self._set_base(snapshot.base)
         record, open_round = snapshot.open_round, None
         if record:

@@ -248,6 +248,88 @@ Algorithm = PF2LoRA | HomLoRA | LocalOnly | PerFedAvg | HetLoRA | FFALoRA | FedS
 
 
 @dataclass(frozen=True, slots=True)
+class Mean:
+    """Weighted mean of the updates (FedAvg)."""
+
+    NAME: ClassVar[str] = "mean"
+
+
+@dataclass(frozen=True, slots=True)
+class NormBound:
+    """Weighted mean of updates that are scaled down to `norm_max` where they are longer."""
+
+    NAME: ClassVar[str] = "norm-bound"
+    norm_max: Annotated[float, Real(1e-9, 1e9)] = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinateMedian:
+    """The median of every coordinate."""
+
+    NAME: ClassVar[str] = "median"
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmedMean:
+    """The mean of every coordinate without the share of highest and of lowest values."""
+
+    NAME: ClassVar[str] = "trimmed-mean"
+    share: Annotated[float, Real(0.0, 0.49)] = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MultiKrum:
+    """The mean of the updates that lie closest together, all but `hostile` of them."""
+
+    NAME: ClassVar[str] = "multi-krum"
+    hostile: Annotated[int, Integer(1, limits.COHORT_MAX)] = 1
+
+
+Aggregation = Mean | NormBound | CoordinateMedian | TrimmedMean | MultiKrum
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """The averaged update is the step."""
+
+    NAME: ClassVar[str] = "average"
+
+
+@dataclass(frozen=True, slots=True)
+class FedAvgM:
+    """Server momentum."""
+
+    NAME: ClassVar[str] = "fedavgm"
+    learning_rate: LearningRate = 1.0
+    momentum: Annotated[float, Real(0.0, 0.999)] = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class FedAdam:
+    """Adam on the server; `tau` bounds how much it adapts."""
+
+    NAME: ClassVar[str] = "fedadam"
+    learning_rate: LearningRate = 0.01
+    beta_1: Annotated[float, Real(0.0, 0.999)] = 0.9
+    beta_2: Annotated[float, Real(0.0, 0.99999)] = 0.99
+    tau: Annotated[float, Real(1e-9, 1.0)] = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class FedYogi:
+    """Yogi on the server: Adam whose second moment falls no faster than it rises."""
+
+    NAME: ClassVar[str] = "fedyogi"
+    learning_rate: LearningRate = 0.01
+    beta_1: Annotated[float, Real(0.0, 0.999)] = 0.9
+    beta_2: Annotated[float, Real(0.0, 0.99999)] = 0.99
+    tau: Annotated[float, Real(1e-9, 1.0)] = 1e-3
+
+
+ServerStep = Average | FedAvgM | FedAdam | FedYogi
+
+
+@dataclass(frozen=True, slots=True)
 class Rounds:
     """How rounds run.
 
@@ -287,6 +369,11 @@ class WireDtype(Enum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
 
+    @property
+    def size_bytes(self) -> int:
+        """Of one number."""
+        return 4 if self is WireDtype.FLOAT32 else 2
+
 
 @dataclass(frozen=True, slots=True)
 class FederationSettings:
@@ -299,6 +386,8 @@ class FederationSettings:
     training: Training = field(default_factory=Training)
     algorithm: Algorithm = field(default_factory=PF2LoRA)
     rounds: Rounds = field(default_factory=Rounds)
+    aggregation: Aggregation = field(default_factory=Mean)
+    server_step: ServerStep = field(default_factory=Average)
     update_dtype: WireDtype = WireDtype.FLOAT32
     seed: Seed = 0
 
@@ -313,6 +402,16 @@ class FederationSettings:
                 "algorithm.personal_rank_max",
                 f"is under the personal rank of {self.adapter.personal_rank}; 0 leaves it fixed",
             )
+        if isinstance(self.algorithm, HetLoRA) and not isinstance(self.aggregation, Mean):
+            raise SchemaError("aggregation.name", "must be 'mean': hetlora has weights of its own")
+        if isinstance(self.aggregation, MultiKrum):
+            least = 2 * self.aggregation.hostile + 3
+            if self.rounds.minimum_reports < least:
+                raise SchemaError(
+                    "rounds.minimum_reports",
+                    f"must be {least} or more for multi-krum to stand {self.aggregation.hostile} "
+                    "hostile",
+                )
         if isinstance(self.algorithm, HetLoRA) and self.algorithm.rank_min > self.adapter.rank:
             raise SchemaError("algorithm.rank_min", f"is over the rank of {self.adapter.rank}")
 

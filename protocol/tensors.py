@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,6 @@ from protocol.schema import Blob, Integer, Items, SchemaError, Text
 Array = NDArray[np.float32]
 Buffer = bytes | bytearray | memoryview
 Digest = Annotated[bytes, Blob(32, 32)]
-
-_ITEM_BYTES: Final = {WireDtype.FLOAT32: 4, WireDtype.FLOAT16: 2, WireDtype.BFLOAT16: 2}
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("pf2lora runs on little-endian machines only")
@@ -49,7 +47,7 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        return self.count * _ITEM_BYTES[self.dtype]
+        return self.count * self.dtype.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ class NamedTensors:
         """All elements as one float32 vector `[P]`, in order; a view where nothing changes."""
         dtypes = {spec.dtype for spec in self.specs}
         if len(dtypes) == 1:
-            return _decode(self.buffer, dtypes.pop())
+            return decoded(self.buffer, dtypes.pop())
         parts = [array.reshape(-1) for array in self.arrays().values()]
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
@@ -109,7 +107,7 @@ class NamedTensors:
         view, offset, found = memoryview(self.buffer), 0, {}
         for spec in self.specs:
             data = view[offset : offset + spec.size_bytes]
-            found[spec.name] = _decode(data, spec.dtype).reshape(spec.shape)
+            found[spec.name] = decoded(data, spec.dtype).reshape(spec.shape)
             offset += spec.size_bytes
         return found
 
@@ -161,7 +159,8 @@ def _encode(array: Array, dtype: WireDtype) -> bytes:
     return _bfloat16_from_float32(values).tobytes()
 
 
-def _decode(data: Buffer, dtype: WireDtype) -> Array:
+def decoded(data: Buffer, dtype: WireDtype) -> Array:
+    """The numbers in these bytes, as a float32 vector."""
     if dtype is WireDtype.FLOAT32:
         return np.frombuffer(data, np.float32)
     if dtype is WireDtype.FLOAT16:

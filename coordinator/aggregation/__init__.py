@@ -5,8 +5,17 @@ from __future__ import annotations
 from coordinator.aggregation.base import Aggregation
 from coordinator.aggregation.fedavg import FedAvg
 from coordinator.aggregation.hetlora import HetLoRA
+from coordinator.aggregation.robust import Robust
 from protocol import federation
-from protocol.federation import FederationSettings, Weighting
+from protocol.federation import (
+    CoordinateMedian,
+    FederationSettings,
+    Mean,
+    MultiKrum,
+    NormBound,
+    TrimmedMean,
+    Weighting,
+)
 from protocol.limits import EXAMPLES_MAX
 from protocol.tensors import NamedTensors
 
@@ -17,7 +26,13 @@ def aggregation_for(settings: FederationSettings, base: NamedTensors) -> Aggrega
     bound = cohort * report_weight(settings, EXAMPLES_MAX)
     if isinstance(settings.algorithm, federation.HetLoRA):
         return HetLoRA(base, bound, cohort)
-    return FedAvg(base, bound)
+    match settings.aggregation:
+        case Mean():
+            return FedAvg(base, bound)
+        case NormBound(norm_max):
+            return FedAvg(base, bound, norm_max)
+        case CoordinateMedian() | TrimmedMean() | MultiKrum() as rule:
+            return Robust(base, rule)
 
 
 def report_weight(settings: FederationSettings, examples: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.federation import WireDtype
-from protocol.tensors import NamedTensors, TensorSpec
+from protocol.tensors import Array, NamedTensors, TensorSpec
 
 # No adapter element moves this far in one round; more is a broken or hostile report.
 UPDATE_ELEMENT_MAX: Final = 16.0
@@ -24,6 +24,17 @@ FRACTION_BITS_MAX: Final = 40
 
 class UpdateError(ValueError):
     """An update that cannot be averaged: other tensors, not finite, or absurdly large."""
+
+
+class Reports(Protocol):
+    """A round's kept updates, for rules that need them all; ordered by assignment."""
+
+    @property
+    def count(self) -> int:
+        """How many there are, k."""
+
+    def block(self, begin: int, end: int) -> Array:
+        """Coordinates `[begin, end)` of all updates, float32 [k, end - begin]."""
 
 
 class Aggregation(Protocol):
@@ -49,8 +60,11 @@ class Aggregation(Protocol):
             UpdateError: the update or the weight is out of bounds; nothing has changed.
         """
 
-    def finalize(self) -> NamedTensors:
-        """The next base version; the base itself where nothing was added."""
+    def finalize(self, reports: Reports) -> NamedTensors:
+        """The base version plus the averaged update; the base itself where nothing was added.
+
+        `reports` are those that were accumulated, for rules that look at them together.
+        """
 
 
 def check_elements(flat: NDArray[np.float32]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from coordinator.aggregation.base import (
     ELEMENT_BITS,
     SUM_BITS,
+    Reports,
     UpdateError,
     check_elements,
     fixed_point,
@@ -80,7 +81,7 @@ class HetLoRA:
             self._sums[name][corner] += own * fixed_point(array, self._fraction_bits)
             self._weights[name] += own
 
-    def finalize(self) -> NamedTensors:
+    def finalize(self, reports: Reports | None = None) -> NamedTensors:  # noqa: ARG002
         scale = 2.0**self._fraction_bits
         return NamedTensors.from_arrays(
             {

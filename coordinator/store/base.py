@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
+
 from protocol.federation import FederationSettings
 from protocol.messages import Metric
-from protocol.tensors import NamedTensors
+from protocol.tensors import Array, NamedTensors, decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Snapshot:
     open_round: RoundRecord | None
     reported: frozenset[str]
     last_asked: Mapping[str, int]
+    memory: NamedTensors | None = None
 
 
 class Outcome(Enum):
@@ -110,6 +113,11 @@ class Store(Protocol):
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
         """The kept reports of the open round, one in memory at a time, ordered by assignment."""
 
+    def blocks(
+        self, federation: str, number: int, attempt: int, begin: int, end: int
+    ) -> list[bytes]:
+        """Bytes `[begin, end)` of the update buffers that `reports` would give, in its order."""
+
     def has_report(self, federation: str, assignment: str) -> bool:
         """Whether a report of this assignment has ever been kept, its round open or over."""
 
@@ -120,10 +128,12 @@ class Store(Protocol):
         attempt: int,
         new_base: NamedTensors | None,
         closed_at: float,
+        memory: NamedTensors | None = None,
     ) -> None:
         """Write down the open round's end, all or nothing; None for a base abandons it.
 
-        The updates of its reports may be forgotten.
+        `memory` is what the server's step remembers from round to round. The updates of its reports
+        may be forgotten.
         """
 
     def history(self, federation: str) -> list[RoundOutcome]:
@@ -131,3 +141,23 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of what is held open."""
+
+
+class StoredReports:
+    """The kept reports of an open round as aggregation rules read them, block by block."""
+
+    def __init__(
+        self, store: Store, settings: FederationSettings, number: int, attempt: int
+    ) -> None:
+        self._store = store
+        self._dtype = settings.update_dtype
+        self._round = settings.name, number, attempt
+
+    @property
+    def count(self) -> int:
+        return len(self._store.blocks(*self._round, 0, 0))
+
+    def block(self, begin: int, end: int) -> Array:
+        size = self._dtype.size_bytes
+        rows = self._store.blocks(*self._round, begin * size, end * size)
+        return np.stack([decoded(row, self._dtype) for row in rows])

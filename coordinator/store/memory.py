@@ -25,6 +25,7 @@ class _Federation:
     attempt: int = 0
     open_round: RoundRecord | None = None
     reports: dict[str, ReportRecord] = field(default_factory=dict)
+    memory: NamedTensors | None = None
     last_asked: dict[str, int] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)  # assignments, of all rounds
     history: list[RoundOutcome] = field(default_factory=list)
@@ -53,6 +54,7 @@ class MemoryStore:
             found.open_round,
             frozenset(found.reports),
             dict(found.last_asked),
+            found.memory,
         )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
@@ -78,6 +80,12 @@ class MemoryStore:
             if (record.round, record.attempt) == (number, attempt):
                 yield record
 
+    def blocks(
+        self, federation: str, number: int, attempt: int, begin: int, end: int
+    ) -> list[bytes]:
+        reports = self.reports(federation, number, attempt)
+        return [bytes(report.update.buffer[begin:end]) for report in reports]
+
     def has_report(self, federation: str, assignment: str) -> bool:
         return assignment in self._found(federation).kept
 
@@ -88,6 +96,7 @@ class MemoryStore:
         attempt: int,
         new_base: NamedTensors | None,
         closed_at: float,
+        memory: NamedTensors | None = None,
     ) -> None:
         found = self._found(federation)
         open_round = found.open_round
@@ -109,6 +118,7 @@ class MemoryStore:
         found.reports.clear()
         if new_base:
             found.base, found.rounds_done, found.attempt = new_base, number, 0
+            found.memory = memory
 
     def history(self, federation: str) -> list[RoundOutcome]:
         found = self._federations.get(federation)

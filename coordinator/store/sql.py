@@ -47,6 +47,8 @@ _federations = sa.Table(
     sa.Column("rounds_done", sa.Integer, nullable=False),
     sa.Column("base_specs", _Bytes, nullable=False),
     sa.Column("base", _Bytes, nullable=False),
+    sa.Column("memory_specs", _Bytes),  # of the server's step
+    sa.Column("memory", _Bytes),
 )
 _rounds = sa.Table(
     "rounds",
@@ -120,7 +122,7 @@ class SqlStore:
                     name=settings.name,
                     settings=settings_to_json(settings),
                     rounds_done=0,
-                    **_base_columns(start),
+                    **_columns("base", start),
                 )
             )
 
@@ -152,6 +154,9 @@ class SqlStore:
                 open_round,
                 reported,
                 {row.device: row.number for row in asked},
+                _tensors(_decoded(row.memory_specs, Assignment).payload, row.memory)
+                if row.memory_specs
+                else None,
             )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
@@ -231,6 +236,20 @@ class SqlStore:
                 )
             yield record
 
+    def blocks(
+        self, federation: str, number: int, attempt: int, begin: int, end: int
+    ) -> list[bytes]:
+        part = sa.func.substr(_reports.c.update_bytes, begin + 1, end - begin)
+        chosen = (
+            sa.select(part)
+            .join(_members)
+            .where(*_of_round(_members, federation, number, attempt))
+            .where(_reports.c.update_bytes.is_not(None))
+            .order_by(_reports.c.assignment)
+        )
+        with self._begin() as db:
+            return [bytes(block) for block in db.scalars(chosen)]
+
     def has_report(self, federation: str, assignment: str) -> bool:
         kept = sa.select(_reports.c.assignment).join(_members)
         wanted = (_members.c.federation == federation, _members.c.assignment == assignment)
@@ -244,6 +263,7 @@ class SqlStore:
         attempt: int,
         new_base: NamedTensors | None,
         closed_at: float,
+        memory: NamedTensors | None = None,
     ) -> None:
         members = sa.select(_members.c.assignment).where(
             *_of_round(_members, federation, number, attempt)
@@ -268,7 +288,11 @@ class SqlStore:
                 db.execute(
                     _federations.update()
                     .where(_federations.c.name == federation)
-                    .values(rounds_done=number, **_base_columns(new_base))
+                    .values(
+                        rounds_done=number,
+                        **_columns("base", new_base),
+                        **(_columns("memory", memory) if memory else {}),
+                    )
                 )
 
     def history(self, federation: str) -> list[RoundOutcome]:
@@ -369,10 +393,10 @@ def _of_round(
     )
 
 
-def _base_columns(base: NamedTensors) -> dict[str, Any]:
-    payload = base.payload()
+def _columns(name: str, tensors: NamedTensors) -> dict[str, Any]:
+    payload = tensors.payload()
     message = Assignment("specs", 1, payload.digest, 0.0, payload)
-    return {"base_specs": codec.encode(message), "base": bytes(base.buffer)}
+    return {f"{name}_specs": codec.encode(message), name: bytes(tensors.buffer)}
 
 
 def _tensors(payload: Payload, data: bytes) -> NamedTensors:

@@ -15,6 +15,8 @@ from protocol.federation import (
     FederationSettings,
     HetLoRA,
     LowerOptimizer,
+    Mean,
+    MultiKrum,
     PF2LoRA,
     Rounds,
     Task,
@@ -83,12 +85,16 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         adam = values[1] is LowerOptimizer.ADAM
         values = (*values[:2], values[2] or 0.1, 0.0 if adam else values[3], *values[4:])
     if cls is FederationSettings:
-        adapter, algorithm = values[3], values[5]
+        adapter, algorithm, rounds = values[3], values[5], values[6]
+        plain = isinstance(algorithm, HetLoRA) or rounds.minimum_reports < 5
+        aggregation = Mean() if plain else values[7]
+        if isinstance(aggregation, MultiKrum):
+            aggregation = MultiKrum((rounds.minimum_reports - 3) // 2)
         if isinstance(algorithm, PF2LoRA):
             algorithm = replace(algorithm, personal_rank_max=adapter.personal_rank)
         if isinstance(algorithm, HetLoRA):
             algorithm = replace(algorithm, rank_min=min(algorithm.rank_min, adapter.rank))
-        values = (*values[:5], algorithm, *values[6:])
+        values = (*values[:5], algorithm, rounds, aggregation, *values[8:])
     return cls(*values)
 
 
