@@ -1,4 +1,4 @@
-"""`pf2lora-coordinator`: serve a federation, check its configuration, list its rounds.
+"""`pf2lora-coordinator`: serve a federation, check its configuration, look after its store.
 
 What a user asked for goes to standard output; the log and what went wrong to standard error.
 """
@@ -62,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     rounds.add_argument("--store", required=True, help="database URL")
     rounds.add_argument("--name", required=True, help="the federation")
     rounds.add_argument("--json", action="store_true", help="one JSON object a line")
+    for name, function, about in (
+        ("check", _check_store, "read a whole store and say whether it is sound"),
+        ("backup", _backup, "copy a store that may be in use into a new file"),
+    ):
+        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command.set_defaults(command=function)
+        command.add_argument("--store", required=True, help="database URL")
+        if function is _backup:
+            command.add_argument("--out", required=True, type=Path, help="the new file")
     return parser
 
 
@@ -129,6 +138,26 @@ def _rounds(options: argparse.Namespace) -> int:
         store.close()
     for outcome in outcomes:
         print(json.dumps(_as_dict(outcome)) if options.json else _as_line(outcome))
+    return 0
+
+
+def _check_store(options: argparse.Namespace) -> int:
+    store = SqlStore(options.store, create=False)
+    try:
+        names = store.check()
+    finally:
+        store.close()
+    print(f"{options.store}: sound; federations: {', '.join(names) or 'none'}")
+    return 0
+
+
+def _backup(options: argparse.Namespace) -> int:
+    store = SqlStore(options.store, create=False)
+    try:
+        store.backup(options.out)
+    finally:
+        store.close()
+    print(f"wrote {options.out}")
     return 0
 
 

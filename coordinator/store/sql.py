@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -315,6 +316,43 @@ class SqlStore:
                 )
                 for row in db.execute(query)
             ]
+
+    def check(self) -> list[str]:
+        """Read everything that a restart would need; the federations that are sound.
+
+        Raises:
+            StoreError: naming what is damaged.
+        """
+        with self._begin() as db:
+            if self._engine.dialect.name == "sqlite":
+                found = db.execute(sa.text("PRAGMA integrity_check")).scalars().all()
+                broken = db.execute(sa.text("PRAGMA foreign_key_check")).all()
+                if found != ["ok"] or broken:
+                    problem = found[0] if found != ["ok"] else f"{len(broken)} rows lack a parent"
+                    raise StoreError(f"{self._label}: {problem}")
+            names = list(db.scalars(sa.select(_federations.c.name).order_by("name")))
+        for name in names:
+            snapshot = self.load(name)
+            if snapshot and snapshot.open_round:
+                open_round = snapshot.open_round
+                # Each is checked against its digest on the way.
+                deque(self.reports(name, open_round.number, open_round.attempt), maxlen=0)
+        return names
+
+    def backup(self, target: Path) -> None:
+        """Copy the store as it is at one moment into a new file; it may be in use meanwhile.
+
+        Raises:
+            StoreError: the file exists, or this database has no such copy.
+        """
+        if self._engine.dialect.name != "sqlite":
+            raise StoreError(f"{self._label}: back it up with the database's own tools")
+        if target.exists():
+            raise StoreError(f"{target} exists already")
+        with self._translated(), self._engine.connect() as connection:
+            plain = connection.execution_options(isolation_level="AUTOCOMMIT")
+            plain.execute(sa.text("VACUUM INTO :target"), {"target": str(target)})
+        target.chmod(0o600)
 
     def close(self) -> None:
         with self._translated():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
-from coordinator.errors import StoreError
+from coordinator import cli
+from coordinator.errors import StorageFullError, StoreError
 from coordinator.store.base import (
     Member,
     Outcome,
@@ -138,6 +142,72 @@ class TestSqlStore(StoreContract):
         file = tmp_path / "deep" / "store.sqlite"
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+def _filled(path: Path) -> SqlStore:
+    store = SqlStore(f"sqlite:///{path}")
+    store.create(SETTINGS, BASE)
+    store.open_round("demo", _round())
+    store.keep_report("demo", _report("a"))
+    return store
+
+
+def test_a_store_in_use_is_checked_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = _filled(tmp_path / "s.sqlite")
+    url, copy = f"sqlite:///{tmp_path}/s.sqlite", tmp_path / "copy.sqlite"
+    assert cli.main(["check", "--store", url]) == 0
+    assert "sound; federations: demo" in capsys.readouterr().out
+    assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 0
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    store.keep_report("demo", _report("b"))  # after the copy
+    copied = SqlStore(f"sqlite:///{copy}", create=False)
+    assert copied.check() == ["demo"]
+    assert [report.device for report in copied.reports("demo", 1, 1)] == ["a"]
+    assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 3
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["check", "--store", f"sqlite:///{tmp_path}/none.sqlite"]) == 3
+    assert not (tmp_path / "none.sqlite").exists()
+    copied.close()
+    store.close()
+
+
+@pytest.mark.parametrize("column", ["base", "update_bytes"])
+def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
+    _filled(tmp_path / "s.sqlite").close()
+    table = {"base": "federations", "update_bytes": "reports"}[column]
+    with sqlite3.connect(tmp_path / "s.sqlite") as database:
+        ((value,),) = database.execute(f"select {column} from {table}").fetchall()
+        changed = bytes([value[0] ^ 1]) + value[1:]
+        database.execute(f"update {table} set {column} = ?", (changed,))
+    store = SqlStore(f"sqlite:///{tmp_path}/s.sqlite")
+    with pytest.raises(StoreError, match="do not match their digest"):
+        store.check()
+    store.close()
+
+
+def test_torn_pages_are_found(tmp_path: Path) -> None:
+    _filled(tmp_path / "s.sqlite").close()
+    content = bytearray((tmp_path / "s.sqlite").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(range(256)) * 16
+    (tmp_path / "s.sqlite").write_bytes(content)
+    with pytest.raises(StoreError, match=r"s\.sqlite"):
+        SqlStore(f"sqlite:///{tmp_path}/s.sqlite").check()
+
+
+def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
+    store = _filled(tmp_path / "s.sqlite")
+    with store._begin() as db:
+        db.execute(sa.text("PRAGMA max_page_count = 1"))  # no page more than there are
+    large = NamedTensors.from_arrays({"x.A": np.zeros((200, 300), np.float32)})
+    report = dataclasses.replace(_report("b"), update=large)
+    with pytest.raises(StorageFullError, match="full"):
+        store.keep_report("demo", report)
+    assert [kept.device for kept in store.reports("demo", 1, 1)] == ["a"]
+    assert store.check() == ["demo"]
+    store.close()
 
 
 @pytest.mark.parametrize("content", [b"not a database" * 100, b"SQLite format 3\0" + bytes(5000)])
