@@ -12,10 +12,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from coordinator import config
+from coordinator.control import Wish
 from coordinator.errors import ConfigurationError, CoordinatorError
 from coordinator.server import serve
 from coordinator.store.base import RoundOutcome
@@ -62,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     rounds.add_argument("--store", required=True, help="database URL")
     rounds.add_argument("--name", required=True, help="the federation")
     rounds.add_argument("--json", action="store_true", help="one JSON object a line")
+    for name, about in (
+        ("pause", "let the open round end and hold the next one back"),
+        ("resume", "let rounds run again"),
+        ("stop", "end the open round and the federation; devices are told"),
+        ("rollback", "make an earlier base version the current one"),
+    ):
+        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command.set_defaults(command=_control, wish=name)
+        command.add_argument("--store", required=True, help="database URL")
+        command.add_argument("--name", required=True, help="the federation")
+        if name == "rollback":
+            command.add_argument("--to", required=True, type=int, help="after how many rounds")
     for name, function, about in (
         ("check", _check_store, "read a whole store and say whether it is sound"),
         ("backup", _backup, "copy a store that may be in use into a new file"),
@@ -138,6 +152,30 @@ def _rounds(options: argparse.Namespace) -> int:
         store.close()
     for outcome in outcomes:
         print(json.dumps(_as_dict(outcome)) if options.json else _as_line(outcome))
+    return 0
+
+
+_WISHES = {"pause": Wish.PAUSE, "resume": Wish.RUN, "stop": Wish.STOP}
+
+
+def _control(options: argparse.Namespace) -> int:
+    """Write the wish down: a daemon on this store sees it within a second, another at its start."""
+    store = SqlStore(options.store, create=False)
+    try:
+        if store.load(options.name) is None:
+            raise ConfigurationError("--name", f"the store has no federation {options.name!r}")
+        control = store.control(options.name)
+        if options.wish == "rollback":
+            kept = [base.number for base in store.bases(options.name)]
+            if options.to not in kept:
+                raise ConfigurationError("--to", f"{options.to} is not kept; there are: {kept}")
+            control = replace(control, roll_back_to=options.to)
+        else:
+            control = replace(control, wish=_WISHES[options.wish])
+        store.set_control(options.name, control)
+    finally:
+        store.close()
+    print(f"{options.name}: {options.wish} is written down")
     return 0
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from coordinator.control import Wish
 from protocol.federation import FederationSettings, Selection
 from protocol.messages import ReceiptStatus
 
@@ -98,7 +99,41 @@ class Ticked:
     """Time has passed."""
 
 
-Event = CheckedIn | Left | Offered | Uploaded | Kept | Refused | Closed | Ticked
+@dataclass(frozen=True, slots=True)
+class Wished:
+    """The operator lets rounds run, holds the next one back, or ends the federation."""
+
+    wish: Wish
+
+
+@dataclass(frozen=True, slots=True)
+class AskedBack:
+    """The operator wants the base version that there was after so many rounds."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class WentBack:
+    """That base version is the current one now."""
+
+    rounds_done: int
+    attempt: int
+
+
+Event = (
+    CheckedIn
+    | Left
+    | Offered
+    | Uploaded
+    | Kept
+    | Refused
+    | Closed
+    | Ticked
+    | Wished
+    | AskedBack
+    | WentBack
+)
 
 
 # --- actions ----------------------------------------------------------------------------------
@@ -176,7 +211,14 @@ class CloseRound:
     aggregate: bool
 
 
-Action = OpenRound | Assign | Retry | Finish | TakeUpdate | Keep | Answer | CloseRound
+@dataclass(frozen=True, slots=True)
+class GoBack:
+    """Make an earlier base version the current one, then say WentBack."""
+
+    number: int
+
+
+Action = OpenRound | Assign | Retry | Finish | TakeUpdate | Keep | Answer | CloseRound | GoBack
 
 
 @dataclass(slots=True)
@@ -215,6 +257,8 @@ class RoundMachine:
         self._away: dict[str, float] = {}  # device that is expected back -> until when
         self._last_asked = dict(last_asked or {})  # device -> number of the round
         self._goal_since: float | None = None  # since when there are enough for the goal
+        self._wish = Wish.RUN
+        self._back_to: int | None = None  # as soon as the open round is closed
         self.rounds_done = rounds_done
         self.attempt = attempt
         self.open_round = open_round
@@ -258,6 +302,28 @@ class RoundMachine:
                 due = [*self._close_if_due(now), *self._open_if_enough(now)]
                 return [*due, *self._release_held(now)]
 
+            case Wished(wish):
+                return self._obey(wish, now)
+            case AskedBack(number):
+                self._back_to = number
+                return self._close_now() if self.phase is Phase.OPEN else self._go_back()
+            case WentBack(rounds_done, attempt):
+                self.rounds_done, self.attempt = rounds_done, attempt
+                self.phase = Phase.GATHERING
+                return self._open_or_finish(now)
+
+    def _obey(self, wish: Wish, now: float) -> list[Action]:
+        self._wish = wish
+        if self.phase is Phase.OPEN and wish is Wish.STOP:
+            return self._close_now()
+        if self.phase is Phase.FINISHED and wish is not Wish.STOP:
+            self.phase = Phase.GATHERING  # stopped before, or told to by mistake
+        return self._open_or_finish(now) if self.phase is Phase.GATHERING else []
+
+    def _go_back(self) -> list[Action]:
+        number, self._back_to = self._back_to, None
+        return [] if number is None else [GoBack(number)]
+
     def _check_in(self, device: str, now: float) -> list[Action]:
         if self.phase is Phase.FINISHED:
             return [Finish(device)]
@@ -272,7 +338,7 @@ class RoundMachine:
 
     def _open_if_enough(self, now: float) -> list[Action]:
         rounds = self._settings.rounds
-        if self.phase is not Phase.GATHERING:
+        if self.phase is not Phase.GATHERING or self._wish is not Wish.RUN:
             return []
         self._away = {device: until for device, until in self._away.items() if now < until}
         available = sorted(self._waiting | self._away)
@@ -336,9 +402,14 @@ class RoundMachine:
         goal_reached = len(round_.kept) >= self._settings.rounds.goal
         if not everyone and not goal_reached and now < round_.deadline_at:
             return []
+        return self._close_now()
+
+    def _close_now(self) -> list[Action]:
+        round_ = self._opened()
         self.phase = Phase.CLOSING
         enough = len(round_.kept) >= self._settings.rounds.minimum_reports
-        return [CloseRound(round_.number, round_.attempt, enough)]
+        aggregate = enough and self._back_to is None
+        return [CloseRound(round_.number, round_.attempt, aggregate)]
 
     def _closed(self, aggregated: bool, now: float) -> list[Action]:
         self.open_round = None
@@ -346,7 +417,10 @@ class RoundMachine:
         if aggregated:
             self.rounds_done += 1
             self.attempt = 0
-        if self.rounds_done < self._settings.rounds.count:
+        return self._go_back() or self._open_or_finish(now)
+
+    def _open_or_finish(self, now: float) -> list[Action]:
+        if self.rounds_done < self._settings.rounds.count and self._wish is not Wish.STOP:
             return self._open_if_enough(now)
         self.phase = Phase.FINISHED
         waiting, self._waiting = sorted(self._waiting), {}
@@ -362,6 +436,8 @@ class RoundMachine:
         return [Retry(device, RETRY_AFTER_S, spread_s, self._why_wait()) for device in due]
 
     def _why_wait(self) -> str:
+        if self._wish is Wish.PAUSE:
+            return "the federation is paused"
         if self.phase is Phase.GATHERING:
             here = len(self._waiting | self._away)
             return f"waiting for devices: {here} of {self._settings.rounds.cohort} are here"

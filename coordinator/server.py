@@ -28,6 +28,7 @@ log = logging.getLogger("pf2lora.coordinator")
 PING_INTERVAL_S: Final = 20.0
 PONG_TIMEOUT_S: Final = 60.0
 DRAIN_S: Final = 15.0
+CONTROL_EVERY_S: Final = 1.0
 FINISH_GRACE_S: Final = 60.0
 CLOSE_TRY_AGAIN_LATER: Final = 1013
 
@@ -80,6 +81,7 @@ class CoordinatorServer:
                 rng=random.Random(self._configuration.federation.seed),
                 run_blocking=self._run_blocking,
                 hold_s=server.hold_s,
+                control_every_s=CONTROL_EVERY_S,
             )
             await self.service.open()
             self._server = await self._listen()

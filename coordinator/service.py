@@ -8,6 +8,7 @@ kept, and no round goes on that is not written down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -18,16 +19,19 @@ from typing import Any, Protocol, TypeVar
 
 from coordinator.aggregation import aggregation_for, report_weight
 from coordinator.aggregation.base import UpdateError
+from coordinator.control import Control
 from coordinator.errors import ConfigurationError
 from coordinator.rounds import (
     Action,
     Answer,
+    AskedBack,
     Assign,
     CheckedIn,
     Closed,
     CloseRound,
     Event,
     Finish,
+    GoBack,
     Keep,
     Kept,
     Left,
@@ -41,6 +45,8 @@ from coordinator.rounds import (
     TakeUpdate,
     Ticked,
     Uploaded,
+    WentBack,
+    Wished,
 )
 from coordinator.server_step import take_step
 from coordinator.store.base import (
@@ -88,8 +94,10 @@ class FederationService:
         rng: random.Random,
         run_blocking: RunBlocking,
         hold_s: float = 20.0,
+        control_every_s: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
         self._base = start
         self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
@@ -101,6 +109,9 @@ class FederationService:
         self._rng = rng
         self._run_blocking = run_blocking
         self._hold_s = hold_s
+        self._control_every_s = control_every_s
+        self._control = Control()
+        self._controller: asyncio.Task[None] | None = None
         self._clock = clock
         self._lock = asyncio.Lock()
         self._replies: dict[str, asyncio.Future[Message]] = {}
@@ -131,7 +142,10 @@ class FederationService:
         self._restore(snapshot)
         if snapshot.open_round:
             await self._resum(snapshot.open_round)
+        await self.look_at_control()
         await self._drive(Ticked())
+        if self._control_every_s:
+            self._controller = asyncio.get_running_loop().create_task(self._keep_looking())
 
     @property
     def finished(self) -> bool:
@@ -192,6 +206,30 @@ class FederationService:
         """Stop the timer; the store is the caller's."""
         if self._timer:
             self._timer.cancel()
+        if self._controller:
+            self._controller.cancel()
+
+    async def look_at_control(self) -> None:
+        """Obey what the operator has written into the store."""
+        control = await self._write(self._store.control)
+        before, self._control = self._control, control
+        if control.wish is not before.wish:
+            log.info("the operator's wish: %s", control.wish.value)
+            await self._drive(Wished(control.wish))
+        if control.roll_back_to is None:
+            return
+        kept = {base.number for base in await self._write(self._store.bases)}
+        if control.roll_back_to in kept:
+            await self._drive(AskedBack(control.roll_back_to))
+        else:
+            log.error("cannot roll back to round %d: not kept any more", control.roll_back_to)
+            await self._write(self._store.set_control, Control(control.wish))
+
+    async def _keep_looking(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the service has failed, and says so itself
+            while True:
+                await asyncio.sleep(self._control_every_s)
+                await self.look_at_control()
 
     # --- events in, actions out ---------------------------------------------------------------
 
@@ -250,7 +288,16 @@ class FederationService:
             case CloseRound(number, attempt, aggregate):
                 await self._close_round(number, attempt, aggregate)
                 return Closed(aggregate)
+            case GoBack(number):
+                return await self._go_back(number)
         return None
+
+    async def _go_back(self, number: int) -> Event:
+        snapshot = await self._write(self._store.roll_back, number)
+        self._memory = snapshot.memory
+        self._set_base(snapshot.base)
+        log.warning("rolled back to the base version after round %d", number)
+        return WentBack(snapshot.rounds_done, snapshot.attempt)
 
     async def _late_or_kept(self, assignment: str, reason: str) -> tuple[ReceiptStatus, str]:
         """A report that was counted, its receipt lost, is not late when it comes again.

@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
+from coordinator.control import Control
 from protocol.federation import FederationSettings
 from protocol.messages import Metric
 from protocol.tensors import Array, NamedTensors, decoded
+
+# How many base versions are kept to go back to.
+BASES_KEPT: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,14 @@ class Snapshot:
     reported: frozenset[str]
     last_asked: Mapping[str, int]
     memory: NamedTensors | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """A base version that is still kept: what there was after `number` rounds."""
+
+    number: int
+    version: bytes
 
 
 class Outcome(Enum):
@@ -134,6 +146,21 @@ class Store(Protocol):
 
         `memory` is what the server's step remembers from round to round. The updates of its reports
         may be forgotten.
+        """
+
+    def control(self, federation: str) -> Control:
+        """What the operator wants."""
+
+    def set_control(self, federation: str, control: Control) -> None:
+        """Write down what the operator wants; a coordinator that runs will see it."""
+
+    def bases(self, federation: str) -> list[BaseRecord]:
+        """The base versions that are kept, oldest first; the last is the current one."""
+
+    def roll_back(self, federation: str, number: int) -> Snapshot:
+        """Make the base version after `number` rounds the current one, and forget later ones.
+
+        The request in `control` is answered with it. No round may be open.
         """
 
     def history(self, federation: str) -> list[RoundOutcome]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from coordinator.control import Control
 from coordinator.errors import StoreError
 from coordinator.store.base import (
+    BASES_KEPT,
+    BaseRecord,
     Outcome,
     ReportRecord,
     RoundOutcome,
@@ -27,6 +30,8 @@ class _Federation:
     reports: dict[str, ReportRecord] = field(default_factory=dict)
     memory: NamedTensors | None = None
     last_asked: dict[str, int] = field(default_factory=dict)
+    control: Control = field(default_factory=Control)
+    bases: dict[int, NamedTensors] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)  # assignments, of all rounds
     history: list[RoundOutcome] = field(default_factory=list)
 
@@ -40,7 +45,7 @@ class MemoryStore:
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         if settings.name in self._federations:
             raise StoreError(f"there is a federation {settings.name!r} already")
-        self._federations[settings.name] = _Federation(settings, start)
+        self._federations[settings.name] = _Federation(settings, start, bases={0: start})
 
     def load(self, federation: str) -> Snapshot | None:
         found = self._federations.get(federation)
@@ -119,6 +124,34 @@ class MemoryStore:
         if new_base:
             found.base, found.rounds_done, found.attempt = new_base, number, 0
             found.memory = memory
+            found.bases[number] = new_base
+            found.bases.pop(number - BASES_KEPT, None)
+
+    def control(self, federation: str) -> Control:
+        found = self._federations.get(federation)
+        return found.control if found else Control()
+
+    def set_control(self, federation: str, control: Control) -> None:
+        self._found(federation).control = control
+
+    def bases(self, federation: str) -> list[BaseRecord]:
+        bases = self._found(federation).bases
+        return [BaseRecord(number, base.digest()) for number, base in sorted(bases.items())]
+
+    def roll_back(self, federation: str, number: int) -> Snapshot:
+        found = self._found(federation)
+        if number not in found.bases:
+            raise StoreError(f"no base version of round {number} is kept")
+        if found.open_round:
+            raise StoreError("a round is open")
+        found.base, found.rounds_done, found.memory = found.bases[number], number, None
+        found.bases = {n: base for n, base in found.bases.items() if n <= number}
+        attempts = [o.attempt for o in found.history if o.number == number + 1]
+        found.attempt = max(attempts, default=0)
+        found.control = Control(found.control.wish)
+        snapshot = self.load(federation)
+        assert snapshot is not None  # noqa: S101 - it was found above
+        return snapshot
 
     def history(self, federation: str) -> list[RoundOutcome]:
         found = self._federations.get(federation)

@@ -17,8 +17,11 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from coordinator.control import Control, Wish
 from coordinator.errors import StorageFullError, StoreError
 from coordinator.store.base import (
+    BASES_KEPT,
+    BaseRecord,
     Member,
     Outcome,
     ReportRecord,
@@ -50,6 +53,17 @@ _federations = sa.Table(
     sa.Column("base", _Bytes, nullable=False),
     sa.Column("memory_specs", _Bytes),  # of the server's step
     sa.Column("memory", _Bytes),
+    sa.Column("wish", sa.String(16), nullable=False, default=Wish.RUN.value),
+    sa.Column("roll_back_to", sa.Integer),
+)
+_bases = sa.Table(
+    "bases",
+    _schema,
+    sa.Column("federation", sa.ForeignKey("federations.name"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("version", sa.LargeBinary, nullable=False),
+    sa.Column("base_specs", _Bytes, nullable=False),
+    sa.Column("base", _Bytes, nullable=False),
 )
 _rounds = sa.Table(
     "rounds",
@@ -126,6 +140,7 @@ class SqlStore:
                     **_columns("base", start),
                 )
             )
+            self._keep_base(db, settings.name, 0, start)
 
     def load(self, federation: str) -> Snapshot | None:
         with self._begin() as db:
@@ -295,6 +310,65 @@ class SqlStore:
                         **(_columns("memory", memory) if memory else {}),
                     )
                 )
+                self._keep_base(db, federation, number, new_base)
+
+    def control(self, federation: str) -> Control:
+        with self._begin() as db:
+            row = db.execute(
+                sa.select(_federations.c.wish, _federations.c.roll_back_to).where(
+                    _federations.c.name == federation
+                )
+            ).first()
+            return Control(Wish(row.wish), row.roll_back_to) if row else Control()
+
+    def set_control(self, federation: str, control: Control) -> None:
+        with self._begin() as db:
+            changed = db.execute(
+                _federations.update()
+                .where(_federations.c.name == federation)
+                .values(wish=control.wish.value, roll_back_to=control.roll_back_to)
+            )
+            if changed.rowcount != 1:
+                raise StoreError(f"{self._label}: there is no federation {federation!r}")
+
+    def bases(self, federation: str) -> list[BaseRecord]:
+        with self._begin() as db:
+            rows = db.execute(
+                sa.select(_bases.c.number, _bases.c.version)
+                .where(_bases.c.federation == federation)
+                .order_by(_bases.c.number)
+            )
+            return [BaseRecord(row.number, row.version) for row in rows]
+
+    def roll_back(self, federation: str, number: int) -> Snapshot:
+        with self._begin() as db:
+            kept = db.execute(
+                sa.select(_bases).where(
+                    _bases.c.federation == federation, _bases.c.number == number
+                )
+            ).first()
+            if kept is None:
+                raise StoreError(f"{self._label}: no base version of round {number} is kept")
+            if self._open_round(db, federation):
+                raise StoreError(f"{self._label}: a round is open")
+            later = (_bases.c.federation == federation, _bases.c.number > number)
+            db.execute(_bases.delete().where(*later))
+            db.execute(
+                _federations.update()
+                .where(_federations.c.name == federation)
+                .values(
+                    rounds_done=number,
+                    base_specs=kept.base_specs,
+                    base=kept.base,
+                    memory_specs=None,
+                    memory=None,
+                    roll_back_to=None,
+                )
+            )
+        snapshot = self.load(federation)
+        if snapshot is None:
+            raise StoreError(f"{self._label}: there is no federation {federation!r}")
+        return snapshot
 
     def history(self, federation: str) -> list[RoundOutcome]:
         query = (
@@ -359,6 +433,20 @@ class SqlStore:
             self._engine.dispose()
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _keep_base(
+        self, db: sa.Connection, federation: str, number: int, base: NamedTensors
+    ) -> None:
+        db.execute(
+            _bases.insert().values(
+                federation=federation,
+                number=number,
+                version=base.digest(),
+                **_columns("base", base),
+            )
+        )
+        old = (_bases.c.federation == federation, _bases.c.number <= number - BASES_KEPT)
+        db.execute(_bases.delete().where(*old))
 
     @contextlib.contextmanager
     def _begin(self) -> Iterator[sa.Connection]:

@@ -16,8 +16,10 @@ import pytest
 import sqlalchemy as sa
 
 from coordinator import cli
+from coordinator.control import Control, Wish
 from coordinator.errors import StorageFullError, StoreError
 from coordinator.store.base import (
+    BASES_KEPT,
     Member,
     Outcome,
     ReportRecord,
@@ -103,6 +105,28 @@ class StoreContract:
         outcomes = [(o.number, o.attempt, o.outcome, o.reports) for o in store.history("demo")]
         assert outcomes == [(1, 1, Outcome.ABANDONED, 1), (1, 2, Outcome.AGGREGATED, 2)]
 
+    def test_earlier_bases_are_kept_and_gone_back_to(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        for number in range(1, BASES_KEPT + 3):
+            store.open_round("demo", _round(number))
+            store.close_round("demo", number, 1, NEXT if number > 5 else BASE, 1.0, NEXT)
+        kept = store.bases("demo")
+        assert [base.number for base in kept] == list(range(3, BASES_KEPT + 3))
+        assert kept[-1].version == NEXT.digest()
+        store.set_control("demo", Control(Wish.PAUSE, 4))
+        assert store.control("demo") == Control(Wish.PAUSE, 4)
+        snapshot = store.roll_back("demo", 4)
+        assert (snapshot.rounds_done, snapshot.attempt, snapshot.memory) == (4, 1, None)
+        assert snapshot.base.digest() == BASE.digest()
+        assert [base.number for base in store.bases("demo")] == [3, 4]
+        assert store.control("demo") == Control(Wish.PAUSE)
+        for wrong in (2, 5):
+            with pytest.raises(StoreError, match=f"round {wrong} is kept"):
+                store.roll_back("demo", wrong)
+        store.open_round("demo", _round(5, 2))
+        with pytest.raises(StoreError, match="a round is open"):
+            store.roll_back("demo", 4)
+
     def test_that_a_report_was_kept_is_known_after_its_round(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
@@ -150,6 +174,23 @@ def _filled(path: Path) -> SqlStore:
     store.open_round("demo", _round())
     store.keep_report("demo", _report("a"))
     return store
+
+
+def test_wishes_are_written_down_and_wrong_ones_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = _filled(tmp_path / "s.sqlite")
+    where = ["--store", f"sqlite:///{tmp_path}/s.sqlite", "--name"]
+    for command, wish in (("pause", Wish.PAUSE), ("stop", Wish.STOP), ("resume", Wish.RUN)):
+        assert cli.main([command, *where, "demo"]) == 0
+        assert store.control("demo") == Control(wish)
+    assert cli.main(["rollback", *where, "demo", "--to", "0"]) == 0
+    assert store.control("demo") == Control(Wish.RUN, 0)
+    assert cli.main(["rollback", *where, "demo", "--to", "7"]) == 2
+    assert "7 is not kept; there are: [0]" in capsys.readouterr().err
+    assert cli.main(["pause", *where, "other"]) == 2
+    assert "no federation 'other'" in capsys.readouterr().err
+    store.close()
 
 
 def test_a_store_in_use_is_checked_and_copied(

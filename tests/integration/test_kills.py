@@ -13,7 +13,6 @@ import json
 import random
 import signal
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,8 +63,9 @@ def test_kills_at_random_points_lose_nothing_and_count_nothing_twice(
     }
     assert all(device.final for device in harness.devices)
     for device in harness.devices:
-        rounds_trained = Counter(device.trained)
-        assert rounds_trained == dict.fromkeys(range(1, harness.rounds + 1), 1)
+        # A device that is cut off while it trains begins that round again.
+        assert set(device.trained) == set(range(1, harness.rounds + 1))
+        assert len({receipt.assignment for receipt in device.receipts}) == harness.rounds
         statuses = {receipt.status for receipt in device.receipts}
         assert statuses <= {ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE}
     store = SqlStore(f"sqlite:///{tmp_path}/pf2lora.sqlite")

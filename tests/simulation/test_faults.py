@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from coordinator.control import Control, Wish
 from edge_client.errors import RefusedError, UnreachableError
 from protocol.fake_link import Faults
 from protocol.federation import Selection, WireDtype
@@ -199,6 +200,83 @@ def test_a_round_ends_at_its_goal_and_the_slowest_are_late() -> None:
     assert [receipt.status for receipt in slow.receipts] == [ReceiptStatus.LATE]
     assert {tuple(device.trained) for device in devices} == {(1, 2, 3)}
     assert len(_finals([*devices, slow])) == 1
+
+
+def _operated(killed: bool) -> tuple[World, list[FakeDevice], list[int]]:
+    """Ten rounds of seconds: paused after some, rolled back to round 2, and let go on."""
+    devices = _devices(3)
+    world = World(settings(count=10, cohort=3, minimum_reports=3, deadline_s=1e4))
+    seen: list[int] = []
+
+    async def done() -> int:
+        snapshot = world.store.load("sim")
+        assert snapshot is not None
+        return snapshot.rounds_done
+
+    async def wish(control: Control) -> None:
+        world.store.set_control("sim", control)
+        if killed:
+            await world.kill()
+            await world.start()
+        else:
+            assert world.service is not None
+            await world.service.look_at_control()
+
+    async def scenario() -> None:
+        await world.start()
+        everyone = asyncio.gather(*(world.take_part(device) for device in devices))
+        await asyncio.sleep(10.0)
+        await wish(Control(Wish.PAUSE))
+        await asyncio.sleep(100.0)
+        seen.append(await done())
+        await asyncio.sleep(100.0)
+        seen.append(await done())
+        await wish(Control(Wish.PAUSE, roll_back_to=2))
+        seen.append(await done())
+        await wish(Control(Wish.RUN))
+        await everyone
+        seen.append(await done())
+
+    simulate(scenario)
+    return world, devices, seen
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_federation_is_paused_rolled_back_and_let_go_on(killed: bool) -> None:
+    world, devices, seen = _operated(killed)
+    paused_at = seen[0]
+    assert 3 <= paused_at <= 6
+    assert seen == [paused_at, paused_at, 2, 10]
+    # Rounds after the second were run again, from the same base with the same updates.
+    assert _finals(devices) == _finals(_run(0, Faults(), count=3))
+    history = world.store.history("sim")
+    assert [o.number for o in history if o.attempt == 2] == list(range(3, paused_at + 1))
+    assert world.store.control("sim") == Control(Wish.RUN)
+
+
+def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
+    devices = [FakeDevice(f"device-{i}", training_s=1.0) for i in range(3)]
+    rules = settings(count=10, cohort=3, minimum_reports=3, deadline_s=1e4)
+
+    async def scenario() -> list[int]:
+        world = World(rules)
+        await world.start()
+        everyone = asyncio.gather(*(world.take_part(device) for device in devices))
+        await asyncio.sleep(4.5)
+        world.store.set_control("sim", Control(Wish.STOP))
+        assert world.service is not None
+        await world.service.look_at_control()
+        await everyone
+        stopped_at = world.store.load("sim").rounds_done
+        world.store.set_control("sim", Control(Wish.RUN))
+        await world.service.look_at_control()
+        await asyncio.gather(*(world.take_part(device) for device in devices))
+        return [stopped_at, world.store.load("sim").rounds_done]
+
+    stopped_at, ended_at = simulate(scenario)
+    assert 3 <= stopped_at <= 6
+    assert ended_at == 10
+    assert len(_finals(devices)) == 1
 
 
 @pytest.mark.parametrize("killed", [False, True])
