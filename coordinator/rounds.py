@@ -118,7 +118,6 @@ class WentBack:
     """That base version is the current one now."""
 
     rounds_done: int
-    attempt: int
 
 
 Event = (
@@ -246,7 +245,7 @@ class RoundMachine:
         *,
         hold_s: float,
         rounds_done: int = 0,
-        attempt: int = 0,
+        attempts: Mapping[int, int] | None = None,
         open_round: OpenState | None = None,
         last_asked: Mapping[str, int] | None = None,
     ) -> None:
@@ -260,7 +259,7 @@ class RoundMachine:
         self._wish = Wish.RUN
         self._back_to: int | None = None  # as soon as the open round is closed
         self.rounds_done = rounds_done
-        self.attempt = attempt
+        self._attempts = dict(attempts or {})  # how many there were, by number of the round
         self.open_round = open_round
         self.phase = Phase.OPEN if open_round else Phase.GATHERING
         if rounds_done >= settings.rounds.count:
@@ -307,8 +306,8 @@ class RoundMachine:
             case AskedBack(number):
                 self._back_to = number
                 return self._close_now() if self.phase is Phase.OPEN else self._go_back()
-            case WentBack(rounds_done, attempt):
-                self.rounds_done, self.attempt = rounds_done, attempt
+            case WentBack(rounds_done):
+                self.rounds_done = rounds_done
                 self.phase = Phase.GATHERING
                 return self._open_or_finish(now)
 
@@ -355,21 +354,22 @@ class RoundMachine:
         if rounds.selection is Selection.LEAST_RECENT:
             shuffled.sort(key=lambda device: self._last_asked.get(device, 0))
         chosen = sorted(shuffled[: rounds.cohort])
-        number, self.attempt = self.rounds_done + 1, self.attempt + 1
+        number = self.rounds_done + 1
+        attempt = self._attempts[number] = self._attempts.get(number, 0) + 1
         self._last_asked |= dict.fromkeys(chosen, number)
-        cohort = {device: self._assignment_id(number, device) for device in chosen}
+        cohort = {device: self._assignment_id(number, attempt, device) for device in chosen}
         deadline_at = now + rounds.deadline_s
-        self.open_round = OpenState(number, self.attempt, deadline_at, cohort)
+        self.open_round = OpenState(number, attempt, deadline_at, cohort)
         self.phase = Phase.OPEN
         # Who is away for a moment gets the assignment when it is back.
         present = [device for device in chosen if self._waiting.pop(device, None) is not None]
         return [
-            OpenRound(number, self.attempt, deadline_at, tuple(cohort.items())),
+            OpenRound(number, attempt, deadline_at, tuple(cohort.items())),
             *(Assign(device, cohort[device], number, deadline_at) for device in present),
         ]
 
-    def _assignment_id(self, number: int, device: str) -> str:
-        text = f"{self._settings.name}/{number}/{self.attempt}/{device}"
+    def _assignment_id(self, number: int, attempt: int, device: str) -> str:
+        text = f"{self._settings.name}/{number}/{attempt}/{device}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _settled(self, device: str, assignment: str) -> Answer | None:
@@ -416,7 +416,6 @@ class RoundMachine:
         self.phase = Phase.GATHERING
         if aggregated:
             self.rounds_done += 1
-            self.attempt = 0
         return self._go_back() or self._open_or_finish(now)
 
     def _open_or_finish(self, now: float) -> list[Action]:

@@ -132,7 +132,7 @@ class FederationService:
         if snapshot is None:
             create = partial(self._store.create, self.settings, self._base)
             await self._run_blocking(create)
-            snapshot = Snapshot(self.settings, 0, 0, self._base, None, frozenset(), {})
+            snapshot = Snapshot(self.settings, 0, {}, self._base, None, frozenset(), {})
         elif snapshot.settings != self.settings:
             raise ConfigurationError(
                 "name",
@@ -297,7 +297,7 @@ class FederationService:
         self._memory = snapshot.memory
         self._set_base(snapshot.base)
         log.warning("rolled back to the base version after round %d", number)
-        return WentBack(snapshot.rounds_done, snapshot.attempt)
+        return WentBack(snapshot.rounds_done)
 
     async def _late_or_kept(self, assignment: str, reason: str) -> tuple[ReceiptStatus, str]:
         """A report that was counted, its receipt lost, is not late when it comes again.
@@ -399,7 +399,7 @@ class FederationService:
             self._rng,
             hold_s=self._hold_s,
             rounds_done=snapshot.rounds_done,
-            attempt=snapshot.attempt,
+            attempts=snapshot.attempts,
             open_round=open_round,
             last_asked=snapshot.last_asked,
         )

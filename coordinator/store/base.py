@@ -61,13 +61,14 @@ class ReportRecord:
 class Snapshot:
     """Where a federation stands: enough to go on from.
 
-    `attempt` counts the attempts at the next round so far; `reported` are the assignments of the
-    open round whose reports are kept; `last_asked` has the latest round of each device.
+    `attempts` counts those at each round that is not done, also from before a roll-back;
+    `reported` are the assignments of the open round whose reports are kept; `last_asked` has the
+    latest round of each device, and `memory` is the server step's.
     """
 
     settings: FederationSettings
     rounds_done: int
-    attempt: int
+    attempts: Mapping[int, int]
     base: NamedTensors
     open_round: RoundRecord | None
     reported: frozenset[str]

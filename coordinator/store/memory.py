@@ -25,7 +25,7 @@ class _Federation:
     settings: FederationSettings
     base: NamedTensors
     rounds_done: int = 0
-    attempt: int = 0
+    attempts: dict[int, int] = field(default_factory=dict)
     open_round: RoundRecord | None = None
     reports: dict[str, ReportRecord] = field(default_factory=dict)
     memory: NamedTensors | None = None
@@ -54,7 +54,7 @@ class MemoryStore:
         return Snapshot(
             found.settings,
             found.rounds_done,
-            found.attempt,
+            {n: count for n, count in found.attempts.items() if n > found.rounds_done},
             found.base,
             found.open_round,
             frozenset(found.reports),
@@ -64,7 +64,8 @@ class MemoryStore:
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
         found = self._found(federation)
-        found.open_round, found.attempt = record, record.attempt
+        found.open_round = record
+        found.attempts[record.number] = record.attempt
         found.last_asked |= {member.device: record.number for member in record.cohort}
 
     def keep_report(self, federation: str, record: ReportRecord) -> bool:
@@ -122,7 +123,7 @@ class MemoryStore:
         found.open_round = None
         found.reports.clear()
         if new_base:
-            found.base, found.rounds_done, found.attempt = new_base, number, 0
+            found.base, found.rounds_done = new_base, number
             found.memory = memory
             found.bases[number] = new_base
             found.bases.pop(number - BASES_KEPT, None)
@@ -146,8 +147,6 @@ class MemoryStore:
             raise StoreError("a round is open")
         found.base, found.rounds_done, found.memory = found.bases[number], number, None
         found.bases = {n: base for n, base in found.bases.items() if n <= number}
-        attempts = [o.attempt for o in found.history if o.number == number + 1]
-        found.attempt = max(attempts, default=0)
         found.control = Control(found.control.wish)
         snapshot = self.load(federation)
         assert snapshot is not None  # noqa: S101 - it was found above

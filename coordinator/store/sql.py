@@ -149,11 +149,10 @@ class SqlStore:
             ).first()
             if row is None:
                 return None
-            number = row.rounds_done + 1
-            attempt = db.scalar(
-                sa.select(sa.func.max(_rounds.c.attempt)).where(
-                    _rounds.c.federation == federation, _rounds.c.number == number
-                )
+            attempts = db.execute(
+                sa.select(_rounds.c.number, sa.func.max(_rounds.c.attempt).label("attempt"))
+                .where(_rounds.c.federation == federation, _rounds.c.number > row.rounds_done)
+                .group_by(_rounds.c.number)
             )
             open_round = self._open_round(db, federation)
             reported = self._reported(db, federation, open_round) if open_round else frozenset()
@@ -165,7 +164,7 @@ class SqlStore:
             return Snapshot(
                 settings_from_json(row.settings),
                 row.rounds_done,
-                attempt or 0,
+                {one.number: one.attempt for one in attempts},
                 _tensors(_decoded(row.base_specs, Assignment).payload, row.base),
                 open_round,
                 reported,

@@ -66,7 +66,7 @@ class StoreContract:
         assert snapshot is not None
         assert snapshot.settings == SETTINGS
         assert snapshot.base.digest() == BASE.digest()
-        assert (snapshot.rounds_done, snapshot.attempt, snapshot.open_round) == (0, 0, None)
+        assert (snapshot.rounds_done, snapshot.attempts, snapshot.open_round) == (0, {}, None)
 
     def test_an_open_round_and_its_reports_are_remembered(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
@@ -93,14 +93,14 @@ class StoreContract:
         store.close_round("demo", 1, 1, None, 80.0)
         snapshot = store.load("demo")
         assert snapshot is not None
-        assert (snapshot.rounds_done, snapshot.attempt, snapshot.open_round) == (0, 1, None)
+        assert (snapshot.rounds_done, snapshot.attempts, snapshot.open_round) == (0, {1: 1}, None)
         store.open_round("demo", _round(1, 2))
         store.keep_report("demo", _report("a", 1, 2))
         store.keep_report("demo", _report("b", 1, 2))
         store.close_round("demo", 1, 2, NEXT, 90.0)
         snapshot = store.load("demo")
         assert snapshot is not None
-        assert (snapshot.rounds_done, snapshot.attempt, snapshot.reported) == (1, 0, frozenset())
+        assert (snapshot.rounds_done, snapshot.attempts, snapshot.reported) == (1, {}, frozenset())
         assert snapshot.base.digest() == NEXT.digest()
         outcomes = [(o.number, o.attempt, o.outcome, o.reports) for o in store.history("demo")]
         assert outcomes == [(1, 1, Outcome.ABANDONED, 1), (1, 2, Outcome.AGGREGATED, 2)]
@@ -116,7 +116,8 @@ class StoreContract:
         store.set_control("demo", Control(Wish.PAUSE, 4))
         assert store.control("demo") == Control(Wish.PAUSE, 4)
         snapshot = store.roll_back("demo", 4)
-        assert (snapshot.rounds_done, snapshot.attempt, snapshot.memory) == (4, 1, None)
+        assert (snapshot.rounds_done, snapshot.memory) == (4, None)
+        assert snapshot.attempts == dict.fromkeys(range(5, BASES_KEPT + 3), 1)
         assert snapshot.base.digest() == BASE.digest()
         assert [base.number for base in store.bases("demo")] == [3, 4]
         assert store.control("demo") == Control(Wish.PAUSE)
