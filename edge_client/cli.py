@@ -8,15 +8,18 @@ import logging
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edge_client.backends.base import Level, RankReport
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, EdgeClientError
+from edge_client.preflight import preflight
 from protocol.federation import FederationSettings
 from protocol.schema import SchemaError, record_of
 
+_SCHEMES = ["none", "bf16", "int8", "nf4", "fp4"]
 EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"
 
 
@@ -76,6 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make the start file of a federation.toml")
     prepare.set_defaults(command=_prepare)
     prepare.add_argument("config", type=Path)
+
+    preflight = commands.add_parser(
+        "preflight", help="run a real training step of each scheme on this machine"
+    )
+    preflight.set_defaults(command=_preflight)
+    preflight.add_argument("backbone", help="a folder, a name, or package:NAME/folder")
+    preflight.add_argument(
+        "--scheme", nargs="+", default=_SCHEMES, choices=_SCHEMES, help="default: all"
+    )
+    preflight.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    preflight.add_argument("--json", action="store_true", help="one JSON object a line")
 
     fingerprint = commands.add_parser("fingerprint", help="print a backbone's fingerprint")
     fingerprint.set_defaults(command=_fingerprint)
@@ -263,6 +277,20 @@ def _write_start(path: Path, arrays: dict[str, Any], digest: str) -> None:
         "names": json.dumps(list(arrays)),
     }
     save_file({name: array.copy() for name, array in arrays.items()}, path, metadata)
+
+
+def _preflight(options: argparse.Namespace) -> None:
+    if not options.json:
+        print("scheme  step ms  peak MiB  (PF2LoRA, 8 rows of 64 tokens)")
+    failed = []
+    for found in preflight(options.backbone, options.scheme, options.device):
+        text = f"{found.scheme:<6}  {found.step_ms:>7.0f}  {found.peak_mib:>8.0f}"
+        if found.problem:
+            failed.append(found.scheme)
+            text = f"{found.scheme:<6}  does not work here: {found.problem}"
+        _say(options, asdict(found), text)
+    if failed:
+        raise ConfigurationError("--scheme", f"{', '.join(failed)} cannot be used", "another")
 
 
 def _fingerprint(options: argparse.Namespace) -> None:

