@@ -104,15 +104,18 @@ class DeviceWorker:
         state = self.state
         if "report_assignment" not in state.facts:
             return None
-        facts, update = state.facts, state.groups["report"]
-        dtype = self.settings.update_dtype
+        facts = state.facts
+        specs = [
+            TensorSpec(name, self.settings.update_dtype, tuple(shape))
+            for name, shape in json.loads(str(facts["report_specs"]))
+        ]
         metrics = json.loads(str(facts["report_metrics"]))
         return FinishedReport(
             str(facts["report_assignment"]),
             bytes.fromhex(str(facts["report_base"])),
             len(self.training_rows),
             tuple(Metric(name, value) for name, value in metrics.items()),
-            NamedTensors.from_arrays(dict(update), dtype),
+            NamedTensors(tuple(specs), state.groups["report"]["buffer"].tobytes()),
         )
 
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
@@ -269,13 +272,14 @@ class DeviceWorker:
                     "personal": trainer.personal(),
                     "optimizer": trainer.optimizer_state(),
                     "common": base.arrays(),
-                    "report": update.arrays(),
+                    "report": {"buffer": np.frombuffer(update.buffer, np.uint8)},
                 },
                 facts={
                     **state.facts,
                     "report_assignment": assignment.assignment,
                     "report_base": assignment.base_version.hex(),
                     "report_metrics": json.dumps(metrics),
+                    "report_specs": json.dumps([(s.name, s.shape) for s in update.specs]),
                 },
             )
         )

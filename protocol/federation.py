@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Annotated, ClassVar
 
 from protocol import limits
+from protocol.compression import quantized_size, topk_size
 from protocol.schema import Integer, Items, Real, SchemaError, Text, record_of
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -363,16 +364,31 @@ class Rounds:
 
 
 class WireDtype(Enum):
-    """How an update's numbers travel."""
+    """How an update's numbers travel; protocol/compression.py has the last three."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    INT4 = "int4"
+    TOPK = "topk"
 
     @property
-    def size_bytes(self) -> int:
-        """Of one number."""
-        return 4 if self is WireDtype.FLOAT32 else 2
+    def is_plain(self) -> bool:
+        """Whether every number travels by itself, near enough to what it was to forget the rest."""
+        return self in (WireDtype.FLOAT32, WireDtype.FLOAT16, WireDtype.BFLOAT16)
+
+    def bytes_of(self, count: int) -> int:
+        """Size of a tensor of so many numbers."""
+        match self:
+            case WireDtype.FLOAT32:
+                return 4 * count
+            case WireDtype.FLOAT16 | WireDtype.BFLOAT16:
+                return 2 * count
+            case WireDtype.INT8 | WireDtype.INT4:
+                return quantized_size(count, 8 if self is WireDtype.INT8 else 4)
+            case WireDtype.TOPK:
+                return topk_size(count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,6 +420,11 @@ class FederationSettings:
             )
         if isinstance(self.algorithm, HetLoRA) and not isinstance(self.aggregation, Mean):
             raise SchemaError("aggregation.name", "must be 'mean': hetlora has weights of its own")
+        if isinstance(self.algorithm, HetLoRA) and not self.update_dtype.is_plain:
+            raise SchemaError(
+                "update_dtype",
+                f"{self.update_dtype.value} needs updates of one size; hetlora's change",
+            )
         if isinstance(self.aggregation, MultiKrum):
             least = 2 * self.aggregation.hostile + 3
             if self.rounds.minimum_reports < least:

@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol import limits
+from protocol import compression, limits
 from protocol.federation import WireDtype
 from protocol.schema import Blob, Integer, Items, SchemaError, Text
 
@@ -47,7 +47,7 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        return self.count * self.dtype.size_bytes
+        return self.dtype.bytes_of(self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,16 @@ class NamedTensors:
     ) -> NamedTensors:
         """Bundle one float32 vector `[P]` under the names and shapes of `like`."""
         specs = tuple(TensorSpec(spec.name, dtype, spec.shape) for spec in like)
-        return cls(specs, _encode(flat, dtype))
+        if dtype.is_plain:
+            return cls(specs, _encode(flat, dtype))
+        ends = np.cumsum([spec.count for spec in specs])[:-1]
+        return cls(specs, b"".join(_encode(part, dtype) for part in np.split(flat, ends)))
 
     def flat(self) -> Array:
         """All elements as one float32 vector `[P]`, in order; a view where nothing changes."""
         dtypes = {spec.dtype for spec in self.specs}
-        if len(dtypes) == 1:
-            return decoded(self.buffer, dtypes.pop())
+        if len(dtypes) == 1 and (dtype := dtypes.pop()).is_plain:
+            return decoded(self.buffer, dtype, sum(spec.count for spec in self.specs))
         parts = [array.reshape(-1) for array in self.arrays().values()]
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
@@ -107,7 +110,7 @@ class NamedTensors:
         view, offset, found = memoryview(self.buffer), 0, {}
         for spec in self.specs:
             data = view[offset : offset + spec.size_bytes]
-            found[spec.name] = decoded(data, spec.dtype).reshape(spec.shape)
+            found[spec.name] = decoded(data, spec.dtype, spec.count).reshape(spec.shape)
             offset += spec.size_bytes
         return found
 
@@ -151,21 +154,37 @@ def specs_hasher(specs: Iterable[TensorSpec]) -> hashlib._Hash:
 
 def _encode(array: Array, dtype: WireDtype) -> bytes:
     values = np.ascontiguousarray(array, dtype=np.float32)
-    if dtype is WireDtype.FLOAT32:
-        return values.tobytes()
-    if dtype is WireDtype.FLOAT16:
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).tobytes()
-    return _bfloat16_from_float32(values).tobytes()
+    match dtype:
+        case WireDtype.FLOAT32:
+            return values.tobytes()
+        case WireDtype.FLOAT16:
+            with np.errstate(over="ignore"):
+                return values.astype(np.float16).tobytes()
+        case WireDtype.BFLOAT16:
+            return _bfloat16_from_float32(values).tobytes()
+        case WireDtype.INT8:
+            return compression.quantize(values.reshape(-1), 8)
+        case WireDtype.INT4:
+            return compression.quantize(values.reshape(-1), 4)
+        case WireDtype.TOPK:
+            return compression.topk(values.reshape(-1))
 
 
-def decoded(data: Buffer, dtype: WireDtype) -> Array:
-    """The numbers in these bytes, as a float32 vector."""
-    if dtype is WireDtype.FLOAT32:
-        return np.frombuffer(data, np.float32)
-    if dtype is WireDtype.FLOAT16:
-        return np.frombuffer(data, np.float16).astype(np.float32)
-    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+def decoded(data: Buffer, dtype: WireDtype, count: int) -> Array:
+    """The `count` numbers in these bytes, as a float32 vector."""
+    match dtype:
+        case WireDtype.FLOAT32:
+            return np.frombuffer(data, np.float32)
+        case WireDtype.FLOAT16:
+            return np.frombuffer(data, np.float16).astype(np.float32)
+        case WireDtype.BFLOAT16:
+            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        case WireDtype.INT8:
+            return compression.dequantize(data, count, 8)
+        case WireDtype.INT4:
+            return compression.dequantize(data, count, 4)
+        case WireDtype.TOPK:
+            return compression.from_topk(data, count)
 
 
 def _bfloat16_from_float32(values: Array) -> NDArray[np.uint16]:

@@ -186,6 +186,9 @@ class StoredReports:
         return len(self._store.blocks(*self._round, 0, 0))
 
     def block(self, begin: int, end: int) -> Array:
-        size = self._dtype.size_bytes
+        if not self._dtype.is_plain:  # coordinates have no places of their own: one whole at a time
+            reports = self._store.reports(*self._round)
+            return np.stack([report.update.flat()[begin:end] for report in reports])
+        size = self._dtype.bytes_of(1)
         rows = self._store.blocks(*self._round, begin * size, end * size)
-        return np.stack([decoded(row, self._dtype) for row in rows])
+        return np.stack([decoded(row, self._dtype, end - begin) for row in rows])

@@ -109,7 +109,10 @@ class Trainer(Protocol):
         """
 
     def update_from(self, base: NamedTensors) -> NamedTensors:
-        """The common adapter minus a base version: in the federation's dtype, of our rank."""
+        """The common adapter minus a base version: in the federation's dtype, of our rank.
+
+        To be asked once a round: what a lossy dtype loses is remembered for the next update.
+        """
 
     def personal(self) -> Arrays:
         """A copy of the personal adapter."""

@@ -49,6 +49,7 @@ from protocol.federation import (
     OptimizerState,
     PF2LoRA,
     TaskKind,
+    WireDtype,
 )
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.backbone import Backbone, load_backbone
@@ -228,8 +229,7 @@ class TorchTrainer:
         dtype = self._settings.update_dtype
         if not self.rank:
             flat = self._common.values.cpu().numpy() - base.flat()
-            specs = [TensorSpec(s.name, dtype, s.shape) for s in base.specs]
-            return NamedTensors.from_flat(specs, flat, dtype)
+            return self._encoded(base.specs, flat, dtype)
         own = truncated(self.common(), self.rank).arrays()
         before = truncated(base, self.rank).arrays()
         return NamedTensors.from_arrays({n: own[n] - before[n] for n in own}, dtype)
@@ -327,6 +327,22 @@ class TorchTrainer:
         return Export({name: ranks.get(name, whole) for name in layers}, full, written)
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _encoded(
+        self, specs: Sequence[TensorSpec], flat: np.ndarray[Any, Any], dtype: WireDtype
+    ) -> NamedTensors:
+        """An update in a wire dtype; what a lossy one loses is added to the next (error feedback).
+
+        Karimireddy et al. 2019 (arXiv 1901.09847), algorithm 2.
+        """
+        if dtype.is_plain:
+            return NamedTensors.from_flat(specs, flat, dtype)
+        if (lost := self._state.vectors.get("feedback")) is not None:
+            flat = flat + lost.cpu().numpy()
+        update = NamedTensors.from_flat(specs, flat, dtype)
+        rest = torch.from_numpy(flat - update.flat())
+        self._state.vectors["feedback"] = rest.to(self._common.values.device)
+        return update
 
     def _evaluate(self, rows: list[EncodedRow]) -> Evaluation:
         loss_sum, count = 0.0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,28 @@ def test_settings_that_cannot_work_are_named() -> None:
 # --- from the store -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", list(WireDtype), ids=lambda dtype: dtype.value)
+@pytest.mark.parametrize("rule", [Mean(), CoordinateMedian()], ids=lambda rule: rule.NAME)
+def test_every_encoding_reaches_every_kind_of_rule(dtype: WireDtype, rule: Aggregation) -> None:
+    base = world_settings(count=2, cohort=5, minimum_reports=5, deadline_s=1e6)
+    values = {name: getattr(base, name) for name in ("name", "backbone", "task", "rounds")}
+    finals = []
+    for update_dtype in (dtype, WireDtype.FLOAT32):
+        rules = FederationSettings(**values, aggregation=rule, update_dtype=update_dtype)
+        devices = [FakeDevice(f"device-{i}", dtype=update_dtype) for i in range(5)]
+
+        async def scenario(rules: Any = rules, devices: Any = devices) -> None:
+            world = World(rules)
+            await world.start()
+            await asyncio.gather(*(world.take_part(device) for device in devices))
+
+        simulate(scenario)
+        assert len({device.final.digest() for device in devices if device.final}) == 1
+        finals.append(devices[0].final.flat())
+    near = {"int8": 0.005, "int4": 0.1, "topk": 1.0}.get(dtype.value, 0.005)
+    assert np.abs(finals[0] - finals[1]).max() < near * np.abs(finals[1]).max()
+
+
 @pytest.mark.parametrize("kind", ["memory", "sql"])
 def test_stored_reports_are_read_in_blocks_and_in_order(tmp_path: Path, kind: str) -> None:
     store = MemoryStore() if kind == "memory" else SqlStore(f"sqlite:///{tmp_path}/s.sqlite")
@@ -218,8 +241,6 @@ def test_a_killed_coordinator_ends_with_the_same_bytes_under_every_rule(
         devices = [FakeDevice(f"device-{i}", training_s=1.0 + i) for i in range(6)]
 
         async def scenario() -> None:
-            import asyncio
-
             world = World(rules, seed=kills)
             await world.start()
             everyone = [asyncio.create_task(world.take_part(device)) for device in devices]

@@ -36,6 +36,7 @@ from protocol.federation import (
     Task,
     TaskKind,
     Training,
+    WireDtype,
 )
 from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint
@@ -182,6 +183,28 @@ def test_moments_are_forgotten_between_rounds_only_when_told() -> None:
         trainer.train(rows, 4, 2)
         counts.append(float(trainer.optimizer_state()["upper.steps"][0]))
     assert counts == [8.0, 4.0]
+
+
+@pytest.mark.parametrize("dtype", [WireDtype.INT8, WireDtype.INT4, WireDtype.TOPK])
+def test_what_an_encoding_loses_is_in_the_next_update(dtype: WireDtype) -> None:
+    trainer = _trainer(_settings(PF2LoRA(), update_dtype=dtype))
+    rows = trainer.encode(ROWS)
+    base = trainer.common()
+    moved = sent = 0.0
+    for number in range(1, 5):
+        trainer.set_common(base)
+        trainer.train(rows, 4 * (number - 1), number)
+        moved = moved + trainer._common.values.numpy() - base.flat()
+        trainer_state = trainer.optimizer_state()
+        update = trainer.update_from(base)
+        sent = sent + update.flat()
+        assert update.specs[0].dtype is dtype
+    lost = trainer.optimizer_state()["feedback"]
+    assert np.abs(sent + lost - moved).max() < 1e-6
+    assert np.abs(lost).max() > 0
+    # A device that was killed before its report was remembered sends the same bytes again.
+    trainer.set_optimizer_state(trainer_state)
+    assert trainer.update_from(base).digest() == update.digest()
 
 
 def test_per_fedavg_adapts_at_the_personal_level_and_leaves_the_common_one() -> None:

@@ -21,6 +21,7 @@ from protocol.federation import (
     Rounds,
     Task,
     TaskKind,
+    WireDtype,
 )
 from protocol.messages import Message
 from protocol.tensors import Payload, TensorSpec
@@ -94,7 +95,10 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
             algorithm = replace(algorithm, personal_rank_max=adapter.personal_rank)
         if isinstance(algorithm, HetLoRA):
             algorithm = replace(algorithm, rank_min=min(algorithm.rank_min, adapter.rank))
-        values = (*values[:5], algorithm, rounds, aggregation, *values[8:])
+        *rest, update_dtype, seed = values[8:]
+        if isinstance(algorithm, HetLoRA) and not update_dtype.is_plain:
+            update_dtype = WireDtype.FLOAT32
+        values = (*values[:5], algorithm, rounds, aggregation, *rest, update_dtype, seed)
     return cls(*values)
 
 
