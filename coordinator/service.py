@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from coordinator.aggregation import aggregation_for, report_weight
 from coordinator.aggregation.base import UpdateError
@@ -72,6 +72,8 @@ from protocol.tensors import NamedTensors, Payload
 from protocol.transfer import Receiver
 
 log = logging.getLogger("pf2lora.coordinator")
+
+TICK_LATE_S: Final = 0.001
 
 Result = TypeVar("Result")
 
@@ -444,7 +446,8 @@ class FederationService:
         at = self._machine.next_tick_at()
         if at is not None and not self.failure.done():
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(0.0, at - self._clock()), self._tick)
+            # A little late rather than early: a timer that comes too soon would be set anew at once.
+            self._timer = loop.call_later(max(0.0, at - self._clock()) + TICK_LATE_S, self._tick)
 
     def _tick(self) -> None:
         task = asyncio.get_running_loop().create_task(self._drive_whole(Ticked()))
