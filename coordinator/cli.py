@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -141,15 +142,21 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _rounds(options: argparse.Namespace) -> int:
+def _store(options: argparse.Namespace) -> contextlib.closing[SqlStore]:
     # Looking must not make a store where none is.
-    store = SqlStore(options.store, create=False)
-    try:
-        if store.load(options.name) is None:
-            raise ConfigurationError("--name", f"the store has no federation {options.name!r}")
-        outcomes = store.history(options.name)
-    finally:
-        store.close()
+    return contextlib.closing(SqlStore(options.store, create=False))
+
+
+def _named(store: SqlStore, options: argparse.Namespace) -> str:
+    """The federation that is asked for, if the store has it."""
+    if store.load(options.name) is None:
+        raise ConfigurationError("--name", f"the store has no federation {options.name!r}")
+    return str(options.name)
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    with _store(options) as store:
+        outcomes = store.history(_named(store, options))
     for outcome in outcomes:
         print(json.dumps(_as_dict(outcome)) if options.json else _as_line(outcome))
     return 0
@@ -160,41 +167,31 @@ _WISHES = {"pause": Wish.PAUSE, "resume": Wish.RUN, "stop": Wish.STOP}
 
 def _control(options: argparse.Namespace) -> int:
     """Write the wish down: a daemon on this store sees it within a second, another at its start."""
-    store = SqlStore(options.store, create=False)
-    try:
-        if store.load(options.name) is None:
-            raise ConfigurationError("--name", f"the store has no federation {options.name!r}")
-        control = store.control(options.name)
+    with _store(options) as store:
+        name = _named(store, options)
+        control = store.control(name)
         if options.wish == "rollback":
-            kept = [base.number for base in store.bases(options.name)]
+            kept = [base.number for base in store.bases(name)]
             if options.to not in kept:
                 raise ConfigurationError("--to", f"{options.to} is not kept; there are: {kept}")
             control = replace(control, roll_back_to=options.to)
         else:
             control = replace(control, wish=_WISHES[options.wish])
-        store.set_control(options.name, control)
-    finally:
-        store.close()
-    print(f"{options.name}: {options.wish} is written down")
+        store.set_control(name, control)
+    print(f"{name}: {options.wish} is written down")
     return 0
 
 
 def _check_store(options: argparse.Namespace) -> int:
-    store = SqlStore(options.store, create=False)
-    try:
+    with _store(options) as store:
         names = store.check()
-    finally:
-        store.close()
     print(f"{options.store}: sound; federations: {', '.join(names) or 'none'}")
     return 0
 
 
 def _backup(options: argparse.Namespace) -> int:
-    store = SqlStore(options.store, create=False)
-    try:
+    with _store(options) as store:
         store.backup(options.out)
-    finally:
-        store.close()
     print(f"wrote {options.out}")
     return 0
 

@@ -446,7 +446,7 @@ class FederationService:
         at = self._machine.next_tick_at()
         if at is not None and not self.failure.done():
             loop = asyncio.get_running_loop()
-            # A little late rather than early: a timer that comes too soon would be set anew at once.
+            # Rather late than early: a timer that came too soon would be set anew at once.
             self._timer = loop.call_later(max(0.0, at - self._clock()) + TICK_LATE_S, self._tick)
 
     def _tick(self) -> None:

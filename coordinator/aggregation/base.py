@@ -67,6 +67,26 @@ class Aggregation(Protocol):
         """
 
 
+class WholeUpdates:
+    """What rules share in which every device has the whole common adapter."""
+
+    def __init__(self, base: NamedTensors) -> None:
+        self._base = base
+        self._shapes = [(spec.name, spec.shape) for spec in base.specs]
+        self._size = sum(spec.count for spec in base.specs)
+
+    def download(self, rank: int) -> NamedTensors:  # noqa: ARG002
+        return self._base
+
+    def fits(self, specs: tuple[TensorSpec, ...], dtype: WireDtype) -> bool:
+        return specs == tuple(TensorSpec(name, dtype, shape) for name, shape in self._shapes)
+
+    def check(self, update: NamedTensors) -> None:
+        if [(spec.name, spec.shape) for spec in update.specs] != self._shapes:
+            raise UpdateError("its tensors are not those of the common adapter")
+        check_elements(update.flat())
+
+
 def check_elements(flat: NDArray[np.float32]) -> None:
     """Raise UpdateError unless every element is finite and of a plausible size."""
     # The comparison is false for NaN as well as for what is too large.

@@ -17,14 +17,13 @@ from coordinator.aggregation.base import (
     SUM_BITS,
     Reports,
     UpdateError,
-    check_elements,
+    WholeUpdates,
     fixed_point,
 )
-from protocol.federation import WireDtype
-from protocol.tensors import Array, NamedTensors, TensorSpec
+from protocol.tensors import Array, NamedTensors
 
 
-class FedAvg:
+class FedAvg(WholeUpdates):
     """One round's sum. `weight_bound_total` is the largest total weight that may ever be added.
 
     Updates longer than `norm_max` (Euclidean, over all tensors) are scaled down to it.
@@ -33,26 +32,14 @@ class FedAvg:
     def __init__(
         self, base: NamedTensors, weight_bound_total: int, norm_max: float = math.inf
     ) -> None:
-        self._base = base
-        self._shapes = [(spec.name, spec.shape) for spec in base.specs]
-        self._sum = np.zeros(sum(spec.count for spec in base.specs), np.int64)
+        super().__init__(base)
+        self._sum = np.zeros(self._size, np.int64)
         self._weight = 0
         self._weight_bound_total = weight_bound_total
         self._norm_max = norm_max
         # The largest scale at which the sum cannot leave 63 bits.
         spare = SUM_BITS - ELEMENT_BITS - weight_bound_total.bit_length()
         self.fraction_bits = min(FRACTION_BITS_MAX, spare)
-
-    def download(self, rank: int) -> NamedTensors:  # noqa: ARG002
-        return self._base
-
-    def fits(self, specs: tuple[TensorSpec, ...], dtype: WireDtype) -> bool:
-        return specs == tuple(TensorSpec(s.name, dtype, s.shape) for s in self._base.specs)
-
-    def check(self, update: NamedTensors) -> None:
-        if [(spec.name, spec.shape) for spec in update.specs] != self._shapes:
-            raise UpdateError("its tensors are not those of the common adapter")
-        check_elements(update.flat())
 
     def accumulate(self, update: NamedTensors, weight: int) -> None:
         self.check(update)
@@ -71,5 +58,7 @@ class FedAvg:
         return NamedTensors.from_flat(self._base.specs, flat)
 
     def _bounded(self, flat: Array) -> Array:
+        if math.isinf(self._norm_max):
+            return flat
         length = math.sqrt(np.dot(flat.astype(np.float64), flat))
         return flat if length <= self._norm_max else flat * np.float32(self._norm_max / length)

@@ -14,33 +14,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregation.base import Reports, UpdateError, check_elements
-from protocol.federation import CoordinateMedian, MultiKrum, TrimmedMean, WireDtype
-from protocol.tensors import Array, NamedTensors, TensorSpec
+from coordinator.aggregation.base import Reports, WholeUpdates
+from protocol.federation import CoordinateMedian, MultiKrum, TrimmedMean
+from protocol.tensors import Array, NamedTensors
 
 BLOCK_BYTES: Final = 64 << 20
 Rule = CoordinateMedian | TrimmedMean | MultiKrum
 
 
-class Robust:
+class Robust(WholeUpdates):
     """One round's aggregate under a rule that needs all reports at the end."""
 
     def __init__(self, base: NamedTensors, rule: Rule) -> None:
-        self._base = base
-        self._shapes = [(spec.name, spec.shape) for spec in base.specs]
+        super().__init__(base)
         self._rule = rule
         self._count = 0
-
-    def download(self, rank: int) -> NamedTensors:  # noqa: ARG002
-        return self._base
-
-    def fits(self, specs: tuple[TensorSpec, ...], dtype: WireDtype) -> bool:
-        return specs == tuple(TensorSpec(s.name, dtype, s.shape) for s in self._base.specs)
-
-    def check(self, update: NamedTensors) -> None:
-        if [(spec.name, spec.shape) for spec in update.specs] != self._shapes:
-            raise UpdateError("its tensors are not those of the common adapter")
-        check_elements(update.flat())
 
     def accumulate(self, update: NamedTensors, weight: int) -> None:  # noqa: ARG002
         self.check(update)
@@ -61,10 +49,6 @@ class Robust:
                 )
         flat = (self._base.flat() + mean).astype(np.float32)
         return NamedTensors.from_flat(self._base.specs, flat)
-
-    @property
-    def _size(self) -> int:
-        return sum(spec.count for spec in self._base.specs)
 
 
 def trimmed(block: Array, share: float) -> NDArray[np.float64]:
