@@ -117,6 +117,7 @@ def _plot(task: str, groups: Group, path: Path) -> None:
             axes.axhline(float(np.mean(majority)), color="grey", linewidth=1, linestyle=":")
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"{metric}, mean over devices")
     note = " (dotted: label counts alone)" if majority else ""
     panels[0].set_title(task + note, fontsize=10, loc="left")

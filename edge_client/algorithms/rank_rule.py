@@ -53,6 +53,8 @@ def follow(
     for layer, ((c, d), *remembered) in enumerate(zip(*views, strict=True)):
         rank = int(ranks[layer])
         share = _smallest_share(c[:rank], d[:, :rank])
+        if share is None:
+            continue
         if share < PRUNE_SHARE and rank > 1:
             _prune(c, d, rank)
             for moment_c, moment_d in remembered:  # they were of the old directions
@@ -65,11 +67,11 @@ def follow(
             ranks[layer] = peaks[layer] = rank + 1
 
 
-def _smallest_share(c: Vector, d: Vector) -> float:
-    """The share of `||D C||_F ** 2` that its smallest singular value of k holds."""
+def _smallest_share(c: Vector, d: Vector) -> float | None:
+    """The share of `||D C||_F ** 2` that its smallest singular value of k holds; None of zero."""
     squares = np.linalg.svd(_core(c, d)[1], compute_uv=False) ** 2
     total = float(squares.sum())
-    return float(squares[-1]) / total if total else 0.0
+    return float(squares[-1]) / total if total else None
 
 
 def _prune(c: Vector, d: Vector, rank: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_client.algorithms import algorithm_for
+from edge_client.algorithms import algorithm_for, rank_rule
 from edge_client.algorithms.base import AlgorithmState, Gradients, train
 from edge_client.algorithms.schedule import plans
 from protocol.federation import Adapter, PF2LoRA, Rounds, Training
@@ -77,6 +77,15 @@ def test_the_rank_of_the_data_is_found_from_above_and_below(rank: int, kind: str
     print(ranks)
     assert set(ranks[-15:]) == {rank}
     assert oracle.gradients(None).loss < 1e-2
+
+
+def test_a_level_that_has_learned_nothing_is_left_as_it_is() -> None:
+    oracle, state = Approximation(2, "numpy"), AlgorithmState()
+    rank_rule.begin(oracle, state, 2)
+    before = oracle.personal.copy()
+    rank_rule.follow(oracle, state, HIGHEST, rank_rule.ROUNDS_BETWEEN, 0)
+    assert np.array_equal(oracle.personal, before)
+    assert state.vectors["ranks"].tolist() == [2.0]
 
 
 def test_a_highest_rank_below_the_first_is_refused() -> None:
