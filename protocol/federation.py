@@ -143,7 +143,8 @@ class Training:
 
     `clip_norm` bounds each level's gradient (0: not at all). Rates rise over `warmup_rounds` and
     then follow `decay`. A batch is worked through `micro_batch_size` rows at a time (0: at once),
-    which with `gradient_checkpointing` trades time for memory and changes nothing else.
+    shortest first and each part padded to its own longest, which saves memory and, where lengths
+    differ, time; `gradient_checkpointing` saves memory for time. Neither changes anything else.
     """
 
     local_steps: Annotated[int, Integer(1, limits.STEPS_MAX)] = 10

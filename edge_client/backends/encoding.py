@@ -41,14 +41,19 @@ class Batch:
         return int((targets != IGNORED).sum())
 
     def split(self, rows: int) -> list[Batch]:
-        """Parts of at most so many rows; 0 leaves it whole."""
+        """Parts of at most so many rows, each padded to its own longest; 0 leaves it whole.
+
+        Rows that come in order of their length leave little to pad.
+        """
         if rows == 0 or len(self.targets) <= rows:
             return [self]
         cut = {name: torch.split(tensor, rows) for name, tensor in self.inputs.items()}
-        return [
-            Batch({name: parts[i] for name, parts in cut.items()}, targets)
-            for i, targets in enumerate(torch.split(self.targets, rows))
-        ]
+        parts = []
+        for i, targets in enumerate(torch.split(self.targets, rows)):
+            longest = int(cut["attention_mask"][i].sum(1).max())
+            inputs = {name: tensors[i][:, :longest] for name, tensors in cut.items()}
+            parts.append(Batch(inputs, targets[:, :longest] if targets.dim() == 2 else targets))
+        return parts
 
 
 class Encoder:

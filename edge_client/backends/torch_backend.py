@@ -381,7 +381,10 @@ class TorchTrainer:
         size = self._settings.training.batch_size
         for number in count(first):
             (indices,) = batch_indices(len(rows), size, number, 1, self._seed)
-            yield self._encoder.batch([rows[i] for i in indices])
+            chosen = [rows[i] for i in indices]
+            if self._settings.training.micro_batch_size:
+                chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
+            yield self._encoder.batch(chosen)
 
     def _batches(self, rows: list[EncodedRow]) -> list[Batch]:
         parts = range(0, len(rows), EVALUATION_BATCH)
