@@ -15,6 +15,19 @@ Record = dict[str, Any]
 # (task, set) -> method -> records of its seeds
 Group = dict[tuple[str, tuple[str, ...]], dict[str, list[Record]]]
 COLUMNS = ("accuracy", "balanced_accuracy", "matthews", "loss")
+# A method has the same colour in every plot.
+METHOD_ORDER = (
+    "homlora",
+    "local",
+    "per-fedavg",
+    "pf2lora",
+    "fedsa-lora",
+    "feddpa",
+    "hetlora",
+    "ffa-lora",
+    "centralised",
+    "per-fedavg-hf",
+)
 CAUSAL_COLUMNS = ("bleu", "rouge_l", "accuracy", "loss")
 
 
@@ -102,12 +115,14 @@ def _plot(task: str, groups: Group, path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), dpi=110)
     panels = figure.subplots(1, 3, sharey=True)
     axes_of = (("round", 1.0), ("sent_bytes", 2.0**20), ("training_s", 1.0))
-    for method, records in groups[task, ()].items():
+    colours = dict(zip(METHOD_ORDER, range(len(METHOD_ORDER)), strict=True))
+    for method, records in sorted(groups[task, ()].items()):
+        colour = f"C{colours[method]}"
         for axes, (across, unit) in zip(panels, axes_of, strict=True):
             x = np.mean([[at[across] / unit for at in r["curve"]] for r in records], 0)
             y = np.array([[at[metric] for at in record["curve"]] for record in records])
-            (line,) = axes.plot(x, y.mean(0), marker="o", markersize=3, label=method)
-            axes.fill_between(x, y.min(0), y.max(0), alpha=0.15, color=line.get_color())
+            axes.plot(x, y.mean(0), marker="o", markersize=3, label=method, color=colour)
+            axes.fill_between(x, y.min(0), y.max(0), alpha=0.15, color=colour)
     every = [record for records in groups[task, ()].values() for record in records]
     majority = [record["majority"][metric] for record in every if record["majority"]]
     for axes, name in zip(
