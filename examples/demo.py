@@ -282,7 +282,7 @@ def _print_table(summaries: dict[str, dict[str, object]], labels: list[str]) -> 
         )
     print(
         "\nAccuracies are on each device's own held-out rows: before training, with the common "
-        "adapter only,\nwith common + personal. The majority column is what always answering a "
+        "adapter only,\nwith common + personal; the head is its own in both. The majority column is what always answering a "
         "device's commonest label gives."
     )
 
