@@ -282,8 +282,8 @@ def _print_table(summaries: dict[str, dict[str, object]], labels: list[str]) -> 
         )
     print(
         "\nAccuracies are on each device's own held-out rows: before training, with the common "
-        "adapter only,\nwith common + personal; the head is its own in both. The majority column is what always answering a "
-        "device's commonest label gives."
+        "adapter only,\nwith common + personal; the classifier's head is the device's own in both. "
+        "The majority column\nis what always answering a device's commonest label gives."
     )
 
 
