@@ -61,7 +61,7 @@ def main() -> None:
     if options.cell:
         _append(run_cell(json.loads(options.cell)))
     elif options.report:
-        write_report(_finished(), RESULTS.parent)
+        write_report(_finished(), list(METHODS), RESULTS.parent)
     else:
         _run_matrix(_cells(options), options.jobs, again=options.again)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,21 @@ Record = dict[str, Any]
 # (task, set) -> method -> records of its seeds
 Group = dict[tuple[str, tuple[str, ...]], dict[str, list[Record]]]
 COLUMNS = ("accuracy", "balanced_accuracy", "matthews", "loss")
-# A method has the same colour in every plot.
-METHOD_ORDER = (
-    "homlora",
-    "local",
-    "per-fedavg",
-    "pf2lora",
-    "fedsa-lora",
-    "feddpa",
-    "hetlora",
-    "ffa-lora",
-    "centralised",
-    "per-fedavg-hf",
-)
 CAUSAL_COLUMNS = ("bleu", "rouge_l", "accuracy", "loss")
 
 
-def write_report(records: list[Record], folder: Path) -> None:
-    """`accuracy.md` and a PNG for each task: reported cells, those with `--set` as variants."""
+def write_report(records: list[Record], methods: Sequence[str], folder: Path) -> None:
+    """`accuracy.md` and a PNG for each task: reported cells, those with `--set` as variants.
+
+    A method has the colour of its place in `methods` in every plot.
+    """
     groups = _grouped(record for record in records if record["cell"]["split"] == "test")
     if not groups:
         raise SystemExit("no cell on the test split is finished yet")
     lines = ["# Accuracy, from accuracy.jsonl", ""]
     for task in sorted({task for task, _ in groups}):
         lines += _table(task, groups)
-        _plot(task, groups, folder / f"{task}.png")
+        _plot(task, groups, methods, folder / f"{task}.png")
         lines += ["", f"![{task}]({task}.png)", ""]
     (folder / "accuracy.md").write_text("\n".join(lines))
     print("\n".join(lines))
@@ -107,7 +97,7 @@ def _mean_and_spread(values: np.ndarray) -> str:
     return f"{values.mean():.3f}{half}"
 
 
-def _plot(task: str, groups: Group, path: Path) -> None:
+def _plot(task: str, groups: Group, methods: Sequence[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Text is written at the end of a run only.
@@ -115,9 +105,8 @@ def _plot(task: str, groups: Group, path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), dpi=110)
     panels = figure.subplots(1, 3, sharey=True)
     axes_of = (("round", 1.0), ("sent_bytes", 2.0**20), ("training_s", 1.0))
-    colours = dict(zip(METHOD_ORDER, range(len(METHOD_ORDER)), strict=True))
     for method, records in sorted(groups[task, ()].items()):
-        colour = f"C{colours[method]}"
+        colour = f"C{methods.index(method)}"
         for axes, (across, unit) in zip(panels, axes_of, strict=True):
             x = np.mean([[at[across] / unit for at in r["curve"]] for r in records], 0)
             y = np.array([[at[metric] for at in record["curve"]] for record in records])

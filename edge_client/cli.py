@@ -18,8 +18,9 @@ from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.preflight import preflight
 from protocol.federation import FederationSettings
 from protocol.schema import SchemaError, record_of
+from quantization.schemes import Scheme
 
-_SCHEMES = ["none", "bf16", "int8", "nf4", "fp4"]
+_SCHEMES = [scheme.value for scheme in Scheme]
 EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"
 
 
@@ -101,7 +102,7 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", required=True, type=Path, help="a jsonl, csv or tsv file")
     command.add_argument("--state-dir", required=True, type=Path)
     command.add_argument("--backbone", help="folder or name to load instead of the federation's")
-    command.add_argument("--scheme", default="nf4", help="none, bf16, int8, nf4, fp4; default nf4")
+    command.add_argument("--scheme", default="nf4", help=f"{', '.join(_SCHEMES)}; default nf4")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
     command.add_argument("--seed", type=int, default=0)

@@ -30,9 +30,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from quantization.bnb import Scheme, is_below, quantize_linears
+from quantization.bnb import is_below, quantize_linears
 from quantization.errors import BackboneError
 from quantization.fingerprint import fingerprint, resolve_backbone
+from quantization.schemes import Scheme
 
 __all__ = ["Backbone", "Scheme", "TaskKind", "load_backbone", "resolve_backbone", "seeded_uniform"]
 

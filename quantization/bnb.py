@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Collection
-from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -23,27 +22,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from quantization.errors import MissingExtraError, SchemeError
+from quantization.schemes import Scheme
 
 _TRANSPOSED_MARK = "pf2lora_from_conv1d"
-
-
-class Scheme(Enum):
-    """How the frozen linear layers are stored. The value is what settings say."""
-
-    NONE = "none"
-    BF16 = "bf16"
-    NF4 = "nf4"
-    FP4 = "fp4"
-    INT8 = "int8"
-
-    @classmethod
-    def parse(cls, value: Scheme | str) -> Scheme:
-        """Return the scheme called `value`, or raise SchemeError naming those there are."""
-        try:
-            return cls(value)
-        except ValueError:
-            known = ", ".join(scheme.value for scheme in cls)
-            raise SchemeError(f"no quantisation scheme {value!r}; there are: {known}") from None
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -71,12 +71,14 @@ class HetLoRA:
         for array in adapter.values():
             check_elements(array)
         self._head_weight += weight
+        norms = {
+            name.removesuffix(".A"): _norm_weight(array, adapter[f"{name.removesuffix('.A')}.B"])
+            for name, array in adapter.items()
+            if name.endswith(".A")
+        }
         for name, array in adapter.items():
-            layer, dot, factor = name.rpartition(".")
-            is_factor = factor in ("A", "B") and f"{layer}{dot}A" in adapter
-            own = (
-                _norm_weight(adapter[f"{layer}.A"], adapter[f"{layer}.B"]) if is_factor else weight
-            )
+            layer, _, factor = name.rpartition(".")
+            own = norms[layer] if factor in ("A", "B") and layer in norms else weight
             corner = tuple(slice(side) for side in array.shape)
             self._sums[name][corner] += own * fixed_point(array, self._fraction_bits)
             self._weights[name] += own

@@ -28,11 +28,9 @@ class Robust(WholeUpdates):
     def __init__(self, base: NamedTensors, rule: Rule) -> None:
         super().__init__(base)
         self._rule = rule
-        self._count = 0
 
     def accumulate(self, update: NamedTensors, weight: int) -> None:  # noqa: ARG002
         self.check(update)
-        self._count += 1
 
     def finalize(self, reports: Reports) -> NamedTensors:
         if not reports.count:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Final, Protocol
 
 import numpy as np
@@ -181,7 +182,7 @@ class StoredReports:
         self._dtype = settings.update_dtype
         self._round = settings.name, number, attempt
 
-    @property
+    @cached_property
     def count(self) -> int:
         return len(self._store.blocks(*self._round, 0, 0))
 

