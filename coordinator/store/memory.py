@@ -23,7 +23,6 @@ from protocol.tensors import NamedTensors
 @dataclass(slots=True)
 class _Federation:
     settings: FederationSettings
-    base: NamedTensors
     rounds_done: int = 0
     attempts: dict[int, int] = field(default_factory=dict)
     open_round: RoundRecord | None = None
@@ -45,7 +44,7 @@ class MemoryStore:
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         if settings.name in self._federations:
             raise StoreError(f"there is a federation {settings.name!r} already")
-        self._federations[settings.name] = _Federation(settings, start, bases={0: start})
+        self._federations[settings.name] = _Federation(settings, bases={0: start})
 
     def load(self, federation: str) -> Snapshot | None:
         found = self._federations.get(federation)
@@ -55,7 +54,7 @@ class MemoryStore:
             found.settings,
             found.rounds_done,
             {n: count for n, count in found.attempts.items() if n > found.rounds_done},
-            found.base,
+            found.bases[found.rounds_done],
             found.open_round,
             frozenset(found.reports),
             dict(found.last_asked),
@@ -123,7 +122,7 @@ class MemoryStore:
         found.open_round = None
         found.reports.clear()
         if new_base:
-            found.base, found.rounds_done = new_base, number
+            found.rounds_done = number
             found.memory = memory
             found.bases[number] = new_base
             found.bases.pop(number - BASES_KEPT, None)
@@ -145,7 +144,7 @@ class MemoryStore:
             raise StoreError(f"no base version of round {number} is kept")
         if found.open_round:
             raise StoreError("a round is open")
-        found.base, found.rounds_done, found.memory = found.bases[number], number, None
+        found.rounds_done, found.memory = number, None
         found.bases = {n: base for n, base in found.bases.items() if n <= number}
         found.control = Control(found.control.wish)
         snapshot = self.load(federation)

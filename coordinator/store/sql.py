@@ -49,13 +49,12 @@ _federations = sa.Table(
     sa.Column("name", sa.String(128), primary_key=True),
     sa.Column("settings", sa.Text, nullable=False),
     sa.Column("rounds_done", sa.Integer, nullable=False),
-    sa.Column("base_specs", _Bytes, nullable=False),
-    sa.Column("base", _Bytes, nullable=False),
     sa.Column("memory_specs", _Bytes),  # of the server's step
     sa.Column("memory", _Bytes),
     sa.Column("wish", sa.String(16), nullable=False, default=Wish.RUN.value),
     sa.Column("roll_back_to", sa.Integer),
 )
+# Base versions by the rounds done at them; the current one is that of `rounds_done`.
 _bases = sa.Table(
     "bases",
     _schema,
@@ -98,6 +97,9 @@ _reports = sa.Table(
     sa.Column("update_bytes", _Bytes),  # dropped when the round is closed
 )
 
+_IS_CURRENT: Final = sa.and_(
+    _bases.c.federation == _federations.c.name, _bases.c.number == _federations.c.rounds_done
+)
 _IS_OPEN: Final = _rounds.c.outcome.is_(None)
 _SAME_ROUND: Final = sa.and_(
     _members.c.federation == _rounds.c.federation,
@@ -137,7 +139,6 @@ class SqlStore:
                     name=settings.name,
                     settings=settings_to_json(settings),
                     rounds_done=0,
-                    **_columns("base", start),
                 )
             )
             self._keep_base(db, settings.name, 0, start)
@@ -145,7 +146,9 @@ class SqlStore:
     def load(self, federation: str) -> Snapshot | None:
         with self._begin() as db:
             row = db.execute(
-                sa.select(_federations).where(_federations.c.name == federation)
+                sa.select(_federations, _bases.c.base_specs, _bases.c.base)
+                .join(_bases, _IS_CURRENT)
+                .where(_federations.c.name == federation)
             ).first()
             if row is None:
                 return None
@@ -305,7 +308,6 @@ class SqlStore:
                     .where(_federations.c.name == federation)
                     .values(
                         rounds_done=number,
-                        **_columns("base", new_base),
                         **(_columns("memory", memory) if memory else {}),
                     )
                 )
@@ -342,7 +344,7 @@ class SqlStore:
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
             kept = db.execute(
-                sa.select(_bases).where(
+                sa.select(_bases.c.number).where(
                     _bases.c.federation == federation, _bases.c.number == number
                 )
             ).first()
@@ -357,8 +359,6 @@ class SqlStore:
                 .where(_federations.c.name == federation)
                 .values(
                     rounds_done=number,
-                    base_specs=kept.base_specs,
-                    base=kept.base,
                     memory_specs=None,
                     memory=None,
                     roll_back_to=None,

@@ -218,7 +218,7 @@ def test_a_store_in_use_is_checked_and_copied(
 @pytest.mark.parametrize("column", ["base", "update_bytes"])
 def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
     _filled(tmp_path / "s.sqlite").close()
-    table = {"base": "federations", "update_bytes": "reports"}[column]
+    table = {"base": "bases", "update_bytes": "reports"}[column]
     with sqlite3.connect(tmp_path / "s.sqlite") as database:
         ((value,),) = database.execute(f"select {column} from {table}").fetchall()
         changed = bytes([value[0] ^ 1]) + value[1:]
