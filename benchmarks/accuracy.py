@@ -37,6 +37,8 @@ from quantization.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 LEARNING_RATES = (2e-3, 4e-3)
+# As many to choose from, and lower: it takes the steps of all devices one after the other.
+CENTRALISED_RATES = (5e-4, 1e-3)
 SEARCH_ROUNDS = 10
 TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5", "webnlg"]
 # Centralised training is HOMLoRA on one device that has everybody's rows, and as many steps.
@@ -99,7 +101,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
                 cells += [
                     {**cell, "seed": 0, "split": "dev", "rounds": SEARCH_ROUNDS,
                      "every": SEARCH_ROUNDS, "learning_rate": rate}
-                    for rate in LEARNING_RATES
+                    for rate in _rates(method)
                 ]  # fmt: skip
                 continue
             rate = options.learning_rate or best_learning_rate(_finished(), task, method)
@@ -122,10 +124,13 @@ def best_learning_rate(records: list[dict[str, Any]], task: str, method: str) ->
         and record["cell"]["rounds"] == SEARCH_ROUNDS
         and not record["cell"]["set"]
     }
-    missing = set(LEARNING_RATES) - set(found)
-    if missing:
+    if set(_rates(method)) - set(found):
         raise SystemExit(f"{task} {method}: run --search first, or give --learning-rate")
-    return float(max(LEARNING_RATES, key=found.__getitem__))
+    return float(max(_rates(method), key=found.__getitem__))
+
+
+def _rates(method: str) -> tuple[float, ...]:
+    return CENTRALISED_RATES if method == "centralised" else LEARNING_RATES
 
 
 def _goodness(task: Task, point: dict[str, float]) -> float:
