@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from quantization.errors import MissingExtraError, SchemeError
+from quantization.names import is_below
 from quantization.schemes import Scheme
 
 _TRANSPOSED_MARK = "pf2lora_from_conv1d"
@@ -76,11 +77,6 @@ def quantize_linears(
             setattr(quantized, _TRANSPOSED_MARK, True)
         model.set_submodule(name, quantized)
     return len(found)
-
-
-def is_below(name: str, roots: Collection[str]) -> bool:
-    """Whether the module `name` is one of `roots` or lies inside one."""
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def _quantized(layer: nn.Module, scheme: Scheme, device: torch.device) -> nn.Module:

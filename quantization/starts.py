@@ -1,0 +1,53 @@
+"""What trainable arrays start from: drawn by NumPy from a seed and a name, alike on every platform.
+
+Neither torch nor NumPy's distributions have a part in it, so that devices on any runtime agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HEAD_STD: Final = 0.02  # what BERT and GPT-2 start their heads with
+
+
+def seeded_uniform(count: int, seed: int, *labels: str) -> NDArray[np.float64]:
+    """Draw `count` numbers in [0, 1) that `seed` and `labels` determine, on every platform.
+
+    The raw bits of Philox are part of NumPy's promise of stability; its distributions, and torch's
+    generators, are not.
+    """
+    key = hashlib.sha256("\0".join((str(seed), *labels)).encode()).digest()[:16]
+    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
+    return (np.asarray(bits, np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def head_start(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """A task's head: matrices normal with deviation 0.02, biases zero, norm scales one."""
+    if len(shape) < 2:
+        return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+    drawn = _HEAD_STD * _seeded_normal(math.prod(shape), seed, name)
+    return drawn.astype(np.float32).reshape(shape)
+
+
+def factor_start(shape: tuple[int, int], seed: int, layer: str, letter: str) -> NDArray[np.float32]:
+    """A or C of a layer, [rank, n]: uniform in +-1/sqrt(n), Kaiming's with a = sqrt 5 as in PEFT.
+
+    B and D start at zero, so that an adapter starts as nothing.
+    """
+    uniform = seeded_uniform(math.prod(shape), seed, layer, letter)
+    start = ((2.0 * uniform - 1.0) / math.sqrt(shape[1])).astype(np.float32)
+    return start.reshape(shape)
+
+
+def _seeded_normal(count: int, seed: int, *labels: str) -> NDArray[np.float64]:
+    """Standard normal numbers by the method of Box and Muller."""
+    radius = np.sqrt(-2.0 * np.log1p(-seeded_uniform(count, seed, *labels, "radius")))
+    normal: NDArray[np.float64] = radius * np.cos(
+        2.0 * np.pi * seeded_uniform(count, seed, *labels, "angle")
+    )
+    return normal
