@@ -25,8 +25,8 @@ from torch.nn import functional
 from edge_client.backends.base import Level as Level
 from edge_client.backends.base import RankReport as RankReport
 from protocol.federation import Group
-from quantization.backbone import seeded_uniform
 from quantization.bnb import is_below, is_transposed, linear_shape
+from quantization.seeded import seeded_uniform
 
 _QUERY_VALUE_NAMES: Final = (
     ("query", "value"),
