@@ -28,7 +28,7 @@ from edge_client.peft_export import TrainedAdapter
 from protocol.federation import Group
 from quantization.bnb import is_transposed, linear_shape
 from quantization.names import is_below
-from quantization.starts import factor_start
+from quantization.seeded import factor_start
 
 _QUERY_VALUE_NAMES: Final = (
     ("query", "value"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,18 +31,12 @@ from quantization.errors import BackboneError
 from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.names import is_below
 from quantization.schemes import Scheme
-from quantization.starts import head_start
+from quantization.seeded import head_start
+from quantization.tasks import TaskKind
 
 __all__ = ["Backbone", "Scheme", "TaskKind", "load_backbone", "resolve_backbone"]
 
 _PROOF_TEXTS: Final = ("The gradient comes back.", "So it does, all the way.")
-
-
-class TaskKind(Enum):
-    """What the backbone is given a head for. The value is what settings say."""
-
-    SEQUENCE_CLASSIFICATION = "sequence-classification"
-    CAUSAL_LM = "causal-lm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +213,11 @@ def _output_embeddings(model: Any) -> list[str]:
 
 
 def _start_head(model: nn.Module, head_modules: tuple[str, ...], seed: int) -> None:
+    """Give the head the values that every device starts from, as seeded.head_start has them."""
     for name, parameter in model.named_parameters():
-        if is_below(name, head_modules):
-            parameter.data = torch.from_numpy(head_start(name, tuple(parameter.shape), seed))
+        if not is_below(name, head_modules):
+            continue
+        parameter.data = torch.from_numpy(head_start(name, tuple(parameter.shape), seed))
 
 
 def _prove(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:

@@ -32,7 +32,7 @@ from edge_client.splits import batch_indices
 from protocol.federation import FederationSettings, HetLoRA, OptimizerState, TaskKind, WireDtype
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
-from quantization.starts import factor_start
+from quantization.seeded import factor_start
 
 
 @dataclass(frozen=True, slots=True)

