@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
+from edge_client.backends.loading import choose, load_trainer
 from edge_client.data import Example, FieldNames
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
@@ -51,8 +52,12 @@ class EdgeClient:
         federation: name of the federation; none asks for the coordinator's only one.
         backbone: folder or name to load the backbone from instead of the federation's own name for
             it; the fingerprint must agree in any case.
-        scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4" or "fp4".
+        scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4" or "fp4"; none
+            given is "nf4". An artifact has its own.
         device: torch device, such as "cpu" or "cuda".
+        backend: "torch"; or "ort", which trains on onnxruntime and needs no torch.
+        artifact: with "ort", the folder that holds the backbone, compiled for this federation's
+            task and target modules by `pf2lora-client export`.
         held_out: share of the rows kept apart for `evaluate`, in [0, 1).
         fields: the names of the data's fields.
         seed: of the held-out choice, the batches and the personal adapter's start.
@@ -71,19 +76,22 @@ class EdgeClient:
         *,
         federation: str = "",
         backbone: str | None = None,
-        scheme: str = "nf4",
+        scheme: str | None = None,
         device: str = "cpu",
+        backend: str = "torch",
+        artifact: str | Path | None = None,
         held_out: float = 0.2,
         fields: FieldNames | None = None,
         seed: int = 0,
         progress: Progress = _silent,
     ) -> None:
+        self._choice = choose(
+            backend, backbone=backbone, scheme=scheme, device=device, artifact=artifact
+        )
         self._dial = websocket_dial(coordinator)
         self._federation = federation
         self._seed = seed
         self._backbone = backbone
-        self._scheme = scheme
-        self._torch_device = device
         self._store = PrivateStore(Path(state_dir))
         self._open = contextlib.ExitStack()
         self._open.enter_context(self._store.lock())
@@ -189,13 +197,4 @@ class EdgeClient:
             task.result()
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
-        # Here and not above: a process that never trains need not have torch.
-        from edge_client.backends.torch_backend import load_trainer
-
-        return load_trainer(
-            settings,
-            backbone=self._backbone,
-            scheme=self._scheme,
-            device=self._torch_device,
-            personal_seed=self._seed,
-        )
+        return load_trainer(self._choice, settings, self._seed)
