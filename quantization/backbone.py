@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from quantization.bnb import quantize_linears
+from quantization.bnb import output_embeddings, quantize_linears
 from quantization.errors import BackboneError
 from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.names import is_below
@@ -87,7 +87,7 @@ def load_backbone(
     model.config.pad_token_id = tokenizer.pad_token_id
     _start_head(model, head_modules, head_seed)
     model.float()
-    quantize_linears(model, scheme, place, keep=(*head_modules, *_output_embeddings(model)))
+    quantize_linears(model, scheme, place, keep=(*head_modules, *output_embeddings(model)))
     model.to(place).requires_grad_(False).eval()
     _prove(model, tokenizer, f"{name_or_path!r}, scheme {scheme.value}, device {place}")
     return Backbone(model, tokenizer, fingerprint(folder), scheme, kind, head_modules, place)
@@ -203,13 +203,6 @@ def _forbid_gaps(folder: Path, report: Mapping[str, Any], head_modules: tuple[st
             f"{folder}: {len(absent)} weights are absent or of another shape: {shown} "
             f"{' '.join(report['error_msgs'])}".rstrip()
         )
-
-
-def _output_embeddings(model: Any) -> list[str]:
-    """The language model's head: often tied to the input embeddings, so it stays as it is."""
-    output = model.get_output_embeddings()
-    modules = model.named_modules()
-    return [] if output is None else [name for name, module in modules if module is output]
 
 
 def _start_head(model: nn.Module, head_modules: tuple[str, ...], seed: int) -> None:

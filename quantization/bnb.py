@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from quantization.names import is_below
 from quantization.schemes import Scheme
 
 _TRANSPOSED_MARK = "pf2lora_from_conv1d"
+NF4_BLOCK: Final = 64
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -79,8 +80,14 @@ def quantize_linears(
     return len(found)
 
 
+def output_embeddings(model: Any) -> list[str]:
+    """Name the language model's head: often tied to the input embeddings, so it stays as it is."""
+    output = model.get_output_embeddings()
+    return [] if output is None else [n for n, module in model.named_modules() if module is output]
+
+
 def _quantized(layer: nn.Module, scheme: Scheme, device: torch.device) -> nn.Module:
-    weight, bias = _dense(layer)
+    weight, bias = dense_weight(layer)
     if scheme is Scheme.BF16:
         return FrozenLinear16bit(weight, bias).to(device)
     if scheme is Scheme.INT8:
@@ -88,7 +95,7 @@ def _quantized(layer: nn.Module, scheme: Scheme, device: torch.device) -> nn.Mod
     return _linear_4bit(weight, bias, scheme, device)
 
 
-def _dense(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def dense_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [m, n] and bias [m] of a dense layer, detached."""
     weight, bias = cast(Tensor, layer.weight).detach(), layer.bias
     weight = weight.t() if isinstance(layer, Conv1D) else weight
@@ -142,6 +149,26 @@ def _bitsandbytes() -> Any:
         backend.setLevel(before)
 
 
+def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 codes [m, n] and absmax [m] of a weight: `W ~ codes * absmax / 127`."""
+    # float16 is what bitsandbytes' kernels take, on CUDA as on CPU.
+    codes, absmax, _ = _bitsandbytes().functional.int8_vectorwise_quant(weight.half())
+    return codes, absmax.float()
+
+
+def nf4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """NF4 codes, two in a byte, and the absmax of each NF4_BLOCK numbers, in the order of rows."""
+    codes, state = _bitsandbytes().functional.quantize_4bit(
+        weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
+    )
+    return codes, state.absmax
+
+
+def nf4_table() -> Tensor:
+    """The numbers that the sixteen codes stand for."""
+    return cast(Tensor, _bitsandbytes().functional.get_4bit_type("nf4", device="cpu"))
+
+
 class FrozenLinear16bit(nn.Module):
     """`y = W x + b` with W [m, n] in bfloat16; the product too, with float32's sums inside.
 
@@ -185,10 +212,9 @@ class FrozenLinear8bit(nn.Module):
         """Quantise `weight` [m, n]; `bias` is [m] or None."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # float16 is what bitsandbytes' kernels take, on CUDA as on CPU.
-        codes, absmax, _ = _bitsandbytes().functional.int8_vectorwise_quant(weight.half())
+        codes, absmax = int8_codes(weight)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("absmax", absmax.float())
+        self.register_buffer("absmax", absmax)
         frozen_bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         self.register_parameter("bias", frozen_bias)
 
