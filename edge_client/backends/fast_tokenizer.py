@@ -40,7 +40,8 @@ class FastTokenizer:
             self._tokenizer.enable_truncation(length_max, strategy="longest_first")
         else:
             self._tokenizer.no_truncation()
-        encoded = self._tokenizer.encode(text, pair, add_special_tokens=special)
+        # An empty second text is none, as transformers has it.
+        encoded = self._tokenizer.encode(text, pair or None, add_special_tokens=special)
         return encoded.ids, encoded.type_ids if self._with_types else None
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -35,7 +35,7 @@ class GradientGraph:
         self._held = [inputs, gradients]  # the binding knows addresses alone
         for name, array in inputs.items():
             self._bind(name, array)
-        for name, array in {LOSS: self._loss}.items() | _outputs(gradients).items():
+        for name, array in ({LOSS: self._loss} | _outputs(gradients)).items():
             self._binding.bind_output(
                 name, "cpu", 0, array.dtype.type, array.shape, _address(name, array)
             )
