@@ -253,7 +253,7 @@ def inject(
     if head not in {*Group, *(group.value for group in Group)}:
         raise AdapterError(f"no group {head!r} for the head: common or personal")
     heads = {name: _submodule(model, name) for name in modules_to_train}
-    targets = _select(model, target_modules, (*exclude, *heads))
+    targets = select_targets(model, target_modules, (*exclude, *heads))
     layers = {
         name: TwoLevelLoRALinear(
             model.get_submodule(name),
@@ -313,8 +313,14 @@ def _thaw(heads: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return thawed
 
 
-def _select(model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str]) -> list[str]:
-    """Names of the layers to wrap, in order."""
+def select_targets(
+    model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str]
+) -> list[str]:
+    """Names of the layers that `inject` would wrap, in order.
+
+    Raises:
+        AdapterError: no such target, or one that is not linear.
+    """
     modules = {
         name: module
         for name, module in model.named_modules()

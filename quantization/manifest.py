@@ -36,6 +36,13 @@ class ArtifactScheme(Enum):
     NF4 = "nf4"
 
 
+class EmbeddingScheme(Enum):
+    """How the table of input embeddings is stored; INT8 has one scale a row."""
+
+    FLOAT32 = "float32"
+    INT8 = "int8"
+
+
 @dataclass(frozen=True, slots=True)
 class AdaptedLayer:
     """A linear layer with both levels of LoRA: its module's name, m and n.
@@ -87,6 +94,7 @@ class Manifest:
 
     fingerprint: str
     scheme: ArtifactScheme
+    embeddings: EmbeddingScheme
     task: TaskKind
     label_count: int
     target_modules: str | tuple[str, ...]
@@ -108,7 +116,9 @@ class Manifest:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as it lies in its file."""
-    table = asdict(manifest) | {"scheme": manifest.scheme.value, "task": manifest.task.value}
+    table = asdict(manifest)
+    for key in ("scheme", "embeddings", "task"):
+        table[key] = table[key].value
     text = json.dumps({"format": FORMAT} | table, indent=1, ensure_ascii=True) + "\n"
     return text.encode("ascii")
 
@@ -130,6 +140,7 @@ def read_manifest(raw: bytes) -> Manifest:
     manifest = Manifest(
         fingerprint=table.digest("fingerprint"),
         scheme=table.choice("scheme", ArtifactScheme),
+        embeddings=table.choice("embeddings", EmbeddingScheme),
         task=table.choice("task", TaskKind),
         label_count=table.count("label_count"),
         target_modules=targets if isinstance(targets, str) else _texts(targets, "target_modules"),

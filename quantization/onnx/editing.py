@@ -46,6 +46,13 @@ class Writer:
         graph.initializer.extend(self.constants)
 
 
+def zero_of(writer: Writer, value: str) -> str:
+    """Zero times the first number of a value, as [1]: not to be had before the value is."""
+    flat = writer.add("Reshape", value, writer.integers(-1))
+    first = writer.add("Slice", flat, writer.integers(0), writer.integers(1))
+    return writer.add("Mul", first, writer.constant(0.0))
+
+
 def fold_constants(graph: onnx.GraphProto, opset: int) -> None:
     """Compute what depends on constants alone, such as shapes that an exporter puts together."""
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -27,6 +27,7 @@ from quantization.manifest import (
     WEIGHTS,
     AdaptedLayer,
     ArtifactScheme,
+    EmbeddingScheme,
     HeadTensor,
     Manifest,
 )
@@ -41,6 +42,7 @@ def export_artifact(
     folder: Path,
     *,
     scheme: ArtifactScheme,
+    embeddings: EmbeddingScheme = EmbeddingScheme.FLOAT32,
     layers: Sequence[str],
     target_modules: str | tuple[str, ...],
     label_count: int = 0,
@@ -63,6 +65,7 @@ def export_artifact(
     manifest = Manifest(
         fingerprint=backbone.fingerprint,
         scheme=scheme,
+        embeddings=embeddings if forward.embeddings else EmbeddingScheme.FLOAT32,
         task=backbone.task,
         label_count=label_count,
         target_modules=target_modules,
@@ -79,7 +82,7 @@ def export_artifact(
     }
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        weights = store_weights(folder / WEIGHTS, forward, scheme)
+        weights = store_weights(folder / WEIGHTS, forward, scheme, embeddings)
         for name, graph in graphs.items():
             give_weights(graph, weights)
             (folder / name).write_bytes(graph.SerializeToString())

@@ -47,13 +47,15 @@ _EXAMPLE: Final = "A text of a few words."
 class Forward:
     """A forward graph, the frozen tensors that it takes as inputs, and what they are.
 
-    `linear` names those that are the weight [m, n] of a linear layer of the backbone; the rest stay
-    as they are. `trained` are the graph inputs to have gradients for.
+    `linear` names those that are the weight [m, n] of a linear layer of the backbone, `embeddings`
+    the table of input embeddings, if it is no more than that; the rest stay as they are. `trained`
+    are the graph inputs to have gradients for.
     """
 
     model: onnx.ModelProto
     frozen: dict[str, NDArray[Any]]
     linear: frozenset[str]
+    embeddings: frozenset[str]
     trained: tuple[str, ...]
     batch_inputs: tuple[str, ...]
 
@@ -88,7 +90,7 @@ class _Model(nn.Module):
     def __init__(self, backbone: Backbone, layers: Sequence[str], names: Sequence[str]) -> None:
         super().__init__()
         self.model: Any = backbone.model
-        self._layers = {name: self.model.get_submodule(name) for name in layers}
+        self._layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in layers}
         self._names = names
         self._is_causal = backbone.task is TaskKind.CAUSAL_LM
 
@@ -116,7 +118,7 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
     """
     linear = _use_row_linears(backbone)
     names, example = _example(backbone, layers)
-    wrapper = _Model(backbone, layers, names).eval()
+    wrapper: _Model = _Model(backbone, layers, names).eval()
     head = [name for name, _ in wrapper.named_parameters() if _is_head(name, backbone)]
     model = _traced(wrapper, names, example)
     rename(model.graph, {name: name.removeprefix(_PREFIX) for name in head})
@@ -136,6 +138,7 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
         with_shapes(model),
         frozen,
         frozenset(f"{_PREFIX}{name}.weight" for name in linear) & frozen.keys(),
+        frozenset(_embeddings(backbone) & frozen.keys()),
         tuple(trained),
         tuple(names[: names.index(TARGETS)]),
     )
@@ -152,6 +155,15 @@ def _use_row_linears(backbone: Backbone) -> list[str]:
     return [name for name in found if name not in kept]
 
 
+def _embeddings(backbone: Backbone) -> set[str]:
+    """The input embeddings, unless the output embeddings are the same table and need all of it."""
+    model: Any = backbone.model
+    if getattr(model.config, "tie_word_embeddings", False) and output_embeddings(model):
+        return set()
+    table = model.get_input_embeddings()
+    return {f"{_PREFIX}{name}.weight" for name, m in model.named_modules() if m is table}
+
+
 def _example(backbone: Backbone, layers: Sequence[str]) -> tuple[list[str], tuple[Tensor, ...]]:
     """Names and example values of all inputs; the values leave no trace in the graph."""
     given = set(backbone.tokenizer(_EXAMPLE))
@@ -162,14 +174,14 @@ def _example(backbone: Backbone, layers: Sequence[str]) -> tuple[list[str], tupl
     values[TARGETS] = tokens if is_causal else torch.ones(_ROWS, dtype=torch.int64)
     values[SCALE] = torch.tensor(1.0)
     for name in layers:
-        outputs, inputs = backbone.model.get_submodule(name).weight.shape
-        values[f"{name}.down"] = torch.zeros(_RANK, inputs)
-        values[f"{name}.up"] = torch.zeros(outputs, _RANK)
+        layer: Any = backbone.model.get_submodule(name)
+        values[f"{name}.down"] = torch.zeros(_RANK, layer.inputs)
+        values[f"{name}.up"] = torch.zeros(layer.outputs, _RANK)
     return list(values), tuple(value.clone() for value in values.values())
 
 
 def _traced(wrapper: _Model, names: Sequence[str], example: tuple[Tensor, ...]) -> onnx.ModelProto:
-    stream = io.BytesIO()
+    stream: Any = io.BytesIO()  # the legacy exporter takes one, whatever the signature says
     axes = {name: _dynamic_axes(name, value) for name, value in zip(names, example, strict=True)}
     try:
         with torch.no_grad(), _quiet():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import onnx
+import onnxruntime
 from onnx import helper
 from onnxruntime.capi import _pybind_state as runtime
 
@@ -14,7 +15,9 @@ from quantization.errors import ArtifactError, MissingExtraError
 from quantization.onnx.editing import Writer, rename
 from quantization.onnx.forward import Forward
 from quantization.onnx.lowering import lower
+from quantization.onnx.recompute import recompute_late
 
+_ERROR: Final = 3  # the builder tells of every step otherwise
 _FACTORS: Final = (("down", "A", "C", 0), ("up", "B", "D", 1))
 
 
@@ -27,9 +30,11 @@ def gradient_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto:
     """
     if not hasattr(runtime, "GradientGraphBuilder"):
         raise MissingExtraError("onnxruntime-training-cpu", "export")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERROR
     try:
         builder = runtime.GradientGraphBuilder(
-            forward.model.SerializeToString(), {LOSS}, set(forward.trained), LOSS
+            forward.model.SerializeToString(), {LOSS}, set(forward.trained), LOSS, options
         )
         builder.build()
         model = onnx.load_from_string(builder.get_model())
@@ -38,6 +43,7 @@ def gradient_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto:
     outputs = [LOSS, *(f"{name}_grad" for name in forward.trained)]
     _keep_outputs(model, outputs)
     lower(model)
+    recompute_late(model.graph, f"{LOSS}_grad")
     _stack_levels(model, layers)
     return model
 

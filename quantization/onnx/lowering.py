@@ -279,13 +279,13 @@ def _within(low: _Lowering, position: str, sizes: str) -> str:
 def _div(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None:
     """y = a / b: da = dy / b, db = -dy a / b^2"""
     dy, a, b = node.input
-    shapes = low.add("Shape", a), low.add("Shape", b)
+    shape_a, shape_b = low.add("Shape", a), low.add("Shape", b)
     to_a, to_b = (*node.output, "")[:2]
     if to_a in low.used:
-        low.summed_to(low.add("Div", dy, b), *shapes, output=to_a)
+        low.summed_to(low.add("Div", dy, b), shape_a, shape_b, to_a)
     if to_b in low.used:
         slope = low.add("Div", low.add("Neg", low.times(dy, a)), low.times(b, b))
-        low.summed_to(slope, *reversed(shapes), output=to_b)
+        low.summed_to(slope, shape_b, shape_a, to_b)
 
 
 def _scale(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:

@@ -7,6 +7,9 @@ constants once and for all, and it merges equal nodes. So the scale of each use 
 first number of what W is multiplied with added to it: the expansion then depends on this very use,
 and cannot come before it. (Where that number is not finite, neither is the product without this.)
 
+The table of input embeddings is looked up row by row, and its rows are int8 too where the artifact
+says so: a device that reads much text comes to hold all of a table in memory.
+
     int8   W = codes * absmax / 127, one absmax a row: DequantizeLinear
     int4   whole numbers of -7 to 7, blocks of 32 along n, each its scale: DequantizeLinear
     nf4    a table of both numbers of each byte, looked up by Gather, times the absmax of 64
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -29,8 +32,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from quantization.bnb import NF4_BLOCK, int8_codes, nf4_codes, nf4_table
-from quantization.manifest import WEIGHTS, ArtifactScheme
-from quantization.onnx.editing import Writer
+from quantization.manifest import WEIGHTS, ArtifactScheme, EmbeddingScheme
+from quantization.onnx.editing import Writer, zero_of
 from quantization.onnx.forward import Forward
 
 INT4_BLOCK: Final = 32
@@ -87,7 +90,7 @@ class WeightFile:
         return name
 
 
-# Writes the nodes that expand a weight; given the name of zero [1, 1], made of this use.
+# Writes the nodes that expand a weight; given the name of zero [1], made of this use.
 _Expand = Callable[[Writer, str], str]
 
 
@@ -96,20 +99,26 @@ class StoredWeights:
     """What the graphs need: tensors in the file, and how to expand those that are codes."""
 
     tensors: Mapping[str, StoredTensor]
-    expand: Mapping[str, _Expand] = field(default_factory=dict)
+    expand: Mapping[str, _Expand]
+    tables: frozenset[str]
 
 
-def store_weights(path: Path, forward: Forward, scheme: ArtifactScheme) -> StoredWeights:
+def store_weights(
+    path: Path, forward: Forward, scheme: ArtifactScheme, embeddings: EmbeddingScheme
+) -> StoredWeights:
     """Write `weights.bin` with the frozen tensors of a model."""
     expand: dict[str, _Expand] = {}
+    tables = forward.embeddings if embeddings is EmbeddingScheme.INT8 else frozenset()
     with path.open("wb") as stream:
         file = WeightFile(stream)
         for name, array in sorted(forward.frozen.items()):
             if name in forward.linear and scheme is not ArtifactScheme.NONE:
                 expand[name] = _STORE[scheme](file, name, torch.from_numpy(array))
+            elif name in tables:
+                _add_int8(file, name, torch.from_numpy(array))
             else:
                 file.add(name, array)
-    return StoredWeights(file.tensors, expand)
+    return StoredWeights(file.tensors, expand, tables)
 
 
 def give_weights(model: onnx.ModelProto, weights: StoredWeights) -> None:
@@ -117,14 +126,17 @@ def give_weights(model: onnx.ModelProto, weights: StoredWeights) -> None:
     graph = model.graph
     writer = Writer("weights.")
     for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in weights.tables:
+            _look_up(writer, node)
+            continue
         for i, name in enumerate(node.input):
             if name in weights.expand:
                 other = next(o for o in node.input if o != name)
-                node.input[i] = weights.expand[name](writer, _zero(writer, other))
+                node.input[i] = weights.expand[name](writer, zero_of(writer, other))
         writer.nodes.append(node)
     writer.put(graph)
     used = {name for node in graph.node for name in node.input}
-    frozen = weights.tensors.keys() | weights.expand.keys()
+    frozen = weights.tensors.keys() | weights.expand.keys() | weights.tables
     inputs = [value for value in graph.input if value.name not in frozen]
     del graph.input[:]
     graph.input.extend(inputs)
@@ -133,20 +145,27 @@ def give_weights(model: onnx.ModelProto, weights: StoredWeights) -> None:
     )
 
 
-def _zero(writer: Writer, rows: str) -> str:
-    """Zero times the first number of `rows` [k, ...], as [1, 1]."""
-    begin, end = writer.integers(0, 0), writer.integers(1, 1)
-    first = writer.add("Slice", rows, begin, end, writer.integers(0, 1))
-    return writer.add("Mul", first, writer.constant(0.0))
+def _look_up(writer: Writer, node: onnx.NodeProto) -> None:
+    """Rows of a table in int8, as float32."""
+    table, rows = node.input
+    codes = writer.add("Gather", f"{table}.codes", rows, axis=0)
+    scales = writer.add("Gather", f"{table}.scales", rows, axis=0)
+    scales = writer.add("Unsqueeze", scales, writer.integers(-1))
+    numbers = writer.add("Cast", codes, to=TensorProto.FLOAT)
+    writer.add("Mul", numbers, scales, output=node.output[0])
+
+
+def _add_int8(file: WeightFile, name: str, weight: torch.Tensor) -> tuple[str, str]:
+    codes, absmax = int8_codes(weight)
+    stored = file.add(f"{name}.codes", codes.numpy())
+    return stored, file.add(f"{name}.scales", (absmax / 127).numpy())
 
 
 def _store_int8(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
-    codes, absmax = int8_codes(weight)
-    stored = file.add(f"{name}.codes", codes.numpy())
-    scales = file.add(f"{name}.scales", (absmax / 127).numpy())
+    stored, scales = _add_int8(file, name, weight)
 
     def expand(writer: Writer, zero: str) -> str:
-        late = writer.add("Add", scales, writer.add("Squeeze", zero, writer.integers(0)))
+        late = writer.add("Add", scales, zero)
         return writer.add("DequantizeLinear", stored, late, axis=0)
 
     return expand
