@@ -16,13 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +85,8 @@ class _Worker:
     """A contender in its own process, asked for one thing at a time."""
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
+        import subprocess  # the parent's own imports: no worker has them
+
         kind = name.split()[0]
         command = _command(options, kind, ["--worker", name])
         self._process = subprocess.Popen(
@@ -119,6 +118,8 @@ def _command(options: argparse.Namespace, kind: str, flags: list[str]) -> list[s
 
 
 def _output(options: argparse.Namespace, kind: str, flags: list[str]) -> str:
+    import subprocess
+
     return subprocess.check_output(_command(options, kind, flags), text=True)
 
 
@@ -144,8 +145,10 @@ def _measure(options: argparse.Namespace) -> tuple[Times, dict[str, float]]:
 
 def _ratios(found: dict[str, list[float]], name: str) -> list[float]:
     """Of torch's float32, within each turn: 25 %, 50 % and 75 %."""
+    from statistics import quantiles
+
     ratios = [own / peer for own, peer in zip(found[name], found[TORCH], strict=True)]
-    return statistics.quantiles(ratios, n=4)
+    return quantiles(ratios, n=4)
 
 
 def _print_tables(times: Times, peaks: dict[str, float], sizes: dict[str, float]) -> None:
@@ -160,7 +163,7 @@ def _print_tables(times: Times, peaks: dict[str, float], sizes: dict[str, float]
             low, middle, high = _ratios(found, name)
             cells += [f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
         print(f"| {name} | {' | '.join(cells)} | {peak:.0f} |")
-    middle = {what: statistics.median(found[TORCH]) for what, found in times.items()}
+    middle = {what: sorted(found[TORCH])[len(found[TORCH]) // 2] for what, found in times.items()}
     print(f"\ntorch float32: gradient {middle['gradient']:.0f} ms, step {middle['step']:.0f} ms")
     print(f"packages on disk: torch {sizes['torch']:.0f} MiB, ort {sizes['ort']:.0f} MiB")
 
@@ -199,6 +202,9 @@ def _work(name: str, artifacts: Path) -> None:
 
 def _contender(name: str, artifacts: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """One gradient of both levels, and one local step of PF2LoRA as it is by default."""
+    import edge_client.client  # as an app has it: a device's memory is all of the process
+
+    assert edge_client.client.EdgeClient
     from edge_client.backends.loading import OrtChoice, TorchChoice, load_trainer
     from edge_client.data import Example
     from protocol.federation import (
@@ -241,6 +247,8 @@ def _peak_mib() -> float:
 
 def _size_bytes(names: tuple[str, ...]) -> int:
     """Of these distributions and all that they require, without extras, as installed here."""
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     wanted, seen, total = list(names), set(), 0

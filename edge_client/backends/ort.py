@@ -22,13 +22,12 @@ from edge_client.backends.encoding import IGNORED, Batch
 from edge_client.backends.fast_tokenizer import FastTokenizer
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.ort_graphs import EvaluationGraph, GradientGraph
-from edge_client.backends.trainer import FlatTrainer, Score, Shape
+from edge_client.backends.trainer import FlatTrainer, Score, Shape, start_of
 from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
 from protocol.federation import FederationSettings, Group, Hypergradient, PF2LoRA, TaskKind
 from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
-from quantization.seeded import factor_start, head_start
 
 _FIRST_ORDER = "secant, finite_difference or first_order"
 
@@ -43,7 +42,10 @@ class OrtTrainer(FlatTrainer):
     ) -> None:
         manifest, adapter = artifact.manifest, settings.adapter
         layout = algorithm_for(settings, personal_seed).layout(adapter)
-        starts = _starts(manifest, layout, settings.seed, personal_seed)
+        starts = {
+            name: start_of(name, shape, manifest.head_modules, settings.seed, personal_seed)
+            for name, shape in manifest.trainable(layout.common_rank, layout.personal_rank).items()
+        }
         names = _groups(manifest, layout, starts)
         groups = [_group({name: starts[name] for name in level}) for level in names]
         trained = [group.views(group.values) for group in groups]
@@ -152,20 +154,6 @@ class OrtTrainer(FlatTrainer):
             yield
         finally:
             self._level = before
-
-
-def _starts(manifest: Manifest, layout: Layout, seed: int, personal_seed: int) -> Arrays:
-    """Every trainable array as every runtime starts it."""
-    starts: Arrays = {t.name: head_start(t.name, t.shape, seed) for t in manifest.head}
-    for layer in manifest.layers:
-        for name, shape in layer.shapes(layout.common_rank, layout.personal_rank).items():
-            letter = name[-1]
-            if letter in "AC":
-                drawn_from = seed if letter == "A" else personal_seed
-                starts[name] = factor_start(shape, drawn_from, layer.name, letter)
-            else:
-                starts[name] = np.zeros(shape, np.float32)
-    return starts
 
 
 def _groups(manifest: Manifest, layout: Layout, starts: Arrays) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,26 +80,39 @@ def _address(name: str, array: Array) -> int:
 
 def _session(artifact: Artifact, graph: Path) -> tuple[Any, Any]:
     """The runtime and a session of one graph."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "ort") from error
-    options = onnxruntime.SessionOptions()
+    runtime = _runtime()
+    options = runtime.SessionOptions()
     options.log_severity_level = 3
     # One thread count for every runtime of this project; 0 lets the runtime choose.
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
     options.inter_op_num_threads = 1
     # Threads that wait busily between steps would take the device's other work its processor.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.use_env_allocators", "1")
     # Its plan of memory is for one shape of batch, and keeps a third more alive.
     options.enable_mem_pattern = False
     if artifact.manifest.scheme is not ArtifactScheme.NONE:
         # Further rewriting would fold weights back to floats, or round their products otherwise.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
-        session = onnxruntime.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"]
-        )
+        session = runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has no common base of its errors
         raise ArtifactError(f"{graph}: onnxruntime cannot load it: {error}") from error
-    return onnxruntime, session
+    return runtime, session
+
+
+@functools.cache
+def _runtime() -> Any:
+    """onnxruntime, with one arena of memory for the sessions of a process.
+
+    A device trains or evaluates, never both: neither needs memory beside the other's.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "ort") from error
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(memory, None)
+    return onnxruntime

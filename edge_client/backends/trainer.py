@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -32,7 +32,7 @@ from edge_client.splits import batch_indices
 from protocol.federation import FederationSettings, HetLoRA, OptimizerState, TaskKind, WireDtype
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
-from quantization.seeded import factor_start
+from quantization.seeded import factor_start, head_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,25 @@ class Shape:
     head_modules: tuple[str, ...]
     scaling: float
     fan_in_fan_out: bool
+
+
+def start_of(
+    name: str,
+    shape: tuple[int, ...],
+    head_modules: Collection[str],
+    common_seed: int,
+    personal_seed: int,
+) -> np.ndarray[Any, Any]:
+    """What a trainable array begins with on the device of `personal_seed`, on every runtime."""
+    if is_below(name, head_modules):
+        return head_start(name, shape, common_seed)
+    layer, _, letter = name.rpartition(".")
+    if letter in "BD":
+        return np.zeros(shape, np.float32)
+    rank, inputs = shape
+    return factor_start(
+        (rank, inputs), common_seed if letter == "A" else personal_seed, layer, letter
+    )
 
 
 class FlatTrainer(abc.ABC):
@@ -85,7 +104,6 @@ class FlatTrainer(abc.ABC):
             view[:] = float(is_below(name, shape.head_modules))
         self._state = AlgorithmState()
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
-        self._personal_start = self._personal.arrays()
         self._encoder = Encoder(tokenizer, settings.task)
 
     def become(self, seed: int) -> None:
@@ -94,11 +112,10 @@ class FlatTrainer(abc.ABC):
         self._algorithm = algorithm_for(self._settings, seed)
         self._state = AlgorithmState()
         self._own_common = None
-        start = dict(self._personal_start)
-        for layer in self._shape.layers:
-            if (drawn := start.get(f"{layer}.C")) is not None:
-                rank, inputs = drawn.shape
-                start[f"{layer}.C"] = factor_start((rank, inputs), seed, layer, "C")
+        start = {
+            name: start_of(name, shape, self._shape.head_modules, self._settings.seed, seed)
+            for name, shape in self._personal.shapes.items()
+        }
         self._personal.load(start, "personal adapter")
 
     # --- a runtime's own part -----------------------------------------------------------------
