@@ -41,6 +41,13 @@ class OrtTrainer(FlatTrainer):
         self, settings: FederationSettings, artifact: Artifact, *, personal_seed: int
     ) -> None:
         manifest, adapter = artifact.manifest, settings.adapter
+        # First of all: reading it leaves memory that the graph then uses.
+        tokenizer = FastTokenizer(
+            artifact.tokenizer,
+            pad_id=manifest.pad_id,
+            end_id=manifest.end_id,
+            with_types="token_type_ids" in manifest.batch_inputs,
+        )
         layout = algorithm_for(settings, personal_seed).layout(adapter)
         starts = {
             name: start_of(name, shape, manifest.head_modules, settings.seed, personal_seed)
@@ -62,12 +69,7 @@ class OrtTrainer(FlatTrainer):
         super().__init__(
             settings,
             manifest.fingerprint,
-            FastTokenizer(
-                artifact.tokenizer,
-                pad_id=manifest.pad_id,
-                end_id=manifest.end_id,
-                with_types="token_type_ids" in manifest.batch_inputs,
-            ),
+            tokenizer,
             Shape(
                 tuple(layer.name for layer in manifest.layers),
                 manifest.head_modules,
