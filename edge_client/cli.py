@@ -291,8 +291,8 @@ def _export(options: argparse.Namespace) -> None:
         "bytes": size_bytes,
     }
     text = (
-        f"wrote {options.out}: {len(manifest.layers)} adapted layers, {size_bytes / 2**20:.1f} MiB\n"
-        f"digest {artifact.digest}"
+        f"wrote {options.out}: {len(manifest.layers)} adapted layers, "
+        f"{size_bytes / 2**20:.1f} MiB\ndigest {artifact.digest}"
     )
     _say(options, facts, text)
 
