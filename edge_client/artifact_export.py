@@ -42,7 +42,8 @@ def export(
         from quantization.backbone import load_backbone
         from quantization.onnx.export import export_artifact
     except ImportError as error:
-        raise MissingExtraError(error.name or "onnx", "export") from error
+        library = f"{error.name or 'onnx'} (for Python 3.12 at most)"
+        raise MissingExtraError(library, "export") from error
     loaded = load_backbone(
         backbone,
         task=use.task,

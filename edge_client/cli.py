@@ -295,8 +295,10 @@ def _export(options: argparse.Namespace) -> None:
         "layers": len(manifest.layers),
         "bytes": size_bytes,
     }
-    size = f"{len(manifest.layers)} adapted layers, {size_bytes / 2**20:.1f} MiB"
-    text = f"wrote {options.out}: {size}\ndigest {artifact.digest}"
+    text = (
+        f"wrote {options.out}: {len(manifest.layers)} adapted layers, "
+        f"{size_bytes / 2**20:.1f} MiB\ndigest {artifact.digest}"
+    )
     _say(options, facts, text)
 
 

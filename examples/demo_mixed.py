@@ -1,10 +1,11 @@
 """One federation of devices on different runtimes: torch in float32 and NF4, onnxruntime in int8
 and 4 bits without torch. Real processes from two Python environments, real websockets.
 
-    python examples/demo_mixed.py --ort-python .venv-ort/bin/python
+    python examples/demo_mixed.py --export-python .venv-export/bin/python \\
+        --ort-python .venv-ort/bin/python
 
-Run where torch and the extra `export` are; the other Python has the extra `ort`. The data is one
-file a device, four of them.
+Run where torch is; the other two have the extras `export` and `ort`. The data is one file a device,
+four of them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def main() -> int:
     demo.run([*demo.command_of("client"), "prepare", str(config)])
     for scheme in SCHEMES:
         out = ["--scheme", scheme, "--out", str(state / scheme), "--config", str(config)]
-        demo.run([*demo.command_of("client"), "export", BACKBONE, *out])
+        client = [options.export_python, *demo.command_of("client")[1:]]
+        demo.run([*client, "export", BACKBONE, *out])
     with demo.Processes() as processes:
         address = demo.start_coordinator(processes, config)
         for device, file in zip(devices, files, strict=True):
@@ -66,6 +68,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--export-python", default=sys.executable, help="has the extra export")
     parser.add_argument("--ort-python", required=True, help="of the environment without torch")
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--rounds", type=int, default=8)

@@ -29,7 +29,7 @@ def gradient_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto:
         MissingExtraError: this onnxruntime is not the training one.
     """
     if not hasattr(runtime, "GradientGraphBuilder"):
-        raise MissingExtraError("onnxruntime-training-cpu", "export")
+        raise MissingExtraError("onnxruntime-training-cpu (for Python 3.12 at most)", "export")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERROR
     try:

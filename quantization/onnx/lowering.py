@@ -55,9 +55,6 @@ class _Lowering(Writer):
         tensor = self._initializers.get(name)
         return tensor is not None and bool((numpy_helper.to_array(tensor) == 1).all())
 
-    def is_scalar(self, name: str) -> bool:
-        return self._ranks.get(name) == 0
-
     def times(self, *factors: str, output: str = "") -> str:
         """The product of values, in order."""
         product = factors[0]
@@ -129,12 +126,6 @@ def _check_standard(node: onnx.NodeProto) -> None:
     )
 
 
-def _only_first(low: _Lowering, node: onnx.NodeProto) -> None:
-    wanted = [name for name in node.output[1:] if name in low.used]
-    if wanted:
-        raise ValueError(f"only its first output can be had, not {wanted[0]}")
-
-
 def _softmax(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
     """y (dy - sum(y dy))"""
     dy, y = node.input
@@ -146,12 +137,11 @@ def _softmax(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]) -
 def _layer_norm(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
     """Ba, Kiros, Hinton 2016: with x' = (x - mean) / sd and g = w dy,
 
-    dx = (g - mean(g) - x' mean(g x')) / sd
+    dx = (g - mean(g) - x' mean(g x')) / sd, dw = sum(dy x'), db = sum(dy)
     """
     dy, x, weight, mean, inverse = node.input
     if attributes.get("axis", -1) != -1:
         raise ValueError("only over the last axis")
-    _only_first(low, node)
     last = low.integers(-1)
     normal = low.times(low.add("Sub", x, mean), inverse)
     g = low.times(dy, weight)
@@ -159,6 +149,10 @@ def _layer_norm(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]
     second = low.add("ReduceMean", low.times(g, normal), last, keepdims=1)
     inner = low.add("Sub", low.add("Sub", g, first), low.times(normal, second))
     low.times(inner, inverse, output=node.output[0])
+    for output, terms in zip(node.output[1:], (low.times(dy, normal), dy), strict=False):
+        if output in low.used:
+            rows = low.add("Flatten", terms, axis=-1)
+            low.add("ReduceSum", rows, low.integers(0), keepdims=0, output=output)
 
 
 def _gelu(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None:
@@ -235,17 +229,30 @@ def _sigmoid(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None:
 
 
 def _gather(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-    """Of one index, a scalar: dy between zeros."""
+    """Of one index: dy between zeros. Of many along the first axis: dy added up there."""
     shape, index, dy = node.input
-    if not low.is_scalar(index):
-        raise ValueError("only of a single index")
-    axis = low.integers(attributes.get("axis", 0))
-    size = low.add("Gather", shape, axis, axis=0)
+    axis = attributes.get("axis", 0)
+    if low.rank(index) == 0:
+        _gather_one(low, shape, index, dy, axis, node.output[0])
+    elif axis == 0:
+        _add_up(low, shape, low.add("Unsqueeze", index, low.integers(-1)), dy, node.output[0])
+    else:
+        raise ValueError("of many indices only along the first axis")
+
+
+def _gather_one(low: _Lowering, shape: str, index: str, dy: str, axis: int, output: str) -> None:
+    axes = low.integers(axis)
+    size = low.add("Gather", shape, axes, axis=0)
     begin = low.add("Unsqueeze", index, low.integers(0))
     begin = low.add("Mod", low.add("Add", begin, size), size)  # negative ones count from the end
     end = low.add("Sub", low.add("Sub", size, begin), low.integers(1))
     pads = low.add("Concat", begin, end, axis=0)
-    low.add("Pad", low.add("Unsqueeze", dy, axis), pads, "", axis, output=node.output[0])
+    low.add("Pad", low.add("Unsqueeze", dy, axes), pads, "", axes, output=output)
+
+
+def _add_up(low: _Lowering, shape: str, indices: str, dy: str, output: str) -> None:
+    zeros = low.add("ConstantOfShape", shape)
+    low.add("ScatterND", zeros, indices, dy, output=output, reduction="add")
 
 
 def _gather_nd(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
@@ -253,8 +260,7 @@ def _gather_nd(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any])
     shape, indices, dy = node.input
     if attributes.get("batch_dims", 0):
         raise ValueError("only without batch dimensions")
-    zeros = low.add("ConstantOfShape", shape)
-    low.add("ScatterND", zeros, indices, dy, output=node.output[0], reduction="add")
+    _add_up(low, shape, indices, dy, node.output[0])
 
 
 def _slice(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None:
@@ -304,6 +310,13 @@ def _broadcast_arguments(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]
             low.broadcast_axes(shape, other, output=output)
 
 
+def _relu(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None:
+    """dy where y > 0"""
+    dy, y = node.input
+    zero = low.constant(0.0)
+    low.add("Where", low.add("Greater", y, zero), dy, zero, output=node.output[0])
+
+
 def _reduce_sum(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None:
     """Standard already; but no axes found at run time must mean none, not all."""
     producer = low.producers.get(node.input[1]) if len(node.input) > 1 else None
@@ -341,6 +354,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "GeluGrad": _gelu,
     "LayerNormalizationGrad": _layer_norm,
     "ReduceSum": _reduce_sum,
+    "ReluGrad": _relu,
     "Scale": _scale,
     "SigmoidGrad": _sigmoid,
     "SliceGrad": _slice,

@@ -19,7 +19,7 @@ from edge_client.private_store import PrivateStore
 from tests.integration.test_federation import _coordinator, _write_config, _write_data
 
 ORT_PYTHON = os.environ.get("PF2LORA_ORT_PYTHON", "")
-ARTIFACTS = Path(os.environ.get("PF2LORA_ARTIFACTS", ""))
+ARTIFACTS = Path(os.environ.get("PF2LORA_ON_DEVICE", ""))
 DEVICES = {
     "torch-none": (sys.executable, ["--scheme", "none"]),
     "torch-nf4": (sys.executable, ["--scheme", "nf4"]),

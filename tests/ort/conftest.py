@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = os.environ.get("PF2LORA_ARTIFACTS", "")
+FOLDER = os.environ.get("PF2LORA_ON_DEVICE", "")
 collect_ignore_glob = [] if FOLDER else ["test_*.py"]
 
 
