@@ -321,9 +321,9 @@ def _reduce_sum(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None
     """Standard already; but no axes found at run time must mean none, not all."""
     producer = low.producers.get(node.input[1]) if len(node.input) > 1 else None
     if producer is not None and producer.op_type == "BroadcastGradientArgs":
-        for attribute in node.attribute:
-            if attribute.name == "noop_with_empty_axes":
-                attribute.i = 1
+        kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("noop_with_empty_axes", 1)])
     low.nodes.append(node)
 
 
