@@ -176,6 +176,27 @@ def test_slice(start, end):
     close(found[0], by_torch(lambda x: x[:, start:end], dy, x)[0])
 
 
+def test_a_slice_between_transposes():
+    """onnxruntime moves transposes past what they surround; the result must not change."""
+    x, dy = draw(2, 5, 3), draw(3, 2, 2)
+    nodes = [
+        helper.make_node("Transpose", ["dy"], ["ty"], perm=[1, 2, 0]),
+        helper.make_node(
+            "SliceGrad", ["ty", "shape", "starts", "ends", "axes"], ["tx"], domain=MICROSOFT
+        ),
+        helper.make_node("Transpose", ["tx"], ["dx"], perm=[2, 0, 1]),
+    ]
+    constants = {"shape": x.shape, "starts": [1], "ends": [3], "axes": [1]}
+    model = model_of(
+        nodes, {"dy": dy}, ["dx"], {n: np.array(value) for n, value in constants.items()}
+    )
+    ranked = helper.make_tensor_value_info("ty", TensorProto.FLOAT, [2, 2, 3])
+    model.graph.value_info.append(ranked)
+    lower(model)
+    (expected,) = by_torch(lambda x: x[:, 1:3].permute(2, 0, 1), dy, x)
+    close(run(model, {"dy": dy})[0], expected.transpose(2, 0, 1))
+
+
 def test_slice_with_steps_is_refused():
     constants = {name: np.array([2]) for name in ("shape", "starts", "ends", "axes", "steps")}
     with pytest.raises(ArtifactError, match=r"SliceGrad \(node\): only with steps of one"):
