@@ -9,7 +9,7 @@ plain runtime could not run, or that would need an operator of one maker.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -50,10 +50,15 @@ class _Lowering(Writer):
             raise ValueError(f"the rank of {name} is not known")
         return self._ranks[name]
 
-    def is_ones(self, name: str) -> bool:
-        """Whether a value is constant and one throughout."""
-        tensor = self._initializers.get(name)
-        return tensor is not None and bool((numpy_helper.to_array(tensor) == 1).all())
+    def whole_numbers(self, name: str) -> list[int]:
+        """The whole numbers of a constant vector.
+
+        Raises:
+            ValueError: it is not known before the graph runs.
+        """
+        if name not in self._initializers:
+            raise ValueError(f"{name} is not constant")
+        return [int(number) for number in numpy_helper.to_array(self._initializers[name])]
 
     def times(self, *factors: str, output: str = "") -> str:
         """The product of values, in order."""
@@ -241,13 +246,31 @@ def _gather(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any]) ->
 
 
 def _gather_one(low: _Lowering, shape: str, index: str, dy: str, axis: int, output: str) -> None:
-    axes = low.integers(axis)
-    size = low.add("Gather", shape, axes, axis=0)
+    size = low.add("Gather", shape, low.integers(axis), axis=0)
     begin = low.add("Unsqueeze", index, low.integers(0))
     begin = low.add("Mod", low.add("Add", begin, size), size)  # negative ones count from the end
     end = low.add("Sub", low.add("Sub", size, begin), low.integers(1))
-    pads = low.add("Concat", begin, end, axis=0)
-    low.add("Pad", low.add("Unsqueeze", dy, axes), pads, "", axes, output=output)
+    row = low.add("Unsqueeze", dy, low.integers(axis))
+    _between_zeros(low, row, low.rank(dy) + 1, [axis], (begin, end), output)
+
+
+def _between_zeros(
+    low: _Lowering,
+    value: str,
+    rank: int,
+    axes: Sequence[int],
+    counts: tuple[str, str],
+    output: str,
+) -> None:
+    """Pad along some axes, so many before and behind.
+
+    Pad's own `axes` are no use: onnxruntime up to 1.31 forgets them when it moves a Transpose past.
+    """
+    places = [axis % rank for axis in axes]
+    indices = low.integers(*places, *(place + rank for place in places))
+    zeros = low.integers(*[0] * (2 * rank))
+    pads = low.add("ScatterElements", zeros, indices, low.add("Concat", *counts, axis=0), axis=0)
+    low.add("Pad", value, pads, output=output)
 
 
 def _add_up(low: _Lowering, shape: str, indices: str, dy: str, output: str) -> None:
@@ -266,12 +289,12 @@ def _gather_nd(low: _Lowering, node: onnx.NodeProto, attributes: dict[str, Any])
 def _slice(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None:
     """dy between zeros; steps must be one."""
     dy, shape, starts, ends, axes, *steps = node.input
-    if steps and not low.is_ones(steps[0]):
+    if steps and set(low.whole_numbers(steps[0])) != {1}:
         raise ValueError("only with steps of one")
     sizes = low.add("Gather", shape, axes, axis=0)
     begin, end = (_within(low, position, sizes) for position in (starts, ends))
-    pads = low.add("Concat", begin, low.add("Sub", sizes, end), axis=0)
-    low.add("Pad", dy, pads, "", axes, output=node.output[0])
+    counts = begin, low.add("Sub", sizes, end)
+    _between_zeros(low, dy, low.rank(dy), low.whole_numbers(axes), counts, node.output[0])
 
 
 def _within(low: _Lowering, position: str, sizes: str) -> str:
@@ -321,9 +344,9 @@ def _reduce_sum(low: _Lowering, node: onnx.NodeProto, _: dict[str, Any]) -> None
     """Standard already; but no axes found at run time must mean none, not all."""
     producer = low.producers.get(node.input[1]) if len(node.input) > 1 else None
     if producer is not None and producer.op_type == "BroadcastGradientArgs":
-        for attribute in node.attribute:
-            if attribute.name == "noop_with_empty_axes":
-                attribute.i = 1
+        kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("noop_with_empty_axes", 1)])
     low.nodes.append(node)
 
 

