@@ -135,6 +135,7 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     command.add_argument("--backend", default="torch", choices=BACKENDS, help="default torch")
     command.add_argument("--artifact", type=Path, help="the compiled backbone's folder, for ort")
+    command.add_argument("--artifact-digest", default="", help="refuse any other artifact")
     command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -151,6 +152,7 @@ def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> Edge
         device=options.device,
         backend=options.backend,
         artifact=options.artifact,
+        artifact_digest=options.artifact_digest,
         held_out=options.held_out,
         seed=options.seed,
         progress=lambda line: _say(options, {"progress": line}, line),

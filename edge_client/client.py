@@ -58,6 +58,8 @@ class EdgeClient:
         backend: "torch"; or "ort", which trains on onnxruntime and needs no torch.
         artifact: with "ort", the folder that holds the backbone, compiled for this federation's
             task and target modules by `pf2lora-client export`.
+        artifact_digest: what `export` printed; any other artifact is then refused. A graph is a
+            program: give it wherever artifacts come over a network.
         held_out: share of the rows kept apart for `evaluate`, in [0, 1).
         fields: the names of the data's fields.
         seed: of the held-out choice, the batches and the personal adapter's start.
@@ -80,13 +82,19 @@ class EdgeClient:
         device: str = "cpu",
         backend: str = "torch",
         artifact: str | Path | None = None,
+        artifact_digest: str = "",
         held_out: float = 0.2,
         fields: FieldNames | None = None,
         seed: int = 0,
         progress: Progress = _silent,
     ) -> None:
         self._choice = choose(
-            backend, backbone=backbone, scheme=scheme, device=device, artifact=artifact
+            backend,
+            backbone=backbone,
+            scheme=scheme,
+            device=device,
+            artifact=artifact,
+            artifact_digest=artifact_digest,
         )
         self._dial = websocket_dial(coordinator)
         self._federation = federation

@@ -24,9 +24,13 @@ class TorchChoice:
 
 @dataclass(frozen=True, slots=True)
 class OrtChoice:
-    """A backbone compiled into the artifact folder, which has the scheme in it; CPU."""
+    """A backbone compiled into the artifact folder, which has the scheme in it; CPU.
+
+    With a `digest` the artifact must be that one.
+    """
 
     artifact: Path
+    digest: str = ""
 
 
 def choose(
@@ -36,6 +40,7 @@ def choose(
     scheme: str | None,
     device: str,
     artifact: str | Path | None,
+    artifact_digest: str,
 ) -> TorchChoice | OrtChoice:
     """The choice that the arguments of EdgeClient make.
 
@@ -45,7 +50,7 @@ def choose(
     if backend not in BACKENDS:
         raise ConfigurationError("backend", f"{backend!r} is none", " or ".join(BACKENDS))
     if backend == "torch":
-        if artifact is not None:
+        if artifact is not None or artifact_digest:
             raise ConfigurationError("artifact", "the torch backend takes none", 'backend "ort"')
         return TorchChoice(backbone, scheme or "nf4", device)
     if artifact is None:
@@ -57,7 +62,7 @@ def choose(
             raise ConfigurationError(field, f"{given!r}: the artifact has its own", "none")
     if device != "cpu":
         raise ConfigurationError("device", f"{device!r}: the ort backend has one", "cpu")
-    return OrtChoice(Path(artifact))
+    return OrtChoice(Path(artifact), artifact_digest)
 
 
 def load_trainer(
@@ -83,7 +88,9 @@ def load_trainer(
                 device=device,
                 personal_seed=personal_seed,
             )
-        case OrtChoice(artifact):
+        case OrtChoice(artifact, digest):
             from edge_client.backends import ort
 
-            return ort.load_trainer(settings, artifact=artifact, personal_seed=personal_seed)
+            return ort.load_trainer(
+                settings, artifact=artifact, digest=digest, personal_seed=personal_seed
+            )

@@ -175,11 +175,13 @@ def _group(starts: Arrays) -> FlatGroup:
     return FlatGroup({name: array.shape for name, array in starts.items()}, flat, flat * 0.0)
 
 
-def load_trainer(settings: FederationSettings, *, artifact: Path, personal_seed: int) -> OrtTrainer:
-    """The trainer of a federation on an artifact.
+def load_trainer(
+    settings: FederationSettings, *, artifact: Path, digest: str = "", personal_seed: int
+) -> OrtTrainer:
+    """The trainer of a federation on an artifact; the one of `digest`, if one is given.
 
     Raises:
-        ArtifactError: it is damaged, foreign, or holds what must not be in one.
+        ArtifactError: it is damaged, another, or holds what must not be in one.
         ConfigurationError: it is not this federation's, or the method needs second derivatives.
         MissingExtraError: onnxruntime or tokenizers is not installed.
     """
@@ -190,7 +192,7 @@ def load_trainer(settings: FederationSettings, *, artifact: Path, personal_seed:
             "exact needs second derivatives, which the ort backend does not have",
             f"{_FIRST_ORDER} in the federation, or a torch device",
         )
-    loaded = load_artifact(artifact)
+    loaded = load_artifact(artifact, digest)
     _check(settings, loaded.manifest)
     return OrtTrainer(settings, loaded, personal_seed=personal_seed)
 

@@ -121,6 +121,7 @@ def test_a_device_killed_while_it_trains_comes_back_and_finishes(
         ({"backend": "tensorflow"}, "backend"),
         ({"backend": "ort"}, "artifact"),
         ({"artifact": "a"}, "artifact"),
+        ({"artifact_digest": "sha256:" + "0" * 64}, "artifact"),
         ({"backend": "ort", "artifact": "a", "scheme": "nf4"}, "scheme"),
         ({"backend": "ort", "artifact": "a", "backbone": "b"}, "backbone"),
         ({"backend": "ort", "artifact": "a", "device": "cuda"}, "device"),
@@ -154,6 +155,18 @@ def test_an_artifact_of_another_federation_is_refused(artifacts: Path) -> None:
             ort.load_trainer(
                 replace(settings, **changes), artifact=folder, personal_seed=PERSONAL_SEED
             )
+
+
+def test_an_artifact_that_is_not_the_pinned_one_is_refused(artifacts: Path, tmp_path: Path) -> None:
+    config = _federation(artifacts, tmp_path)
+    _write_data(tmp_path / "0.jsonl", 0.5)
+    pinned = load_artifact(artifacts / "mixed-int8").digest
+    with (
+        _coordinator(config) as address,
+        _client(address, tmp_path, 0, artifacts / "mixed-int4", artifact_digest=pinned) as client,
+        pytest.raises(ArtifactError, match="another artifact"),
+    ):
+        client.run()
 
 
 def test_a_damaged_artifact_is_refused_before_it_is_loaded(artifacts: Path, tmp_path: Path) -> None:
