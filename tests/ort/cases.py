@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from edge_client.backends.base import Level
 from edge_client.backends.trainer import FlatTrainer
 from edge_client.data import Example
 from edge_client.splits import seeded
@@ -153,6 +154,27 @@ def follow(trainer: FlatTrainer, case: Case) -> dict[str, np.ndarray[Any, Any]]:
         "common": np.stack(common),
         "personal": np.stack(personal),
         "rank": np.array([trainer.rank]),
+    }
+
+
+def outlook(trainer: FlatTrainer, case: Case, folder: Path) -> dict[str, Any]:
+    """What a device is asked besides training, in plain numbers; PEFT files go into the folder."""
+    settle(trainer)
+    rows = trainer.encode(rows_of(case))
+    ranks = dict.fromkeys(trainer.rank_report(), 2)
+    base = "the base model"
+    for name, wanted in (("whole", {}), ("cut", ranks)):
+        trainer.save_pretrained(folder / name, base, wanted, rows)
+    found: dict[str, Any] = {
+        "levels": [list(astuple(trainer.evaluate(rows, level))) for level in Level],
+        "ranks": [list(astuple(one)) for one in trainer.rank_report().values()],
+    }
+    if case.settings.task.kind is TaskKind.CAUSAL_LM:
+        return found | {"text": trainer.generate("Once upon a time", 12)}
+    predicted = trainer.predict(rows_of(case), Level.PERSONAL)
+    return found | {
+        "labels": [one.label for one in predicted],
+        "probabilities": [list(one.probabilities) for one in predicted],
     }
 
 

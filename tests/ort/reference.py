@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_client.backends.torch_backend import TransformersTokenizer, load_trainer
 from quantization.backbone import load_backbone
-from tests.ort.cases import CASES, MINILM, STORIES, follow, token_rows
+from tests.ort.cases import CASES, MINILM, STORIES, follow, outlook, token_rows
 
 FORETELL = ["--task", "causal-lm"]
 CLASSIFY = ["--task", "sequence-classification", "--label-count", "2"]
@@ -46,6 +46,9 @@ def main(folder: Path) -> None:
             case.settings, backbone=None, scheme="none", device="cpu", personal_seed=7
         )
         np.savez(folder / f"{case.name}.npz", **follow(trainer, case))
+        if case.name in ("minilm", "stories"):
+            found = outlook(trainer, case, folder / f"{case.name}.peft")
+            (folder / f"{case.name}.json").write_text(json.dumps(found))
 
 
 def _prepare(folder: Path) -> None:
