@@ -19,6 +19,7 @@ from coordinator.session import DeviceSession, Roster
 from coordinator.store.memory import MemoryStore
 from edge_client.backends.base import Arrays, Level
 from edge_client.backends.torch_backend import TorchTrainer
+from edge_client.data import Example
 from edge_client.session import FinishedReport, Offer, Session
 from protocol.fake_link import FakeLink, fake_links
 from protocol.federation import FederationSettings, TaskKind
@@ -27,8 +28,7 @@ from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import at_once, simulate
 
-# Of a causal task, what is written at the end of a run.
-GENERATED_ROWS = 10
+# How long a text of a causal task may get.
 GENERATED_TOKENS = 100
 
 
@@ -54,6 +54,7 @@ class SimulatedDevice:
     trainer: TorchTrainer
     settings: FederationSettings
     every: int
+    generated_rows: int  # how many texts a device writes at the end of a causal task
     clock: Clock
     personal: Arrays | None = None
     optimizer: Arrays = field(default_factory=dict)
@@ -109,10 +110,10 @@ class SimulatedDevice:
         self.trainer.set_common(base)
         for level in (Level.PERSONAL, Level.COMMON):
             self._evaluate(rounds, level)
-            if self.settings.task.kind is TaskKind.CAUSAL_LM:
+            if self.settings.task.kind is TaskKind.CAUSAL_LM and self.generated_rows:
                 found = self.results[rounds, level.name.lower()]
                 for one, rows in zip(found, self.evaluation, strict=True):
-                    one |= generated(self.trainer, rows, level)
+                    one |= generated(self.trainer, rows.evaluation[: self.generated_rows], level)
 
     def _take_model(self) -> None:
         self.trainer.become(self.seed)
@@ -147,14 +148,13 @@ def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str,
     return scores(probabilities, wanted)
 
 
-def generated(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str, float]:
-    """BLEU (sacrebleu) and ROUGE-L, 0 to 100, of what is written for a device's first rows."""
+def generated(trainer: TorchTrainer, rows: list[Example], level: Level) -> dict[str, float]:
+    """BLEU (sacrebleu) and ROUGE-L, 0 to 100, of what is written for some rows."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    chosen = rows.evaluation[:GENERATED_ROWS]
-    wanted = [(row.text_pair or "").strip() for row in chosen]
-    said = [trainer.generate(row.text, GENERATED_TOKENS, level).strip() for row in chosen]
+    wanted = [(row.text_pair or "").strip() for row in rows]
+    said = [trainer.generate(row.text, GENERATED_TOKENS, level).strip() for row in rows]
     rouge = RougeScorer(["rougeL"])
     fits = [rouge.score(a, b)["rougeL"].fmeasure for a, b in zip(wanted, said, strict=True)]
     bleu = sacrebleu.corpus_bleu(said, [wanted]).score

@@ -100,6 +100,13 @@ def test_what_a_cell_sets_reaches_the_federation() -> None:
         assert settings.rounds.cohort == (1 if central else 8)
 
 
+def test_a_data_set_stands_for_its_first_task() -> None:
+    parser = accuracy._parser()
+    assert parser.parse_args(["--tasks", "sst2", "sst2-s0.9"]).tasks == ["sst2-s0.5", "sst2-s0.9"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--tasks", "sst3"])
+
+
 def test_finished_cells_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
