@@ -40,7 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 LEARNING_RATES = (2e-3, 4e-3)
 # As many to choose from, and lower: it takes the steps of all devices one after the other.
 CENTRALISED_RATES = (5e-4, 1e-3)
-SEARCH_ROUNDS = 10
+# So often a run is evaluated, evenly over its rounds.
+EVALUATIONS = 4
 # Of a causal task, how many texts every device writes in a report; choices are made by the loss.
 GENERATED_ROWS = 10
 TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5", "webnlg"]
@@ -78,8 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", type=_task, default=TIER_1, metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--every", type=int, default=5, help="rounds between evaluations")
+    parser.add_argument("--rounds", type=int, help="instead of the task's own number")
     parser.add_argument("--split", choices=["dev", "test"], default="test")
     parser.add_argument("--scheme", default="bf16")
     parser.add_argument("--device", default="cpu")
@@ -110,20 +110,19 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     cells = []
     for task in options.tasks:
         for method in options.methods:
+            rounds = options.rounds or TASKS[task].rounds
             cell = {"task": task, "method": method, **common, "set": sorted(options.set)}
             if options.search:
-                cells += [
-                    {**cell, "seed": 0, "split": "dev", "rounds": SEARCH_ROUNDS,
-                     "every": SEARCH_ROUNDS, "learning_rate": rate}
-                    for rate in _rates(method)
-                ]  # fmt: skip
+                half = {"seed": 0, "split": "dev", "rounds": rounds // 2, "every": rounds // 2}
+                cells += [{**cell, **half, "learning_rate": rate} for rate in _rates(method)]
                 continue
             rate = options.learning_rate or best_learning_rate(_finished(), task, method)
-            cells += [
-                {**cell, "seed": seed, "split": options.split, "rounds": options.rounds,
-                 "every": options.every, "learning_rate": rate}
-                for seed in options.seeds
-            ]  # fmt: skip
+            whole = {
+                "split": options.split,
+                "rounds": rounds,
+                "every": max(1, rounds // EVALUATIONS),
+            }
+            cells += [{**cell, **whole, "seed": s, "learning_rate": rate} for s in options.seeds]
     return sorted(cells, key=lambda cell: cell["seed"])
 
 
@@ -135,7 +134,7 @@ def best_learning_rate(records: list[dict[str, Any]], task: str, method: str) ->
         if record["cell"]["task"] == task
         and record["cell"]["method"] == method
         and record["cell"]["split"] == "dev"
-        and record["cell"]["rounds"] == SEARCH_ROUNDS
+        and record["cell"]["rounds"] == TASKS[task].rounds // 2
         and not record["cell"]["set"]
     }
     if set(_rates(method)) - set(found):
