@@ -21,7 +21,7 @@ from coordinator.aggregation import aggregation_for, report_weight
 from coordinator.aggregation.base import UpdateError
 from coordinator.control import Control
 from coordinator.errors import ConfigurationError
-from coordinator.rounds import (
+from coordinator.events import (
     Action,
     Answer,
     AskedBack,
@@ -37,17 +37,15 @@ from coordinator.rounds import (
     Left,
     Offered,
     OpenRound,
-    OpenState,
-    Phase,
     Refused,
     Retry,
-    RoundMachine,
     TakeUpdate,
     Ticked,
     Uploaded,
     WentBack,
     Wished,
 )
+from coordinator.rounds import OpenState, Phase, RoundMachine
 from coordinator.server_step import take_step
 from coordinator.store.base import (
     Member,
