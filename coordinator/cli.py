@@ -21,6 +21,7 @@ from coordinator import config
 from coordinator.control import Wish
 from coordinator.errors import ConfigurationError, CoordinatorError
 from coordinator.server import serve
+from coordinator.store import upkeep
 from coordinator.store.base import RoundOutcome
 from coordinator.store.sql import SqlStore
 
@@ -184,14 +185,14 @@ def _control(options: argparse.Namespace) -> int:
 
 def _check_store(options: argparse.Namespace) -> int:
     with _store(options) as store:
-        names = store.check()
+        names = upkeep.check(store)
     print(f"{options.store}: sound; federations: {', '.join(names) or 'none'}")
     return 0
 
 
 def _backup(options: argparse.Namespace) -> int:
     with _store(options) as store:
-        store.backup(options.out)
+        upkeep.backup(store, options.out)
     print(f"wrote {options.out}")
     return 0
 

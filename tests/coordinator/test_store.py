@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from coordinator import cli
 from coordinator.control import Control, Wish
 from coordinator.errors import StorageFullError, StoreError
+from coordinator.store import upkeep
 from coordinator.store.base import (
     BASES_KEPT,
     Member,
@@ -205,7 +206,7 @@ def test_a_store_in_use_is_checked_and_copied(
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     store.keep_report("demo", _report("b"))  # after the copy
     copied = SqlStore(f"sqlite:///{copy}", create=False)
-    assert copied.check() == ["demo"]
+    assert upkeep.check(copied) == ["demo"]
     assert [report.device for report in copied.reports("demo", 1, 1)] == ["a"]
     assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 3
     assert "exists already" in capsys.readouterr().err
@@ -225,7 +226,7 @@ def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
         database.execute(f"update {table} set {column} = ?", (changed,))
     store = SqlStore(f"sqlite:///{tmp_path}/s.sqlite")
     with pytest.raises(StoreError, match="do not match their digest"):
-        store.check()
+        upkeep.check(store)
     store.close()
 
 
@@ -236,19 +237,19 @@ def test_torn_pages_are_found(tmp_path: Path) -> None:
     content[middle : middle + 4096] = bytes(range(256)) * 16
     (tmp_path / "s.sqlite").write_bytes(content)
     with pytest.raises(StoreError, match=r"s\.sqlite"):
-        SqlStore(f"sqlite:///{tmp_path}/s.sqlite").check()
+        upkeep.check(SqlStore(f"sqlite:///{tmp_path}/s.sqlite"))
 
 
 def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
     store = _filled(tmp_path / "s.sqlite")
-    with store._begin() as db:
+    with store.database.begin() as db:
         db.execute(sa.text("PRAGMA max_page_count = 1"))  # no page more than there are
     large = NamedTensors.from_arrays({"x.A": np.zeros((200, 300), np.float32)})
     report = dataclasses.replace(_report("b"), update=large)
     with pytest.raises(StorageFullError, match="full"):
         store.keep_report("demo", report)
     assert [kept.device for kept in store.reports("demo", 1, 1)] == ["a"]
-    assert store.check() == ["demo"]
+    assert upkeep.check(store) == ["demo"]
     store.close()
 
 

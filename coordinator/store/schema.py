@@ -1,0 +1,98 @@
+"""The tables of the SQL store.
+
+What has a fixed form on the wire (metrics, tensor specs) is stored in it, as protocol bytes;
+settings by name, so that a version with more of them can read them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import sqlalchemy as sa
+
+from coordinator.control import Wish
+from protocol import limits
+
+SCHEMA_VERSION: Final = 1
+# A length makes MySQL choose a type that holds this much; the others do not care.
+_Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
+
+metadata = sa.MetaData()
+schema_version = sa.Table(
+    "schema_version", metadata, sa.Column("version", sa.Integer, nullable=False)
+)
+federations = sa.Table(
+    "federations",
+    metadata,
+    sa.Column("name", sa.String(128), primary_key=True),
+    sa.Column("settings", sa.Text, nullable=False),
+    sa.Column("rounds_done", sa.Integer, nullable=False),
+    sa.Column("memory_specs", _Bytes),  # of the server's step
+    sa.Column("memory", _Bytes),
+    sa.Column("wish", sa.String(16), nullable=False, default=Wish.RUN.value),
+    sa.Column("roll_back_to", sa.Integer),
+)
+# Base versions by the rounds done at them; the current one is that of `rounds_done`.
+bases = sa.Table(
+    "bases",
+    metadata,
+    sa.Column("federation", sa.ForeignKey("federations.name"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("version", sa.LargeBinary, nullable=False),
+    sa.Column("base_specs", _Bytes, nullable=False),
+    sa.Column("base", _Bytes, nullable=False),
+)
+rounds = sa.Table(
+    "rounds",
+    metadata,
+    sa.Column("federation", sa.ForeignKey("federations.name"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("base_version", sa.LargeBinary, nullable=False),
+    sa.Column("opened_at", sa.Double, nullable=False),
+    sa.Column("deadline_at", sa.Double, nullable=False),
+    sa.Column("closed_at", sa.Double),
+    sa.Column("outcome", sa.String(16)),
+    sa.Column("reports", sa.Integer),
+    sa.Column("new_version", sa.LargeBinary),
+)
+members = sa.Table(
+    "members",
+    metadata,
+    sa.Column("assignment", sa.String(64), primary_key=True),
+    sa.Column("federation", sa.String(128), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("device", sa.String(64), nullable=False),
+    sa.Index("members_of_round", "federation", "number", "attempt"),
+)
+reports = sa.Table(
+    "reports",
+    metadata,
+    sa.Column("assignment", sa.ForeignKey("members.assignment"), primary_key=True),
+    sa.Column("received_at", sa.Double, nullable=False),
+    sa.Column("report", _Bytes, nullable=False),
+    sa.Column("update_bytes", _Bytes),  # dropped when the round is closed
+)
+
+IS_CURRENT: Final = sa.and_(
+    bases.c.federation == federations.c.name, bases.c.number == federations.c.rounds_done
+)
+IS_OPEN: Final = rounds.c.outcome.is_(None)
+SAME_ROUND: Final = sa.and_(
+    members.c.federation == rounds.c.federation,
+    members.c.number == rounds.c.number,
+    members.c.attempt == rounds.c.attempt,
+)
+
+
+def of_round(
+    table: sa.Table, federation: str, number: int, attempt: int
+) -> tuple[sa.ColumnElement[bool], ...]:
+    """Whether a row is of one attempt at a round."""
+    columns = table.c
+    return (
+        columns.federation == federation,
+        columns.number == number,
+        columns.attempt == attempt,
+    )
