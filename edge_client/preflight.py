@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from protocol.federation import (
     Backbone,
     FederationSettings,
-    PF2LoRA,
     Task,
     TaskKind,
     Training,
 )
+from protocol.methods import PF2LoRA
 
 BATCH_SIZE = 8
 LENGTH = 64

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation.base import Reports, WholeUpdates
-from protocol.federation import CoordinateMedian, MultiKrum, TrimmedMean
+from protocol.aggregation import CoordinateMedian, MultiKrum, TrimmedMean
 from protocol.tensors import Array, NamedTensors
 
 BLOCK_BYTES: Final = 64 << 20

@@ -44,13 +44,11 @@ from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from protocol.federation import (
     FederationSettings,
-    HetLoRA,
-    Hypergradient,
     OptimizerState,
-    PF2LoRA,
     TaskKind,
     WireDtype,
 )
+from protocol.methods import HetLoRA, Hypergradient, PF2LoRA
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.backbone import Backbone, load_backbone
 from quantization.bnb import is_below

@@ -14,7 +14,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy import METHODS, _key, best_learning_rate, run_cell, settings_of
 from benchmarks.simulation import scores
 from benchmarks.tasks import DATA, TASKS, DeviceRows, deal
-from protocol.federation import PF2LoRA
+from protocol.methods import PF2LoRA
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"no data at {DATA}")
 CELL = {

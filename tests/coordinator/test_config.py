@@ -8,7 +8,8 @@ import pytest
 
 from coordinator import cli, config
 from coordinator.errors import ConfigurationError
-from protocol.federation import HomLoRA, PF2LoRA, Weighting
+from protocol.federation import Weighting
+from protocol.methods import HomLoRA, PF2LoRA
 from tests.coordinator.federation_file import FINGERPRINT, TOML, write_federation
 
 

@@ -20,24 +20,26 @@ from coordinator.server_step import take_step
 from coordinator.store.base import StoredReports
 from coordinator.store.memory import MemoryStore
 from coordinator.store.sql import SqlStore
-from protocol.federation import (
+from protocol.aggregation import (
     Aggregation,
     Average,
     CoordinateMedian,
     FedAdam,
     FedAvgM,
-    FederationSettings,
     FedYogi,
-    HetLoRA,
     Mean,
     MultiKrum,
     NormBound,
-    Rounds,
     ServerStep,
     TrimmedMean,
+)
+from protocol.federation import (
+    FederationSettings,
+    Rounds,
     Weighting,
     WireDtype,
 )
+from protocol.methods import HetLoRA
 from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate

@@ -18,13 +18,12 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
-    HomLoRA,
-    LocalOnly,
     Task,
     TaskKind,
     Training,
     WireDtype,
 )
+from protocol.methods import HomLoRA, LocalOnly
 from protocol.tensors import NamedTensors
 from quantization.backbone import load_backbone
 

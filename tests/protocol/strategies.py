@@ -10,20 +10,17 @@ from typing import Any
 from hypothesis import strategies as st
 
 from protocol import schema
+from protocol.aggregation import Mean, MultiKrum
 from protocol.federation import (
     Adapter,
     FederationSettings,
-    HetLoRA,
-    LowerOptimizer,
-    Mean,
-    MultiKrum,
-    PF2LoRA,
     Rounds,
     Task,
     TaskKind,
     WireDtype,
 )
 from protocol.messages import Message
+from protocol.methods import HetLoRA, LowerOptimizer, PF2LoRA
 from protocol.tensors import Payload, TensorSpec
 
 MESSAGES = typing.get_args(Message)

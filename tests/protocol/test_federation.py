@@ -9,11 +9,11 @@ from hypothesis import given, settings
 
 from protocol.federation import (
     FederationSettings,
-    PF2LoRA,
     Rounds,
     settings_from_json,
     settings_to_json,
 )
+from protocol.methods import PF2LoRA
 from protocol.schema import SchemaError
 from tests.protocol.samples import SETTINGS
 from tests.protocol.strategies import of_class
