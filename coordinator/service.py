@@ -17,8 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
-from coordinator.aggregation import aggregation_for, report_weight
 from coordinator.aggregation.base import UpdateError
+from coordinator.base_version import BaseVersion
 from coordinator.control import Control
 from coordinator.errors import ConfigurationError
 from coordinator.events import (
@@ -46,7 +46,6 @@ from coordinator.events import (
     Wished,
 )
 from coordinator.rounds import OpenState, Phase, RoundMachine
-from coordinator.server_step import take_step
 from coordinator.store.base import (
     Member,
     ReportRecord,
@@ -99,12 +98,8 @@ class FederationService:
     ) -> None:
         """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
-        self._base = start
+        self._start = start
         self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
-        # The base version as devices receive it, by rank; and all they may fetch, by digest.
-        self._payloads: dict[int, Payload] = {}
-        self._offered: dict[bytes, NamedTensors] = {}
-        self._offered_before: dict[bytes, NamedTensors] = {}
         self._store = store
         self._rng = rng
         self._run_blocking = run_blocking
@@ -130,9 +125,9 @@ class FederationService:
         """
         snapshot = await self._run_blocking(partial(self._store.load, self.settings.name))
         if snapshot is None:
-            create = partial(self._store.create, self.settings, self._base)
+            create = partial(self._store.create, self.settings, self._start)
             await self._run_blocking(create)
-            snapshot = Snapshot(self.settings, 0, {}, self._base, None, frozenset(), {})
+            snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
         elif snapshot.settings != self.settings:
             raise ConfigurationError(
                 "name",
@@ -162,7 +157,7 @@ class FederationService:
 
     def payload(self, digest: bytes) -> NamedTensors | None:
         """What was offered under this digest, from the current base version or the last."""
-        return self._offered.get(digest) or self._offered_before.get(digest)
+        return self._base.offered(digest)
 
     async def check_in(self, device: str, rank: int) -> Message:
         """Assignment, RetryWindow or Finished; may take as long as a device is held."""
@@ -186,7 +181,7 @@ class FederationService:
         assignment = report.assignment
         self._receivers.pop(assignment, None)
         try:
-            self._strategy.check(update)
+            self._base.check(update)
         except UpdateError as error:
             return await self._ask(device, Refused(device, assignment, str(error)))
         self._arrived[assignment] = (report, update)
@@ -272,7 +267,7 @@ class FederationService:
             case Retry(device, after_s, spread_s, reason):
                 self._reply(device, RetryWindow(after_s, spread_s, reason))
             case Finish(device):
-                payload = self._offer_base(device)
+                payload = self._payload_for(device)
                 rounds = self._machine.rounds_done
                 self._unfinished.discard(device)
                 self._reply(device, Finished(rounds, payload.digest, payload))
@@ -294,8 +289,7 @@ class FederationService:
 
     async def _go_back(self, number: int) -> Event:
         snapshot = await self._write(self._store.roll_back, number)
-        self._memory = snapshot.memory
-        self._set_base(snapshot.base)
+        self._base.move(snapshot.base, snapshot.memory)
         log.warning("rolled back to the base version after round %d", number)
         return WentBack(snapshot.rounds_done)
 
@@ -316,31 +310,25 @@ class FederationService:
     def _assignment(
         self, device: str, assignment: str, number: int, deadline_at: float
     ) -> Assignment:
-        payload = self._offer_base(device)
+        payload = self._payload_for(device)
         remaining_s = max(0.0, deadline_at - self._clock())
-        return Assignment(assignment, number, self._base_version, remaining_s, payload)
+        return Assignment(assignment, number, self._base.version, remaining_s, payload)
 
-    def _offer_base(self, device: str) -> Payload:
-        """The base version as this device receives it, from now on to be fetched."""
-        rank = self._ranks.get(device, 0)
-        if rank not in self._payloads:
-            download = self._strategy.download(rank)
-            self._payloads[rank] = download.payload()
-            self._offered[self._payloads[rank].digest] = download
-        return self._payloads[rank]
+    def _payload_for(self, device: str) -> Payload:
+        return self._base.offer(self._ranks.get(device, 0))
 
     async def _open_round(self, action: OpenRound) -> None:
         cohort = tuple(Member(device, assignment) for device, assignment in action.cohort)
         record = RoundRecord(
             action.number,
             action.attempt,
-            self._base_version,
+            self._base.version,
             self._clock(),
             action.deadline_at,
             cohort,
         )
         await self._write(self._store.open_round, record)
-        self._begin_sum()
+        self._base.begin()
         log.info("round %d opened: %d devices", action.number, len(cohort))
 
     async def _keep(self, device: str, assignment: str) -> None:
@@ -359,26 +347,21 @@ class FederationService:
             update,
         )
         if await self._write(self._store.keep_report, record):
-            self._strategy.accumulate(update, report_weight(self.settings, report.examples))
+            self._base.add(record)
             log.info("round %d: report of %s", open_round.number, device)
 
     async def _close_round(self, number: int, attempt: int, aggregate: bool) -> None:
         new_base = memory = None
         if aggregate:
-            new_base, memory = await self._run_blocking(partial(self._next_base, number, attempt))
+            kept = StoredReports(self._store, self.settings, number, attempt)
+            new_base, memory = await self._run_blocking(partial(self._base.following, kept))
         await self._write(self._store.close_round, number, attempt, new_base, self._clock(), memory)
         self._receivers.clear()
         if new_base is None:
             log.warning("round %d abandoned: too few reports by the deadline", number)
             return
-        self._memory = memory
-        self._set_base(new_base)
+        self._base.move(new_base, memory)
         log.info("round %d of %d aggregated", number, self.settings.rounds.count)
-
-    def _next_base(self, number: int, attempt: int) -> tuple[NamedTensors, NamedTensors | None]:
-        kept = StoredReports(self._store, self.settings, number, attempt)
-        averaged = self._strategy.finalize(kept)
-        return take_step(self.settings.server_step, self._base, averaged, self._memory)
 
     async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
         return await self._run_blocking(partial(call, self.settings.name, *args))
@@ -386,8 +369,7 @@ class FederationService:
     # --- state --------------------------------------------------------------------------------
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self._memory = snapshot.memory
-        self._set_base(snapshot.base)
+        self._base = BaseVersion(self.settings, snapshot.base, snapshot.memory)
         record, open_round = snapshot.open_round, None
         if record:
             cohort = {member.device: member.assignment for member in record.cohort}
@@ -404,36 +386,22 @@ class FederationService:
             last_asked=snapshot.last_asked,
         )
 
-    def _set_base(self, base: NamedTensors) -> None:
-        self._base, self._base_version = base, base.digest()
-        self._payloads = {}
-        self._offered_before, self._offered = self._offered, {}
-        self._begin_sum()
-
-    def _begin_sum(self) -> None:
-        self._strategy = aggregation_for(self.settings, self._base)
-
     async def _resum(self, record: RoundRecord) -> None:
         def add_all() -> int:
-            kept = 0
-            for kept, report in enumerate(  # noqa: B007
-                self._store.reports(self.settings.name, record.number, record.attempt), 1
-            ):
-                weight = report_weight(self.settings, report.examples)
-                self._strategy.accumulate(report.update, weight)
-            return kept
+            reports = self._store.reports(self.settings.name, record.number, record.attempt)
+            return self._base.add_all(reports)
 
         kept = await self._run_blocking(add_all)
         log.info("round %d goes on: %d of %d reports", record.number, kept, len(record.cohort))
 
     def _unfit(self, report: Report) -> str | None:
         """Why this report cannot be used whatever its bytes, if so."""
-        dtype = self.settings.update_dtype
-        if not self._strategy.fits(report.payload.tensors, dtype):
-            return f"its tensors are not those of the common adapter in {dtype.value}"
+        misfit = self._base.misfit(report)
+        if misfit:
+            return misfit
         open_round = self._machine.open_round
         current = open_round and report.assignment in open_round.cohort.values()
-        if current and report.base_version != self._base_version:
+        if current and report.base_version != self._base.version:
             return "it was trained from another base version"
         return None
 

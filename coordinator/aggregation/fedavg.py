@@ -42,7 +42,6 @@ class FedAvg(WholeUpdates):
         self.fraction_bits = min(FRACTION_BITS_MAX, spare)
 
     def accumulate(self, update: NamedTensors, weight: int) -> None:
-        self.check(update)
         if weight < 1 or self._weight + weight > self._weight_bound_total:
             raise UpdateError(f"a weight of {weight} is outside what this round can add")
         fixed = fixed_point(self._bounded(update.flat()), self.fraction_bits)

@@ -29,8 +29,8 @@ class Robust(WholeUpdates):
         super().__init__(base)
         self._rule = rule
 
-    def accumulate(self, update: NamedTensors, weight: int) -> None:  # noqa: ARG002
-        self.check(update)
+    def accumulate(self, update: NamedTensors, weight: int) -> None:
+        """Nothing to add: the rule reads what is kept."""
 
     def finalize(self, reports: Reports) -> NamedTensors:
         if not reports.count:
