@@ -371,7 +371,7 @@ class FederationService:
     def _restore(self, snapshot: Snapshot) -> None:
         self._base = BaseVersion(self.settings, snapshot.base, snapshot.memory)
         record, open_round = snapshot.open_round, None
-        if record:
+        if record and record.deadline_at is not None:
             cohort = {member.device: member.assignment for member in record.cohort}
             open_round = OpenState(
                 record.number, record.attempt, record.deadline_at, cohort, set(snapshot.reported)
