@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coordinator.base_version import BaseVersion
 from coordinator.control import Control, Wish
-from coordinator.store.base import ReportRecord, StoredReports
 from protocol.aggregation import (
     Aggregation,
     CoordinateMedian,
@@ -28,7 +24,8 @@ from protocol.federation import FederationSettings, Mode, Selection
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
-from tests.simulation.world import START, CrashingStore, FakeDevice, World, settings
+from tests.simulation.laws import Outcome, WatchedStore, hold_in_every_round, made_again, run
+from tests.simulation.world import START, FakeDevice, World, settings
 
 GOAL = 3
 ROUNDS = 8
@@ -45,139 +42,23 @@ def _devices(count: int = 7) -> list[FakeDevice]:
     return [FakeDevice(f"device-{i}", training_s=1.0 + 3.0 * (i % 4)) for i in range(count)]
 
 
-@dataclass
-class Buffer:
-    """What was in a round when it was closed, and the base version made of it."""
-
-    reports: list[ReportRecord]
-    base: NamedTensors | None
-    memory: NamedTensors | None
-
-
-class WatchedStore(CrashingStore):
-    """Remembers every buffer, and how many assignments were ever under way at once."""
-
-    def __init__(self, seed: int = 0, probability: float = 0.0) -> None:
-        super().__init__(seed, probability)
-        self.buffers: list[Buffer] = []
-        self.most_under_way = 0
-
-    def add_assignment(self, *arguments: Any) -> None:
-        super().add_assignment(*arguments)
-        snapshot = self.load("sim")
-        assert snapshot is not None
-        now = asyncio.get_running_loop().time()
-        under_way = sum(one.deadline_at > now for one in snapshot.awaited)
-        self.most_under_way = max(self.most_under_way, under_way)
-
-    def close_round(self, *arguments: Any) -> None:
-        federation, number, attempt, base, _, memory = arguments
-        reports = list(self.reports(federation, number, attempt))
-        before = len(self.history("sim"))
-        try:
-            super().close_round(*arguments)
-        finally:
-            if len(self.history("sim")) > before:
-                self.buffers.append(Buffer(reports, base, memory))
-
-
-@dataclass
-class Outcome:
-    """A federation that has come to its end."""
-
-    rules: FederationSettings
-    devices: list[FakeDevice]
-    store: WatchedStore
-    finals: set[bytes] = field(default_factory=set)
-
-
-def _run(rules: FederationSettings, seed: int, faults: Faults, crashing: float) -> Outcome:
-    outcome = Outcome(rules, _devices(), WatchedStore(seed, crashing))
-
-    async def scenario() -> None:
-        world = World(rules, seed, faults, outcome.store)
-        restarter = asyncio.create_task(world.restart_after_failures())
-        await asyncio.gather(*(world.take_part(device) for device in outcome.devices))
-        restarter.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await restarter
-
-    simulate(scenario)
-    outcome.finals = {device.final.digest() for device in outcome.devices if device.final}
-    return outcome
-
-
 def _hold(outcome: Outcome) -> None:
     """The laws of the mode."""
-    bases = [START]
-    counted: list[str] = []
+    hold_in_every_round(outcome)
     for buffer in outcome.store.buffers:
-        assert buffer.base is not None
         assert len(buffer.reports) == outcome.rules.rounds.goal
-        counted += [report.assignment for report in buffer.reports]
         for report in buffer.reports:
-            _is_what_its_device_made_of_the_base_it_was_given(report, outcome, bases)
-        bases.append(buffer.base)
-    assert len(bases) == outcome.rules.rounds.count + 1
-    assert outcome.finals == {bases[-1].digest()}
-    assert len(set(counted)) == len(counted)
-    for device in outcome.devices:
-        for receipt in device.receipts:
-            kept = receipt.status in (ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE)
-            assert (receipt.assignment in counted) == kept, receipt
+            assert 0 <= report.staleness <= outcome.rules.rounds.staleness_max
     assert outcome.store.most_under_way <= outcome.rules.rounds.cohort
-
-
-def _is_what_its_device_made_of_the_base_it_was_given(
-    report: ReportRecord, outcome: Outcome, bases: list[NamedTensors]
-) -> None:
-    given_in = report.round - report.staleness
-    assert 0 <= report.staleness <= outcome.rules.rounds.staleness_max
-    (device,) = [device for device in outcome.devices if device.name == report.device]
-    wanted = device.update(given_in, bases[given_in - 1])
-    assert bytes(report.update.buffer) == bytes(wanted.buffer)
-
-
-def _made_again(outcome: Outcome, seed: int) -> list[bytes]:
-    """The base versions from nothing but what was in which buffer, in another order."""
-    base, memory, found = START, None, []
-    for buffer in outcome.store.buffers:
-        current = BaseVersion(outcome.rules, base, memory)
-        shuffled = list(buffer.reports)
-        random.Random(seed).shuffle(shuffled)
-        current.add_all(shuffled)
-        base, memory = current.following(_StoredReports(buffer.reports, outcome.rules))
-        found.append(base.digest())
-    return found
-
-
-class _StoredReports(StoredReports):
-    """A buffer's reports as the store gives them to a rule."""
-
-    def __init__(self, reports: list[ReportRecord], rules: FederationSettings) -> None:
-        super().__init__(_Kept(reports), rules, 1, 1)  # type: ignore[arg-type]
-
-
-class _Kept:
-    def __init__(self, reports: list[ReportRecord]) -> None:
-        self._reports = reports
-
-    def staleness(self, *_: object) -> list[int]:
-        return [report.staleness for report in self._reports]
-
-    def blocks(self, _: str, __: int, ___: int, begin: int, end: int) -> list[bytes]:
-        return [bytes(report.update.buffer[begin:end]) for report in self._reports]
 
 
 def _explore(seeds: range) -> None:
     crashes = stale = 0
     for seed in seeds:
         print(f"seed {seed}")
-        outcome = _run(_rules(), seed, FAULTY, crashing=0.03)
+        outcome = run(_rules(), _devices(), seed, FAULTY, crashing=0.03)
         _hold(outcome)
-        assert _made_again(outcome, seed) == [
-            buffer.base.digest() for buffer in outcome.store.buffers if buffer.base
-        ]
+        assert made_again(outcome, seed) == outcome.versions
         crashes += outcome.store.crashes
         stale += sum(r.staleness > 0 for b in outcome.store.buffers for r in b.reports)
     assert crashes > len(seeds)
@@ -212,15 +93,13 @@ def test_every_rule_and_server_step_survives_crashes(
         rules = replace(rules, server_step=step)
     for seed in range(5):
         print(f"seed {seed}")
-        outcome = _run(rules, seed, Faults(delay_s=1.0), crashing=0.03)
+        outcome = run(rules, _devices(), seed, Faults(delay_s=1.0), crashing=0.03)
         _hold(outcome)
-        assert _made_again(outcome, seed) == [
-            buffer.base.digest() for buffer in outcome.store.buffers if buffer.base
-        ]
+        assert made_again(outcome, seed) == outcome.versions
 
 
 def test_a_stale_update_is_scaled_down_and_the_buffer_averaged_as_a_round() -> None:
-    outcome = _run(_rules(), 1, Faults(), crashing=0.0)
+    outcome = run(_rules(), _devices(), 1, Faults(), crashing=0.0)
     before = START
     for buffer in outcome.store.buffers:
         assert buffer.base is not None
