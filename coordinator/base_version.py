@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from coordinator.aggregation import aggregation_for, report_weight
 from coordinator.aggregation.base import Reports
+from coordinator.aggregation.staleness import damped
 from coordinator.server_step import take_step
 from coordinator.store.base import ReportRecord
 from protocol.federation import FederationSettings
@@ -68,7 +69,7 @@ class BaseVersion:
     def add(self, report: ReportRecord) -> None:
         """Add a kept report, whose update has been checked."""
         weight = report_weight(self._settings, report.examples)
-        self._aggregate.accumulate(report.update, weight)
+        self._aggregate.accumulate(damped(report.update, report.staleness), weight)
 
     def add_all(self, reports: Iterable[ReportRecord]) -> int:
         """Add those that were kept before a restart; how many there are."""

@@ -23,6 +23,8 @@ from coordinator.errors import ConfigurationError, CoordinatorError
 from coordinator.server import serve
 from coordinator.store import upkeep
 from coordinator.store.base import RoundOutcome
+from coordinator.store.database import Database
+from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 
 EXIT_CODES = """\
@@ -124,7 +126,8 @@ def _set_up_log(log_format: str) -> None:
     human = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JsonLines() if log_format == "json" else human)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("websockets").setLevel(logging.WARNING)  # it tells of every connection
+    for talkative in ("websockets", "alembic"):  # of every connection, of every step
+        logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -186,13 +189,16 @@ def _control(options: argparse.Namespace) -> int:
 def _check_store(options: argparse.Namespace) -> int:
     with _store(options) as store:
         names = upkeep.check(store)
-    print(f"{options.store}: sound; federations: {', '.join(names) or 'none'}")
+    print(
+        f"{options.store}: sound, schema revision {REVISIONS[-1]}; "
+        f"federations: {', '.join(names) or 'none'}"
+    )
     return 0
 
 
 def _backup(options: argparse.Namespace) -> int:
-    with _store(options) as store:
-        upkeep.backup(store, options.out)
+    with contextlib.closing(Database(options.store, create=False)) as database:
+        upkeep.backup(database, options.out)
     print(f"wrote {options.out}")
     return 0
 

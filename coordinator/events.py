@@ -118,8 +118,22 @@ class OpenRound:
 
     number: int
     attempt: int
-    deadline_at: float
+    deadline_at: float | None
     cohort: tuple[tuple[str, str], ...]  # device, assignment
+
+
+@dataclass(frozen=True, slots=True)
+class AddAssignment:
+    """Write down one more assignment of the open round, before it is given.
+
+    With a deadline it is awaited for itself, over the rounds.
+    """
+
+    number: int
+    attempt: int
+    device: str
+    assignment: str
+    deadline_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,4 +205,15 @@ class GoBack:
     number: int
 
 
-Action = OpenRound | Assign | Retry | Finish | TakeUpdate | Keep | Answer | CloseRound | GoBack
+Action = (
+    OpenRound
+    | AddAssignment
+    | Assign
+    | Retry
+    | Finish
+    | TakeUpdate
+    | Keep
+    | Answer
+    | CloseRound
+    | GoBack
+)

@@ -18,11 +18,13 @@ from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from coordinator.aggregation.base import UpdateError
+from coordinator.asynchronous import AsynchronousMachine
 from coordinator.base_version import BaseVersion
 from coordinator.control import Control
 from coordinator.errors import ConfigurationError
 from coordinator.events import (
     Action,
+    AddAssignment,
     Answer,
     AskedBack,
     Assign,
@@ -45,7 +47,8 @@ from coordinator.events import (
     WentBack,
     Wished,
 )
-from coordinator.rounds import OpenState, Phase, RoundMachine
+from coordinator.machine import Machine, Phase
+from coordinator.rounds import RoundMachine
 from coordinator.store.base import (
     Member,
     ReportRecord,
@@ -54,7 +57,7 @@ from coordinator.store.base import (
     Store,
     StoredReports,
 )
-from protocol.federation import FederationSettings
+from protocol.federation import FederationSettings, Mode
 from protocol.messages import (
     Assignment,
     Finished,
@@ -155,9 +158,9 @@ class FederationService:
         """A device has come to take part."""
         self._unfinished.add(device)
 
-    def payload(self, digest: bytes) -> NamedTensors | None:
-        """What was offered under this digest, from the current base version or the last."""
-        return self._base.offered(digest)
+    async def payload(self, digest: bytes) -> NamedTensors | None:
+        """What was offered under this digest, as long as its base version is kept."""
+        return self._base.offered(digest) or await self._write(self._store.base, digest)
 
     async def check_in(self, device: str, rank: int) -> Message:
         """Assignment, RetryWindow or Finished; may take as long as a device is held."""
@@ -166,7 +169,7 @@ class FederationService:
 
     async def offer(self, device: str, report: Report) -> tuple[Message, Receiver | None]:
         """Resume with the receiver to fill, or the receipt of a report that is not wanted."""
-        unfit = self._unfit(report)
+        unfit = self._unfit(device, report)
         event = Refused(device, report.assignment, unfit) if unfit else None
         reply = await self._ask(device, event or Offered(device, report.assignment))
         if not isinstance(reply, Resume):
@@ -262,6 +265,9 @@ class FederationService:
         match action:
             case OpenRound():
                 await self._open_round(action)
+            case AddAssignment(number, attempt, device, assignment, deadline_at):
+                member = Member(device, assignment)
+                await self._write(self._store.add_assignment, number, attempt, member, deadline_at)
             case Assign(device, assignment, number, deadline_at):
                 self._reply(device, self._assignment(device, assignment, number, deadline_at))
             case Retry(device, after_s, spread_s, reason):
@@ -328,13 +334,16 @@ class FederationService:
             cohort,
         )
         await self._write(self._store.open_round, record)
+        self._versions[action.number] = self._base.version
+        self._versions.pop(action.number - self.settings.rounds.staleness_max - 1, None)
         self._base.begin()
         log.info("round %d opened: %d devices", action.number, len(cohort))
 
     async def _keep(self, device: str, assignment: str) -> None:
         report, update = self._arrived[assignment]
         open_round = self._machine.open_round
-        if open_round is None:
+        given_in = self._machine.given_in(device, assignment)
+        if open_round is None or given_in is None:
             raise RuntimeError("a report without a round")
         record = ReportRecord(
             assignment,
@@ -345,6 +354,7 @@ class FederationService:
             report.metrics,
             self._clock(),
             update,
+            open_round.number - given_in,
         )
         if await self._write(self._store.keep_report, record):
             self._base.add(record)
@@ -356,9 +366,10 @@ class FederationService:
             kept = StoredReports(self._store, self.settings, number, attempt)
             new_base, memory = await self._run_blocking(partial(self._base.following, kept))
         await self._write(self._store.close_round, number, attempt, new_base, self._clock(), memory)
-        self._receivers.clear()
+        awaited = self._machine.awaited()
+        self._receivers = {a: one for a, one in self._receivers.items() if a in awaited}
         if new_base is None:
-            log.warning("round %d abandoned: too few reports by the deadline", number)
+            log.warning("round %d abandoned: too few reports", number)
             return
         self._base.move(new_base, memory)
         log.info("round %d of %d aggregated", number, self.settings.rounds.count)
@@ -370,21 +381,12 @@ class FederationService:
 
     def _restore(self, snapshot: Snapshot) -> None:
         self._base = BaseVersion(self.settings, snapshot.base, snapshot.memory)
-        record, open_round = snapshot.open_round, None
-        if record:
-            cohort = {member.device: member.assignment for member in record.cohort}
-            open_round = OpenState(
-                record.number, record.attempt, record.deadline_at, cohort, set(snapshot.reported)
-            )
-        self._machine = RoundMachine(
-            self.settings,
-            self._rng,
-            hold_s=self._hold_s,
-            rounds_done=snapshot.rounds_done,
-            attempts=snapshot.attempts,
-            open_round=open_round,
-            last_asked=snapshot.last_asked,
-        )
+        self._versions = {one.round: one.base_version for one in snapshot.awaited}
+        if snapshot.open_round:
+            self._versions[snapshot.open_round.number] = snapshot.open_round.base_version
+        asynchronous = self.settings.rounds.mode is Mode.ASYNCHRONOUS
+        kind = AsynchronousMachine if asynchronous else RoundMachine
+        self._machine: Machine = kind(snapshot, self._rng, hold_s=self._hold_s)
 
     async def _resum(self, record: RoundRecord) -> None:
         def add_all() -> int:
@@ -392,18 +394,18 @@ class FederationService:
             return self._base.add_all(reports)
 
         kept = await self._run_blocking(add_all)
-        log.info("round %d goes on: %d of %d reports", record.number, kept, len(record.cohort))
+        log.info("round %d goes on: %d reports are kept", record.number, kept)
 
-    def _unfit(self, report: Report) -> str | None:
+    def _unfit(self, device: str, report: Report) -> str | None:
         """Why this report cannot be used whatever its bytes, if so."""
         misfit = self._base.misfit(report)
         if misfit:
             return misfit
-        open_round = self._machine.open_round
-        current = open_round and report.assignment in open_round.cohort.values()
-        if current and report.base_version != self._base.version:
-            return "it was trained from another base version"
-        return None
+        given_in = self._machine.given_in(device, report.assignment)
+        given = None if given_in is None else self._versions.get(given_in)
+        if given is None or report.base_version == given:
+            return None  # what is too old to be remembered is late, which the machine says
+        return "it was trained from another base version"
 
     def _schedule_tick(self) -> None:
         if self._timer:

@@ -130,7 +130,7 @@ class DeviceSession:
         await self._send(answer)
 
     async def _send_payload(self, fetch: Fetch) -> None:
-        tensors = self._service.payload(fetch.digest)
+        tensors = await self._service.payload(fetch.digest)
         if tensors is None:
             raise RefusedError(ErrorCode.NOT_FOUND, "that base version is no longer served")
         for chunk in chunks(tensors.buffer, fetch.offset, self._connection.chunk_bytes):

@@ -47,6 +47,13 @@ class Weighting(Enum):
     EXAMPLES = "examples"
 
 
+class Mode(Enum):
+    """Whether a round asks a cohort and waits for it, or devices report each in its own time."""
+
+    SYNCHRONOUS = "synchronous"
+    ASYNCHRONOUS = "asynchronous"
+
+
 class Selection(Enum):
     """Whom a round asks: anyone alike, or first those who were asked longest ago."""
 
@@ -145,6 +152,11 @@ class Rounds:
     otherwise it is abandoned and tried again from the same base. A cohort over the goal is how a
     round does without its slowest devices: their reports are late, and where they are still busy
     the next round begins without them.
+
+    Asynchronously (FedBuff) a device is asked as soon as it comes, if fewer than `cohort` are under
+    way; `report_goal` reports make the next base version, `count` is how many are made. A report
+    `s` base versions after its own counts `1 / sqrt(1 + s)`, up to `staleness_max`; `deadline_s` is
+    each assignment's own, and `minimum_reports` what a buffer needs when the federation is stopped.
     """
 
     count: Annotated[int, Integer(1, limits.ROUNDS_MAX)] = 10
@@ -155,9 +167,15 @@ class Rounds:
     report_goal: Annotated[int, Integer(0, limits.COHORT_MAX)] = 0
     minimum_examples: Annotated[int, Integer(1, limits.EXAMPLES_MAX)] = 1
     selection: Selection = Selection.UNIFORM
+    mode: Mode = Mode.SYNCHRONOUS
+    staleness_max: Annotated[int, Integer(0, limits.STALENESS_MAX)] = 20
 
     def __post_init__(self) -> None:
-        if self.report_goal > self.cohort:
+        if self.mode is Mode.ASYNCHRONOUS:
+            if not self.report_goal:
+                problem = "must be given: how many reports make the next base version"
+                raise SchemaError("report_goal", problem)
+        elif self.report_goal > self.cohort:
             raise SchemaError("report_goal", f"is over the cohort of {self.cohort}")
         if self.minimum_reports > self.goal:
             what = "report goal" if self.report_goal else "cohort"
@@ -167,6 +185,11 @@ class Rounds:
     def goal(self) -> int:
         """How many reports end a round before its deadline."""
         return self.report_goal or self.cohort
+
+    @property
+    def reports_max(self) -> int:
+        """How many reports a round can have."""
+        return self.goal if self.mode is Mode.ASYNCHRONOUS else self.cohort
 
 
 class WireDtype(Enum):
@@ -226,6 +249,9 @@ class FederationSettings:
             )
         if isinstance(self.algorithm, HetLoRA) and not isinstance(self.aggregation, Mean):
             raise SchemaError("aggregation.name", "must be 'mean': hetlora has weights of its own")
+        if isinstance(self.algorithm, HetLoRA) and self.rounds.mode is Mode.ASYNCHRONOUS:
+            problem = "must be 'synchronous': hetlora averages adapters of one base version"
+            raise SchemaError("rounds.mode", problem)
         if isinstance(self.algorithm, HetLoRA) and not self.update_dtype.is_plain:
             raise SchemaError(
                 "update_dtype",

@@ -21,10 +21,10 @@ from protocol.tensors import NamedTensors
 
 def aggregation_for(settings: FederationSettings, base: NamedTensors) -> Aggregation:
     """An empty aggregate of the federation's kind on a base version."""
-    cohort = settings.rounds.cohort
-    bound = cohort * report_weight(settings, EXAMPLES_MAX)
+    reports_max = settings.rounds.reports_max
+    bound = reports_max * report_weight(settings, EXAMPLES_MAX)
     if isinstance(settings.algorithm, methods.HetLoRA):
-        return HetLoRA(base, bound, cohort)
+        return HetLoRA(base, bound, reports_max)
     match settings.aggregation:
         case Mean():
             return FedAvg(base, bound)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
+from alembic.util import CommandError
 
 from coordinator.errors import StorageFullError, StoreError
 from protocol.errors import ProtocolError
@@ -55,6 +56,22 @@ class Database:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextlib.contextmanager
+    def exclusive(self) -> Iterator[sa.Connection]:
+        """A transaction that can change tables, alone on the database from its beginning."""
+        if not self.is_sqlite:
+            with self.begin() as connection:
+                yield connection
+            return
+        with self.plain() as connection:  # sqlite3 by itself begins none before a CREATE
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.exec_driver_sql("ROLLBACK")
+                raise
+            connection.exec_driver_sql("COMMIT")
+
+    @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
         """Faults of the database, and of what it holds, as StoreError."""
         try:
@@ -65,6 +82,7 @@ class Database:
             ProtocolError,
             SchemaError,
             ModuleNotFoundError,
+            CommandError,
         ) as error:
             cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
             kind = StorageFullError if any(text in cause for text in DISK_FULL) else StoreError

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.control import Control
 from coordinator.errors import StoreError
 from coordinator.store.base import (
     BASES_KEPT,
+    Awaited,
     BaseRecord,
+    Member,
     Outcome,
     ReportRecord,
     RoundOutcome,
@@ -31,6 +33,8 @@ class _Federation:
     last_asked: dict[str, int] = field(default_factory=dict)
     control: Control = field(default_factory=Control)
     bases: dict[int, NamedTensors] = field(default_factory=dict)
+    given: set[str] = field(default_factory=set)  # assignments, of all rounds
+    awaited: dict[str, Awaited] = field(default_factory=dict)  # by device
     kept: set[str] = field(default_factory=set)  # assignments, of all rounds
     history: list[RoundOutcome] = field(default_factory=list)
 
@@ -59,6 +63,7 @@ class MemoryStore:
             frozenset(found.reports),
             dict(found.last_asked),
             found.memory,
+            tuple(found.awaited[device] for device in sorted(found.awaited)),
         )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
@@ -66,14 +71,36 @@ class MemoryStore:
         found.open_round = record
         found.attempts[record.number] = record.attempt
         found.last_asked |= {member.device: record.number for member in record.cohort}
+        found.given |= {member.assignment for member in record.cohort}
+
+    def add_assignment(
+        self,
+        federation: str,
+        number: int,
+        attempt: int,
+        member: Member,
+        deadline_at: float | None = None,
+    ) -> None:
+        found = self._found(federation)
+        record = self._opened(found, number, attempt)
+        found.open_round = replace(record, cohort=(*record.cohort, member))
+        found.last_asked[member.device] = number
+        found.given.add(member.assignment)
+        if deadline_at is not None:
+            found.awaited[member.device] = Awaited(
+                member.device, member.assignment, number, deadline_at, record.base_version
+            )
 
     def keep_report(self, federation: str, record: ReportRecord) -> bool:
         found = self._found(federation)
-        cohort = found.open_round.cohort if found.open_round else ()
-        if record.assignment not in {member.assignment for member in cohort}:
-            raise StoreError(f"assignment {record.assignment} is of no open round")
-        if record.assignment in found.reports:
+        self._opened(found, record.round, record.attempt)
+        if record.assignment not in found.given:
+            raise StoreError(f"there is no assignment {record.assignment}")
+        if record.assignment in found.kept:
             return False
+        awaited = found.awaited.get(record.device)
+        if awaited and awaited.assignment == record.assignment:
+            del found.awaited[record.device]
         found.reports[record.assignment] = record
         found.kept.add(record.assignment)
         return True
@@ -91,6 +118,9 @@ class MemoryStore:
         reports = self.reports(federation, number, attempt)
         return [bytes(report.update.buffer[begin:end]) for report in reports]
 
+    def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
+        return [report.staleness for report in self.reports(federation, number, attempt)]
+
     def has_report(self, federation: str, assignment: str) -> bool:
         return assignment in self._found(federation).kept
 
@@ -104,9 +134,7 @@ class MemoryStore:
         memory: NamedTensors | None = None,
     ) -> None:
         found = self._found(federation)
-        open_round = found.open_round
-        if open_round is None or (open_round.number, open_round.attempt) != (number, attempt):
-            raise StoreError(f"attempt {attempt} at round {number} is not open")
+        open_round = self._opened(found, number, attempt)
         found.history.append(
             RoundOutcome(
                 number,
@@ -138,6 +166,10 @@ class MemoryStore:
         bases = self._found(federation).bases
         return [BaseRecord(number, base.digest()) for number, base in sorted(bases.items())]
 
+    def base(self, federation: str, version: bytes) -> NamedTensors | None:
+        bases = self._found(federation).bases.values()
+        return next((base for base in bases if base.digest() == version), None)
+
     def roll_back(self, federation: str, number: int) -> Snapshot:
         found = self._found(federation)
         if number not in found.bases:
@@ -145,6 +177,7 @@ class MemoryStore:
         if found.open_round:
             raise StoreError("a round is open")
         found.rounds_done, found.memory = number, None
+        found.awaited.clear()
         found.bases = {n: base for n, base in found.bases.items() if n <= number}
         found.control = Control(found.control.wish)
         snapshot = self.load(federation)
@@ -157,6 +190,12 @@ class MemoryStore:
 
     def close(self) -> None:
         """Nothing is held; what is kept can still be asked for, as from a store opened again."""
+
+    def _opened(self, found: _Federation, number: int, attempt: int) -> RoundRecord:
+        record = found.open_round
+        if record is None or (record.number, record.attempt) != (number, attempt):
+            raise StoreError(f"attempt {attempt} at round {number} is not open")
+        return record
 
     def _found(self, federation: str) -> _Federation:
         try:

@@ -1,4 +1,4 @@
-"""The tables of the SQL store.
+"""The tables of the SQL store, as of the last of its revisions.
 
 What has a fixed form on the wire (metrics, tensor specs) is stored in it, as protocol bytes;
 settings by name, so that a version with more of them can read them.
@@ -6,18 +6,20 @@ settings by name, so that a version with more of them can read them.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from coordinator.control import Wish
 from protocol import limits
 
-SCHEMA_VERSION: Final = 1
+# All revisions, oldest first; migrations/versions has a file for each.
+REVISIONS: Final = ("0001", "0002")
 # A length makes MySQL choose a type that holds this much; the others do not care.
 _Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
 
 metadata = sa.MetaData()
+# What there was before migrations; versions of that time read it, so it stays.
 schema_version = sa.Table(
     "schema_version", metadata, sa.Column("version", sa.Integer, nullable=False)
 )
@@ -50,7 +52,7 @@ rounds = sa.Table(
     sa.Column("attempt", sa.Integer, primary_key=True),
     sa.Column("base_version", sa.LargeBinary, nullable=False),
     sa.Column("opened_at", sa.Double, nullable=False),
-    sa.Column("deadline_at", sa.Double, nullable=False),
+    sa.Column("deadline_at", sa.Double),  # none in the asynchronous mode
     sa.Column("closed_at", sa.Double),
     sa.Column("outcome", sa.String(16)),
     sa.Column("reports", sa.Integer),
@@ -64,15 +66,22 @@ members = sa.Table(
     sa.Column("number", sa.Integer, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("device", sa.String(64), nullable=False),
+    sa.Column("deadline_at", sa.Double),  # while it is awaited for itself
     sa.Index("members_of_round", "federation", "number", "attempt"),
+    sa.Index("members_awaited", "federation", "deadline_at"),
 )
 reports = sa.Table(
     "reports",
     metadata,
     sa.Column("assignment", sa.ForeignKey("members.assignment"), primary_key=True),
+    # The round that it counts in.
+    sa.Column("federation", sa.String(128), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("received_at", sa.Double, nullable=False),
     sa.Column("report", _Bytes, nullable=False),
     sa.Column("update_bytes", _Bytes),  # dropped when the round is closed
+    sa.Index("reports_of_round", "federation", "number", "attempt"),
 )
 
 IS_CURRENT: Final = sa.and_(
@@ -95,4 +104,22 @@ def of_round(
         columns.federation == federation,
         columns.number == number,
         columns.attempt == attempt,
+    )
+
+
+def is_awaited(federation: str) -> sa.ColumnElement[bool]:
+    """Whether a row of `members` is awaited for itself."""
+    return sa.and_(members.c.federation == federation, members.c.deadline_at.is_not(None))
+
+
+def kept_in(
+    column: sa.ColumnElement[Any], federation: str, number: int, attempt: int
+) -> sa.Select[Any]:
+    """A column of the reports whose updates are there, ordered by assignment."""
+    return (
+        sa.select(column)
+        .select_from(reports.join(members))
+        .where(*of_round(reports, federation, number, attempt))
+        .where(reports.c.update_bytes.is_not(None))
+        .order_by(reports.c.assignment)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -16,6 +17,7 @@ from coordinator.errors import StoreError
 from coordinator.store import rows
 from coordinator.store.base import (
     BASES_KEPT,
+    Awaited,
     BaseRecord,
     Member,
     Outcome,
@@ -25,19 +27,19 @@ from coordinator.store.base import (
     Snapshot,
 )
 from coordinator.store.database import Database
+from coordinator.store.migrate import migrate, require_current
 from coordinator.store.schema import (
     IS_CURRENT,
     IS_OPEN,
     SAME_ROUND,
-    SCHEMA_VERSION,
     bases,
     federations,
+    is_awaited,
+    kept_in,
     members,
-    metadata,
     of_round,
     reports,
     rounds,
-    schema_version,
 )
 from protocol import codec
 from protocol.federation import FederationSettings, settings_from_json, settings_to_json
@@ -50,7 +52,8 @@ class SqlStore:
 
     Args:
         url: any that SQLAlchemy takes.
-        create: make a store where there is none; otherwise that is an error.
+        create: make a store where there is none, and bring an older one up to date; otherwise both
+            are errors.
 
     Raises:
         StoreError: it cannot be opened, is damaged, or was written by a newer version.
@@ -60,8 +63,7 @@ class SqlStore:
         self.database = Database(url, create=create)
         self._label = self.database.label
         try:
-            with self._begin() as db:
-                self._check_version(db, create)
+            (migrate if create else require_current)(self.database)
         except BaseException:
             self.database.close()
             raise
@@ -98,6 +100,7 @@ class SqlStore:
                 .where(members.c.federation == federation)
                 .group_by(members.c.device)
             )
+            awaited = self._awaited(db, federation)
             return Snapshot(
                 settings_from_json(row.settings),
                 row.rounds_done,
@@ -109,6 +112,7 @@ class SqlStore:
                 rows.tensors(rows.decoded(row.memory_specs, Assignment).payload, row.memory)
                 if row.memory_specs
                 else None,
+                awaited,
             )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
@@ -123,34 +127,50 @@ class SqlStore:
                     deadline_at=record.deadline_at,
                 )
             )
-            db.execute(
-                members.insert(),
-                [
-                    {
-                        "assignment": member.assignment,
-                        "federation": federation,
-                        "number": record.number,
-                        "attempt": record.attempt,
-                        "device": member.device,
-                    }
+            if record.cohort:
+                cohort = [
+                    _member_row(federation, record.number, record.attempt, member)
                     for member in record.cohort
-                ],
-            )
+                ]
+                db.execute(members.insert(), cohort)
+
+    def add_assignment(
+        self,
+        federation: str,
+        number: int,
+        attempt: int,
+        member: Member,
+        deadline_at: float | None = None,
+    ) -> None:
+        earlier = (is_awaited(federation), members.c.device == member.device)
+        with self._begin() as db:
+            self._require_open(db, federation, number, attempt)
+            if deadline_at is not None:
+                db.execute(members.update().where(*earlier).values(deadline_at=None))
+            added = _member_row(federation, number, attempt, member)
+            db.execute(members.insert().values(**added, deadline_at=deadline_at))
 
     def keep_report(self, federation: str, record: ReportRecord) -> bool:
         assignment, payload = record.assignment, record.update.payload()
         message = Report(assignment, bytes(32), record.examples, record.metrics, payload)
-        wanted = (members.c.federation == federation, members.c.assignment == assignment)
-        is_open = sa.select(rounds.c.number).join(members, SAME_ROUND).where(*wanted, IS_OPEN)
+        given = (members.c.federation == federation, members.c.assignment == assignment)
+        when = sa.select(members.c.deadline_at).where(*given)
         is_kept = sa.select(reports.c.assignment).where(reports.c.assignment == assignment)
         with self._begin() as db:
-            if db.scalar(is_open) is None:
-                raise StoreError(f"{self._label}: assignment {assignment} is of no open round")
+            self._require_open(db, federation, record.round, record.attempt)
+            member = db.execute(when).first()
+            if member is None:
+                raise StoreError(f"{self._label}: there is no assignment {assignment}")
+            if member.deadline_at is not None:
+                db.execute(members.update().where(*given).values(deadline_at=None))
             if db.scalar(is_kept) is not None:
                 return False
             db.execute(
                 reports.insert().values(
                     assignment=assignment,
+                    federation=federation,
+                    number=record.round,
+                    attempt=record.attempt,
                     received_at=record.received_at,
                     report=codec.encode(message),
                     update_bytes=bytes(record.update.buffer),
@@ -159,19 +179,13 @@ class SqlStore:
         return True
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
-        chosen = (
-            sa.select(reports.c.assignment)
-            .join(members)
-            .where(*of_round(members, federation, number, attempt))
-            .where(reports.c.update_bytes.is_not(None))
-            .order_by(reports.c.assignment)
-        )
+        chosen = kept_in(reports.c.assignment, federation, number, attempt)
         with self._begin() as db:
             assignments = list(db.scalars(chosen))
         for assignment in assignments:
             with self._begin() as db:
                 row = db.execute(
-                    sa.select(reports, members.c.device)
+                    sa.select(reports, members.c.device, members.c.number.label("given_in"))
                     .join(members)
                     .where(reports.c.assignment == assignment)
                 ).one()
@@ -185,6 +199,7 @@ class SqlStore:
                     report.metrics,
                     row.received_at,
                     rows.tensors(report.payload, row.update_bytes),
+                    number - row.given_in,
                 )
             yield record
 
@@ -192,21 +207,19 @@ class SqlStore:
         self, federation: str, number: int, attempt: int, begin: int, end: int
     ) -> list[bytes]:
         part = sa.func.substr(reports.c.update_bytes, begin + 1, end - begin)
-        chosen = (
-            sa.select(part)
-            .join(members)
-            .where(*of_round(members, federation, number, attempt))
-            .where(reports.c.update_bytes.is_not(None))
-            .order_by(reports.c.assignment)
-        )
         with self._begin() as db:
-            return [bytes(block) for block in db.scalars(chosen)]
+            chosen = db.scalars(kept_in(part, federation, number, attempt))
+            return [bytes(block) for block in chosen]
+
+    def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
+        with self._begin() as db:
+            given = db.scalars(kept_in(members.c.number, federation, number, attempt))
+            return [number - given_in for given_in in given]
 
     def has_report(self, federation: str, assignment: str) -> bool:
-        kept = sa.select(reports.c.assignment).join(members)
-        wanted = (members.c.federation == federation, members.c.assignment == assignment)
+        wanted = (reports.c.federation == federation, reports.c.assignment == assignment)
         with self._begin() as db:
-            return db.scalar(kept.where(*wanted)) is not None
+            return db.scalar(sa.select(reports.c.assignment).where(*wanted)) is not None
 
     def close_round(
         self,
@@ -217,13 +230,10 @@ class SqlStore:
         closed_at: float,
         memory: NamedTensors | None = None,
     ) -> None:
-        cohort = sa.select(members.c.assignment).where(
-            *of_round(members, federation, number, attempt)
-        )
-        of_cohort = reports.c.assignment.in_(cohort)
+        counted = of_round(reports, federation, number, attempt)
         with self._begin() as db:
-            count = db.scalar(sa.select(sa.func.count()).select_from(reports).where(of_cohort))
-            db.execute(reports.update().where(of_cohort).values(update_bytes=None))
+            count = db.scalar(sa.select(sa.func.count()).select_from(reports).where(*counted))
+            db.execute(reports.update().where(*counted).values(update_bytes=None))
             closed = db.execute(
                 rounds.update()
                 .where(*of_round(rounds, federation, number, attempt), IS_OPEN)
@@ -275,6 +285,14 @@ class SqlStore:
             )
             return [BaseRecord(row.number, row.version) for row in rows]
 
+    def base(self, federation: str, version: bytes) -> NamedTensors | None:
+        wanted = (bases.c.federation == federation, bases.c.version == version)
+        with self._begin() as db:
+            row = db.execute(sa.select(bases).where(*wanted)).first()
+            if row is None:
+                return None
+            return rows.tensors(rows.decoded(row.base_specs, Assignment).payload, row.base)
+
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
             kept = db.execute(
@@ -286,6 +304,7 @@ class SqlStore:
                 raise StoreError(f"{self._label}: no base version of round {number} is kept")
             if self._open_round(db, federation):
                 raise StoreError(f"{self._label}: a round is open")
+            db.execute(members.update().where(is_awaited(federation)).values(deadline_at=None))
             later = (bases.c.federation == federation, bases.c.number > number)
             db.execute(bases.delete().where(*later))
             db.execute(
@@ -346,21 +365,6 @@ class SqlStore:
     def _begin(self) -> contextlib.AbstractContextManager[sa.Connection]:
         return self.database.begin()
 
-    def _check_version(self, db: sa.Connection, create: bool) -> None:
-        known = sa.inspect(db).has_table(schema_version.name)
-        version = db.scalar(sa.select(schema_version.c.version)) if known else None
-        if version is None and not create:
-            raise StoreError(f"{self._label} is none of pf2lora's")
-        if version is not None and version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{self._label} has schema version {version}; "
-                f"this version of pf2lora knows {SCHEMA_VERSION}"
-            )
-        # The number goes in last: a store whose making was cut short is made again.
-        metadata.create_all(db)
-        if version is None:
-            db.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-
     def _open_round(self, db: sa.Connection, federation: str) -> RoundRecord | None:
         row = db.execute(
             sa.select(rounds).where(rounds.c.federation == federation, IS_OPEN)
@@ -378,9 +382,32 @@ class SqlStore:
         )
 
     def _reported(self, db: sa.Connection, federation: str, record: RoundRecord) -> frozenset[str]:
+        counted = of_round(reports, federation, record.number, record.attempt)
+        return frozenset(db.scalars(sa.select(reports.c.assignment).where(*counted)))
+
+    def _awaited(self, db: sa.Connection, federation: str) -> tuple[Awaited, ...]:
         query = (
-            sa.select(reports.c.assignment)
-            .join(members)
-            .where(*of_round(members, federation, record.number, record.attempt))
+            sa.select(members, rounds.c.base_version)
+            .join(rounds, SAME_ROUND)
+            .where(is_awaited(federation))
+            .order_by(members.c.device)
         )
-        return frozenset(db.scalars(query))
+        return tuple(
+            Awaited(row.device, row.assignment, row.number, row.deadline_at, row.base_version)
+            for row in db.execute(query)
+        )
+
+    def _require_open(self, db: sa.Connection, federation: str, number: int, attempt: int) -> None:
+        wanted = of_round(rounds, federation, number, attempt)
+        if db.scalar(sa.select(rounds.c.number).where(*wanted, IS_OPEN)) is None:
+            raise StoreError(f"{self._label}: attempt {attempt} at round {number} is not open")
+
+
+def _member_row(federation: str, number: int, attempt: int, member: Member) -> dict[str, Any]:
+    return {
+        "assignment": member.assignment,
+        "federation": federation,
+        "number": number,
+        "attempt": attempt,
+        "device": member.device,
+    }

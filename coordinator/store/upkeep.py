@@ -8,6 +8,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from coordinator.errors import StoreError
+from coordinator.store.database import Database
 from coordinator.store.schema import federations
 from coordinator.store.sql import SqlStore
 
@@ -36,16 +37,16 @@ def check(store: SqlStore) -> list[str]:
     return names
 
 
-def backup(store: SqlStore, target: Path) -> None:
-    """Copy the store as it is at one moment into a new file; it may be in use meanwhile.
+def backup(database: Database, target: Path) -> None:
+    """Copy a store of any revision as it is at one moment; it may be in use meanwhile.
 
     Raises:
         StoreError: the file exists, or this database has no such copy.
     """
-    if not store.database.is_sqlite:
-        raise StoreError(f"{store.database.label}: back it up with the database's own tools")
+    if not database.is_sqlite:
+        raise StoreError(f"{database.label}: back it up with the database's own tools")
     if target.exists():
         raise StoreError(f"{target} exists already")
-    with store.database.plain() as db:
+    with database.plain() as db:
         db.execute(sa.text("VACUUM INTO :target"), {"target": str(target)})
     target.chmod(0o600)

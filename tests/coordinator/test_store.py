@@ -21,6 +21,7 @@ from coordinator.errors import StorageFullError, StoreError
 from coordinator.store import upkeep
 from coordinator.store.base import (
     BASES_KEPT,
+    Awaited,
     Member,
     Outcome,
     ReportRecord,
@@ -28,6 +29,7 @@ from coordinator.store.base import (
     Store,
 )
 from coordinator.store.memory import MemoryStore
+from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 from protocol.federation import WireDtype
 from protocol.messages import Metric
@@ -139,6 +141,72 @@ class StoreContract:
         assert store.has_report("demo", "1-1-a")
         assert not store.has_report("demo", "1-1-b")
 
+    def test_an_assignment_added_to_an_open_round_counts_as_the_others(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        with pytest.raises(StoreError, match="attempt 1 at round 1 is not open"):
+            store.add_assignment("demo", 1, 1, Member("c", "1-1-c"))
+        store.open_round("demo", _round())
+        store.add_assignment("demo", 1, 1, Member("c", "1-1-c"))
+        assert store.keep_report("demo", _report("c"))
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert snapshot.open_round is not None
+        assert [member.device for member in snapshot.open_round.cohort] == ["a", "b", "c"]
+        assert (snapshot.reported, snapshot.awaited) == ({"1-1-c"}, ())
+        assert snapshot.last_asked["c"] == 1
+
+    def test_what_is_awaited_for_itself_may_count_in_a_later_round(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", RoundRecord(1, 1, BASE.digest(), 10.0, None, ()))
+        for device in ("b", "a"):
+            member = Member(device, f"1-1-{device}")
+            store.add_assignment("demo", 1, 1, member, 50.0)
+        with pytest.raises(StoreError, match="there is no assignment 1-1-c"):
+            store.keep_report("demo", _report("c"))
+        assert store.keep_report("demo", _report("a"))
+        store.close_round("demo", 1, 1, NEXT, 20.0)
+        store.open_round("demo", RoundRecord(2, 1, NEXT.digest(), 20.0, None, ()))
+        store.add_assignment("demo", 2, 1, Member("a", "2-1-a"), 60.0)
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert snapshot.awaited == (
+            Awaited("a", "2-1-a", 2, 60.0, NEXT.digest()),
+            Awaited("b", "1-1-b", 1, 50.0, BASE.digest()),
+        )
+        assert store.keep_report("demo", _report("a", 2))
+        stale = dataclasses.replace(_report("b"), round=2, staleness=1)
+        assert store.keep_report("demo", stale)
+        assert not store.keep_report("demo", stale)
+        assert [report.staleness for report in store.reports("demo", 2, 1)] == [1, 0]
+        assert store.staleness("demo", 2, 1) == [1, 0]
+        assert len(store.blocks("demo", 2, 1, 0, 2)) == 2
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert (snapshot.reported, snapshot.awaited) == ({"1-1-b", "2-1-a"}, ())
+        store.close_round("demo", 2, 1, BASE, 30.0)
+        assert [outcome.reports for outcome in store.history("demo")] == [1, 2]
+
+    def test_the_next_assignment_and_a_roll_back_end_what_is_awaited(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", RoundRecord(1, 1, BASE.digest(), 10.0, None, ()))
+        for name in ("first", "second"):
+            store.add_assignment("demo", 1, 1, Member("a", name), 50.0)
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert [awaited.assignment for awaited in snapshot.awaited] == ["second"]
+        store.close_round("demo", 1, 1, None, 20.0)
+        assert store.roll_back("demo", 0).awaited == ()
+
+    def test_base_versions_that_are_kept_are_found_by_their_digest(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", _round())
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        for base in (BASE, NEXT):
+            found = store.base("demo", base.digest())
+            assert found is not None
+            assert bytes(found.buffer) == bytes(base.buffer)
+        assert store.base("demo", bytes(32)) is None
+
 
 class TestMemoryStore(StoreContract):
     @pytest.fixture
@@ -201,7 +269,7 @@ def test_a_store_in_use_is_checked_and_copied(
     store = _filled(tmp_path / "s.sqlite")
     url, copy = f"sqlite:///{tmp_path}/s.sqlite", tmp_path / "copy.sqlite"
     assert cli.main(["check", "--store", url]) == 0
-    assert "sound; federations: demo" in capsys.readouterr().out
+    assert f"sound, schema revision {REVISIONS[-1]}; federations: demo" in capsys.readouterr().out
     assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 0
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     store.keep_report("demo", _report("b"))  # after the copy

@@ -14,6 +14,7 @@ from protocol.aggregation import Mean, MultiKrum
 from protocol.federation import (
     Adapter,
     FederationSettings,
+    Mode,
     Rounds,
     Task,
     TaskKind,
@@ -92,6 +93,7 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
             algorithm = replace(algorithm, personal_rank_max=adapter.personal_rank)
         if isinstance(algorithm, HetLoRA):
             algorithm = replace(algorithm, rank_min=min(algorithm.rank_min, adapter.rank))
+            rounds = replace(rounds, mode=Mode.SYNCHRONOUS)
         *rest, update_dtype, seed = values[8:]
         if isinstance(algorithm, HetLoRA) and not update_dtype.is_plain:
             update_dtype = WireDtype.FLOAT32

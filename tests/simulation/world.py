@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from coordinator.errors import StoreError
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.base import Store
@@ -86,18 +88,22 @@ class FakeDevice:
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         self.trained.append(assignment.round)
         await asyncio.sleep(self.training_s)
-        flat = base.flat()
-        noise = seeded(self.name, assignment.round).standard_normal(len(flat))
-        update = (0.01 * noise - 0.1 * flat).astype(np.float32)
-        specs = [TensorSpec(s.name, self.dtype, s.shape) for s in base.specs]
         self.report = FinishedReport(
             assignment.assignment,
             assignment.base_version,
             self.examples,
             (Metric("loss", 1.0),),
-            self.damage(NamedTensors.from_flat(specs, update, self.dtype)),
+            self.damage(self.update(assignment.round, base)),
         )
         return self.report
+
+    def update(self, round_number: int, base: NamedTensors) -> NamedTensors:
+        """What training this base version in this round gives."""
+        flat = base.flat()
+        noise = seeded(self.name, round_number).standard_normal(len(flat))
+        update = (0.01 * noise - 0.1 * flat).astype(np.float32)
+        specs = [TensorSpec(s.name, self.dtype, s.shape) for s in base.specs]
+        return NamedTensors.from_flat(specs, update, self.dtype)
 
     async def settled(self, receipt: Receipt) -> None:
         self.receipts.append(receipt)
@@ -105,6 +111,46 @@ class FakeDevice:
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         self.final = base
+
+
+class Crash(StoreError):
+    """The coordinator dies here."""
+
+
+class CrashingStore(MemoryStore):
+    """Dies before or after writes, as a seed tells; what it has written stays."""
+
+    def __init__(self, seed: int, probability: float) -> None:
+        super().__init__()
+        self._crash_rng = random.Random(seed)
+        self._probability = probability
+        self.crashes = 0
+
+    def _maybe_crash(self) -> None:
+        if self._crash_rng.random() < self._probability:
+            self.crashes += 1
+            raise Crash("here")
+
+    def open_round(self, *arguments: Any) -> None:
+        self._maybe_crash()
+        super().open_round(*arguments)
+        self._maybe_crash()
+
+    def add_assignment(self, *arguments: Any) -> None:
+        self._maybe_crash()
+        super().add_assignment(*arguments)
+        self._maybe_crash()
+
+    def keep_report(self, *arguments: Any) -> bool:
+        self._maybe_crash()
+        kept = super().keep_report(*arguments)
+        self._maybe_crash()
+        return kept
+
+    def close_round(self, *arguments: Any) -> None:
+        self._maybe_crash()
+        super().close_round(*arguments)
+        self._maybe_crash()
 
 
 class World:
@@ -146,6 +192,17 @@ class World:
         for task in list(self._sessions):
             task.cancel()
         await asyncio.gather(*self._sessions, return_exceptions=True)
+
+    async def restart_after_failures(self) -> None:
+        """Start the coordinator anew whenever its store has failed; until cancelled."""
+        while True:
+            if self.service is not None:
+                await asyncio.wait({self.service.failure})
+                self.service.failure.exception()
+            await self.kill()
+            await asyncio.sleep(self.rng.random() * 5.0)
+            with contextlib.suppress(Crash):
+                await self.start()
 
     async def dial(self) -> Link:
         if self.service is None:
