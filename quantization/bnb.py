@@ -161,7 +161,7 @@ def quantize_embeddings(model: nn.Module, compute_dtype: torch.dtype | None = No
 def replace_embedding(
     model: nn.Module, name: str, codes: Tensor, absmax: Tensor, compute_dtype: torch.dtype | None
 ) -> None:
-    """Put INT8 codes [v, n] and absmax [v] into the place of an embedding and what is tied to it."""
+    """Put INT8 codes [v, n] and absmax [v] in the place of an embedding and what is tied to it."""
     table = cast(nn.Embedding, model.get_submodule(name))
     layer = FrozenEmbedding8bit(codes, absmax, table.padding_idx)
     output = cast(Any, model).get_output_embeddings()

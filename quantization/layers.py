@@ -108,7 +108,8 @@ class FrozenEmbedding8bit(nn.Module):
 def _frozen(tensor: Tensor) -> nn.Parameter:
     """The tensor as a parameter; one that is a parameter already stays itself, so ties last."""
     if isinstance(tensor, nn.Parameter):
-        return tensor.requires_grad_(False)
+        tensor.requires_grad_(False)
+        return tensor
     return nn.Parameter(tensor, requires_grad=False)
 
 

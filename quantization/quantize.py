@@ -1,4 +1,4 @@
-"""`pf2lora-client quantize`: a backbone quantised once, into a folder that every device can load."""
+"""`pf2lora-client quantize`: a backbone quantised once, into a folder that devices load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from torch import Tensor
 from quantization.backbone import Backbone, load_backbone, proof_logits
 from quantization.errors import BackboneError, SchemeError
 from quantization.fingerprint import fingerprint, resolve_backbone
-from quantization.folder_manifest import FileFacts, FolderManifest, file_facts, is_quantized, write_manifest
+from quantization.folder_manifest import (
+    FileFacts,
+    FolderManifest,
+    file_facts,
+    is_quantized,
+    write_manifest,
+)
 from quantization.quantized_folder import stored_tensors, write_tensors
 from quantization.schemes import Scheme
 from quantization.tasks import TaskKind
@@ -28,8 +34,8 @@ _NOT_TEXT_FILES: Final = ("*.index.json", "adapter_config.json")
 class QuantizedFolder:
     """What was written: tasks it serves and why not others, and bytes of tensors by their part.
 
-    `codes_bytes` and `absmax_bytes` are of the quantised layers and embeddings; `other_bytes` of all
-    that stays as it was.
+    `codes_bytes` and `absmax_bytes` are of the quantised layers and embeddings; `other_bytes` of
+    all that stays as it was.
     """
 
     folder: Path

@@ -1,8 +1,8 @@
 """A backbone as its quantised tensors: take them out of a model, write them, read them back.
 
 Tensors are called as in the base model, without its prefix, so that one folder serves every task;
-what lies outside the base model (a causal LM's head) keeps its whole name. Layouts are the ones that
-CPU and CUDA both compute with, as bitsandbytes quantises into them:
+what lies outside the base model (a causal LM's head) keeps its whole name. Layouts are the ones
+that CPU and CUDA both compute with, as bitsandbytes quantises into them:
 
     4 bits   weight uint8 [ceil(m n / 2), 1], two codes a byte, the earlier one in the high half
              absmax float32 [ceil(m n / 64)]; "double": uint8, with nested_absmax float32 and
@@ -227,9 +227,7 @@ class _Filling:
         stored = _stored_name(self.model, name.lstrip("."))
         return self.manifest.shared.get(stored, stored)
 
-    def _tensor(
-        self, module: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Tensor:
+    def _tensor(self, module: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         stored = self._key(f"{module}.{key}")
         tensor = self.tensors.get(stored)
         if tensor is None:
@@ -262,7 +260,7 @@ def _read_shard(path: Path, facts: FileFacts, wanted: set[str]) -> Iterator[tupl
                 end = entry.end
                 if entry.name.rpartition(".")[0] in wanted:
                     tensor, buffer = _empty(entry)
-                    stream.readinto(buffer)  # type: ignore[attr-defined]
+                    stream.readinto(buffer)
                     digest.update(buffer)
                     yield entry.name, tensor
                     continue
@@ -283,4 +281,4 @@ def _empty(entry: TensorEntry) -> tuple[Tensor, memoryview]:
     if math.prod(entry.shape) * dtype.itemsize != entry.end - entry.begin:
         raise ValueError(f"tensor {entry.name!r} does not fill its place")
     tensor = torch.empty(entry.shape, dtype=dtype)
-    return tensor, memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor, tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
 """The header of a safetensors file: u64 length, JSON, then the tensors' bytes. Standard library.
 
-Read by hand, because no array type that is at hand without torch knows bfloat16 or the 8-bit floats,
-and because a backbone is read tensor by tensor into the memory where it stays.
+Read by hand, because no array type that is at hand without torch knows bfloat16 or the 8-bit
+floats, and because a backbone is read tensor by tensor into the memory where it stays.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 PIECE_BYTES: Final = 1 << 20
 _HEADER_BYTES_MAX: Final = 100_000_000  # the limit of the format's own library
@@ -55,7 +55,7 @@ def read_entries(stream: BinaryIO) -> list[TensorEntry]:
     return sorted(found, key=lambda entry: (entry.begin, entry.end))
 
 
-def _entry(name: str, facts: dict[str, object], start: int) -> TensorEntry:
-    begin, end = facts["data_offsets"]  # type: ignore[misc]
-    shape = tuple(int(side) for side in facts["shape"])  # type: ignore[attr-defined]
-    return TensorEntry(name, str(facts["dtype"]), shape, start + begin, start + end)
+def _entry(name: str, facts: dict[str, Any], start: int) -> TensorEntry:
+    begin, end = facts["data_offsets"]
+    shape = tuple(int(side) for side in facts["shape"])
+    return TensorEntry(name, str(facts["dtype"]), shape, start + int(begin), start + int(end))
