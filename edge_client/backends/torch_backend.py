@@ -440,6 +440,7 @@ def load_trainer(
     scheme: str,
     device: str,
     personal_seed: int,
+    compute_dtype: str | None = None,
 ) -> TorchTrainer:
     """The trainer of a federation, its backbone loaded from its own name or from `backbone`."""
     algorithm = settings.algorithm
@@ -454,5 +455,6 @@ def load_trainer(
             head_seed=settings.seed,
             # Fused attention has no double backward.
             attention="eager" if twice else None,
+            compute_dtype=compute_dtype,
         )
     return TorchTrainer(settings, loaded, personal_seed=personal_seed)
