@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.tasks import DeviceRows
+from coordinator.federations import Federations
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.memory import MemoryStore
@@ -199,7 +200,7 @@ def run_federation(
             clock=clock,
         )
         await service.open()
-        roster, serving = Roster(), set()
+        federations, roster, serving = Federations([service]), Roster(), set()
 
         def session(device: SimulatedDevice) -> Session:
             rng = random.Random(device.seed)
@@ -207,7 +208,7 @@ def run_federation(
             async def dial() -> Link:
                 ours, theirs = fake_links(rng)
                 device.links.append(ours)
-                task = asyncio.create_task(DeviceSession(theirs, service, roster).run())
+                task = asyncio.create_task(DeviceSession(theirs, federations, roster).run())
                 serving.add(task)
                 task.add_done_callback(serving.discard)
                 return ours

@@ -105,9 +105,9 @@ class AsynchronousMachine(Machine):
         return OpenRound(round_.number, round_.attempt, None, ())
 
     def _give(self, now: float) -> list[Action]:
+        self._under_way = {d: g for d, g in self._under_way.items() if now < g.deadline_at}
         if self._wish is not Wish.RUN:
             return []
-        self._under_way = {d: g for d, g in self._under_way.items() if now < g.deadline_at}
         rounds = self._settings.rounds
         able = [device for device in self._waiting if device not in self._refused_devices]
         actions: list[Action] = []

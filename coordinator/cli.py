@@ -57,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         # No short forms of flags: the next release's settings could change what they mean.
         command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
         command.set_defaults(command=function)
-        command.add_argument("--config", type=Path, default=Path("federation.toml"))
+        command.add_argument(
+            "--config",
+            type=Path,
+            action="append",
+            help="once for each federation that shares this coordinator; else federation.toml",
+        )
         if function is _serve:
             command.add_argument("--log-format", choices=("human", "json"), default="human")
         _add_setting_flags(command)
@@ -103,7 +108,7 @@ def _add_setting_flags(command: argparse.ArgumentParser) -> None:
 
 def _configuration(options: argparse.Namespace) -> config.Configuration:
     flags = {k: v for k, v in vars(options).items() if k in config.leaves() and v is not None}
-    return config.load(options.config, flags, os.environ)
+    return config.load(options.config or [Path("federation.toml")], flags, os.environ)
 
 
 class JsonLines(logging.Formatter):
@@ -123,7 +128,7 @@ class JsonLines(logging.Formatter):
 
 def _set_up_log(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    human = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    human = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if log_format == "json" else human)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for talkative in ("websockets", "alembic"):  # of every connection, of every step
@@ -138,11 +143,12 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    loaded = _configuration(options)
-    print(
-        f"{options.config}: good; federation {loaded.federation.name!r}, "
-        f"common adapter of {len(loaded.start.specs)} tensors, {len(loaded.start.buffer)} bytes"
-    )
+    for federation in _configuration(options).federations:
+        start = federation.start
+        print(
+            f"good: federation {federation.settings.name!r}, "
+            f"common adapter of {len(start.specs)} tensors, {len(start.buffer)} bytes"
+        )
     return 0
 
 

@@ -114,6 +114,7 @@ class RoundMachine(Machine):
     def _open_if_enough(self, now: float) -> list[Action]:
         rounds = self._settings.rounds
         if self._wish is not Wish.RUN:
+            self._goal_since = None
             return []
         self._away = {device: until for device, until in self._away.items() if now < until}
         available = {*self._waiting, *self._away}

@@ -15,8 +15,9 @@ from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
 from websockets.exceptions import ConnectionClosed
 
-from coordinator.config import Configuration
+from coordinator.config import Configuration, Federation
 from coordinator.errors import AddressError
+from coordinator.federations import Federations
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.sql import SqlStore
@@ -74,16 +75,9 @@ class CoordinatorServer:
         server = self._configuration.server
         self._store = await self._run_blocking(lambda: SqlStore(server.store))
         try:
-            self.service = FederationService(
-                self._configuration.federation,
-                self._configuration.start,
-                self._store,
-                rng=random.Random(self._configuration.federation.seed),
-                run_blocking=self._run_blocking,
-                hold_s=server.hold_s,
-                control_every_s=CONTROL_EVERY_S,
-            )
-            await self.service.open()
+            self.federations = Federations(map(self._service_of, self._configuration.federations))
+            for service in self.federations:
+                await service.open()
             self._server = await self._listen()
         except BaseException:
             await self._run_blocking(self._store.close)
@@ -101,7 +95,7 @@ class CoordinatorServer:
                     await self._ended.wait()
         self._server.close()
         await self._server.wait_closed()
-        self.service.close()
+        self.federations.close()
         await self._run_blocking(self._store.close)
         self._store_thread.shutdown()
 
@@ -119,17 +113,29 @@ class CoordinatorServer:
         """
         waits: set[asyncio.Future[Any]] = {
             asyncio.ensure_future(self.stopping.wait()),
-            self.service.failure,
+            *self.federations.failures,
         }
         if self._configuration.server.exit_when_finished:
             waits.add(asyncio.ensure_future(self._finished()))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if self.service.failure.done():
-                self.service.failure.result()
+            for failure in self.federations.failures:
+                if failure.done():
+                    failure.result()
         finally:
             for one in waits:
                 one.cancel()
+
+    def _service_of(self, federation: Federation) -> FederationService:
+        return FederationService(
+            federation.settings,
+            federation.start,
+            self._store,
+            rng=random.Random(federation.settings.seed),
+            run_blocking=self._run_blocking,
+            hold_s=self._configuration.server.hold_s,
+            control_every_s=CONTROL_EVERY_S,
+        )
 
     async def _listen(self) -> Server:
         server = self._configuration.server
@@ -153,7 +159,7 @@ class CoordinatorServer:
             return
         self._connections += 1
         try:
-            await DeviceSession(WebSocketLink(socket), self.service, self._roster).run()
+            await DeviceSession(WebSocketLink(socket), self.federations, self._roster).run()
         finally:
             self._connections -= 1
             self._ended.set()
@@ -162,8 +168,8 @@ class CoordinatorServer:
         """Returns when every device knows the end, or those that do not stay away for long."""
         while True:
             self._ended.clear()
-            quiet = self.service.finished and not self._connections
-            if quiet and self.service.everyone_told:
+            quiet = self.federations.finished and not self._connections
+            if quiet and self.federations.everyone_told:
                 return
             try:
                 async with asyncio.timeout(FINISH_GRACE_S):

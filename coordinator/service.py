@@ -101,6 +101,7 @@ class FederationService:
     ) -> None:
         """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
+        self._log = log.getChild(settings.name)
         self._start = start
         self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
         self._store = store
@@ -212,7 +213,7 @@ class FederationService:
         control = await self._write(self._store.control)
         before, self._control = self._control, control
         if control.wish is not before.wish:
-            log.info("the operator's wish: %s", control.wish.value)
+            self._log.info("the operator's wish: %s", control.wish.value)
             await self._drive(Wished(control.wish))
         if control.roll_back_to is None:
             return
@@ -220,7 +221,7 @@ class FederationService:
         if control.roll_back_to in kept:
             await self._drive(AskedBack(control.roll_back_to))
         else:
-            log.error("cannot roll back to round %d: not kept any more", control.roll_back_to)
+            self._log.error("cannot roll back to round %d: not kept any more", control.roll_back_to)
             await self._write(self._store.set_control, Control(control.wish))
 
     async def _keep_looking(self) -> None:
@@ -296,7 +297,7 @@ class FederationService:
     async def _go_back(self, number: int) -> Event:
         snapshot = await self._write(self._store.roll_back, number)
         self._base.move(snapshot.base, snapshot.memory)
-        log.warning("rolled back to the base version after round %d", number)
+        self._log.warning("rolled back to the base version after round %d", number)
         return WentBack(snapshot.rounds_done)
 
     async def _late_or_kept(self, assignment: str, reason: str) -> tuple[ReceiptStatus, str]:
@@ -337,7 +338,8 @@ class FederationService:
         self._versions[action.number] = self._base.version
         self._versions.pop(action.number - self.settings.rounds.staleness_max - 1, None)
         self._base.begin()
-        log.info("round %d opened: %d devices", action.number, len(cohort))
+        asked = f": {len(cohort)} devices" if cohort else ""
+        self._log.info("round %d opened%s", action.number, asked)
 
     async def _keep(self, device: str, assignment: str) -> None:
         report, update = self._arrived[assignment]
@@ -358,7 +360,7 @@ class FederationService:
         )
         if await self._write(self._store.keep_report, record):
             self._base.add(record)
-            log.info("round %d: report of %s", open_round.number, device)
+            self._log.info("round %d: report of %s", open_round.number, device)
 
     async def _close_round(self, number: int, attempt: int, aggregate: bool) -> None:
         new_base = memory = None
@@ -369,10 +371,10 @@ class FederationService:
         awaited = self._machine.awaited()
         self._receivers = {a: one for a, one in self._receivers.items() if a in awaited}
         if new_base is None:
-            log.warning("round %d abandoned: too few reports", number)
+            self._log.warning("round %d abandoned: too few reports", number)
             return
         self._base.move(new_base, memory)
-        log.info("round %d of %d aggregated", number, self.settings.rounds.count)
+        self._log.info("round %d of %d aggregated", number, self.settings.rounds.count)
 
     async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
         return await self._run_blocking(partial(call, self.settings.name, *args))
@@ -394,7 +396,7 @@ class FederationService:
             return self._base.add_all(reports)
 
         kept = await self._run_blocking(add_all)
-        log.info("round %d goes on: %d reports are kept", record.number, kept)
+        self._log.info("round %d goes on: %d reports are kept", record.number, kept)
 
     def _unfit(self, device: str, report: Report) -> str | None:
         """Why this report cannot be used whatever its bytes, if so."""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
+from coordinator.federations import Federations, UnknownFederationError
 from coordinator.service import FederationService
 from protocol.connection import Connection, Role, State, default_hello
 from protocol.errors import ErrorCode, RemoteProtocolError
@@ -47,14 +48,16 @@ class RefusedError(Exception):
 class DeviceSession:
     """Answers one device until it leaves, is refused, superseded or told goodbye."""
 
-    def __init__(self, link: Link, service: FederationService, roster: Roster) -> None:
+    def __init__(self, link: Link, federations: Federations, roster: Roster) -> None:
         self._link = link
-        self._service = service
+        self._federations = federations
+        self._service: FederationService
         self._roster = roster
         self._connection = Connection(Role.COORDINATOR, default_hello("pf2lora-coordinator"))
         self._incoming: asyncio.Task[bytes] | None = None
         self._stop: asyncio.Future[RefusedError | None] = asyncio.get_running_loop().create_future()
         self.device = ""
+        self.federation = ""
 
     async def run(self) -> None:
         """Hold the conversation; returns when the connection is over, whatever the reason."""
@@ -102,13 +105,12 @@ class DeviceSession:
         join = await self._receive()
         if not isinstance(join, Join):
             raise LinkClosedError
+        try:
+            self._service = self._federations.named(join.federation)
+        except UnknownFederationError as error:
+            raise RefusedError(ErrorCode.UNKNOWN_FEDERATION, str(error)) from None
         settings = self._service.settings
-        if join.federation not in ("", settings.name):
-            raise RefusedError(
-                ErrorCode.UNKNOWN_FEDERATION,
-                f"no federation {join.federation!r} here; this coordinator runs {settings.name!r}",
-            )
-        self.device = join.device
+        self.device, self.federation = join.device, settings.name
         self._roster.add(self)
         self._service.joined(join.device)
         await self._send(Joined(settings))
@@ -207,25 +209,27 @@ class DeviceSession:
 
 
 class Roster:
-    """The joined sessions, one a device: a newer connection takes an older one's place."""
+    """The joined sessions, one a device and federation: a newer takes an older one's place."""
 
     def __init__(self) -> None:
-        self._sessions: dict[str, DeviceSession] = {}
+        self._sessions: dict[tuple[str, str], DeviceSession] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def add(self, session: DeviceSession) -> None:
-        older = self._sessions.get(session.device)
-        self._sessions[session.device] = session
+        key = session.federation, session.device
+        older = self._sessions.get(key)
+        self._sessions[key] = session
         if older is not None:
             older.stop(RefusedError(ErrorCode.SUPERSEDED, "this device has connected anew"))
 
     def remove(self, session: DeviceSession) -> bool:
         """Forget a session; True if it was the device's present one."""
-        if self._sessions.get(session.device) is not session:
+        key = session.federation, session.device
+        if self._sessions.get(key) is not session:
             return False
-        del self._sessions[session.device]
+        del self._sessions[key]
         return True
 
     def stop_all(self) -> None:

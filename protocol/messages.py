@@ -105,10 +105,10 @@ class RetryWindow:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All rounds are done; the payload is the final common adapter."""
+    """No rounds are left, `rounds` were done; the payload is the final common adapter."""
 
     CODE: ClassVar[int] = 7
-    rounds: Round
+    rounds: Annotated[int, Integer(0, limits.ROUNDS_MAX)]
     base_version: Digest
     payload: Payload
 

@@ -83,6 +83,8 @@ class MemoryStore:
     ) -> None:
         found = self._found(federation)
         record = self._opened(found, number, attempt)
+        if member.assignment in found.given:
+            raise StoreError(f"there is an assignment {member.assignment} already")
         found.open_round = replace(record, cohort=(*record.cohort, member))
         found.last_asked[member.device] = number
         found.given.add(member.assignment)

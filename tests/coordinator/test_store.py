@@ -147,6 +147,8 @@ class StoreContract:
             store.add_assignment("demo", 1, 1, Member("c", "1-1-c"))
         store.open_round("demo", _round())
         store.add_assignment("demo", 1, 1, Member("c", "1-1-c"))
+        with pytest.raises(StoreError):
+            store.add_assignment("demo", 1, 1, Member("d", "1-1-c"))
         assert store.keep_report("demo", _report("c"))
         snapshot = store.load("demo")
         assert snapshot is not None

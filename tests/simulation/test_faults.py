@@ -15,7 +15,7 @@ from protocol.federation import Selection, WireDtype
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
-from tests.simulation.world import FakeDevice, World, settings
+from tests.simulation.world import START, FakeDevice, World, settings
 
 FAULTY = Faults(drop=0.02, duplicate=0.02, cut=0.02, delay_s=2.0)
 
@@ -277,6 +277,23 @@ def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
     assert 3 <= stopped_at <= 6
     assert ended_at == 10
     assert len(_finals(devices)) == 1
+
+
+def test_a_federation_stopped_before_its_first_round_tells_so_too() -> None:
+    device = FakeDevice("device")
+
+    async def scenario() -> None:
+        world = World(settings(count=3, cohort=1))
+        await world.start()
+        world.store.set_control("sim", Control(Wish.STOP))
+        assert world.service is not None
+        await world.service.look_at_control()
+        await world.take_part(device)
+
+    simulate(scenario)
+    assert device.trained == []
+    assert device.final is not None
+    assert device.final.digest() == START.digest()
 
 
 @pytest.mark.parametrize("killed", [False, True])

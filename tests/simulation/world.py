@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.errors import StoreError
+from coordinator.federations import Federations
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.base import Store
@@ -209,7 +210,7 @@ class World:
             raise LinkClosedError("nobody listens")
         device_end, coordinator_end = fake_links(self.rng, self.faults)
         self.device_ends.append(device_end)
-        session = DeviceSession(coordinator_end, self.service, self.roster)
+        session = DeviceSession(coordinator_end, Federations([self.service]), self.roster)
         task = asyncio.create_task(session.run())
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
