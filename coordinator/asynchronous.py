@@ -139,9 +139,9 @@ class AsynchronousMachine(Machine):
         if assignment in self._opened().refused:
             self._refused_devices.add(device)
 
-    def _went_back(self, rounds_done: int, now: float) -> list[Action]:
+    def _went_back(self, now: float) -> list[Action]:
         self._under_way.clear()  # their base versions are of another history
-        return super()._went_back(rounds_done, now)
+        return super()._went_back(now)
 
     def _why_wait(self) -> str:
         return f"{len(self._under_way)} devices are at work, as many as may be"

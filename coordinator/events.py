@@ -6,6 +6,7 @@ further events. All times are seconds on one clock, which may be virtual.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.control import Wish
@@ -89,9 +90,10 @@ class AskedBack:
 
 @dataclass(frozen=True, slots=True)
 class WentBack:
-    """That base version is the current one now."""
+    """That base version is the current one now; `attempts` were made at each round after it."""
 
     rounds_done: int
+    attempts: Mapping[int, int]
 
 
 Event = (

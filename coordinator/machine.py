@@ -134,8 +134,10 @@ class Machine(ABC):
             case AskedBack(number):
                 self._back_to = number
                 return self._close_now() if self.phase is Phase.OPEN else self._go_back()
-            case WentBack(rounds_done):
-                return self._went_back(rounds_done, now)
+            case WentBack(rounds_done, attempts):
+                self.rounds_done, self._attempts = rounds_done, dict(attempts)
+                self.phase = Phase.GATHERING
+                return self._went_back(now)
 
     # --- each kind's own ----------------------------------------------------------------------
 
@@ -203,9 +205,7 @@ class Machine(ABC):
         number, self._back_to = self._back_to, None
         return [] if number is None else [GoBack(number)]
 
-    def _went_back(self, rounds_done: int, now: float) -> list[Action]:
-        self.rounds_done = rounds_done
-        self.phase = Phase.GATHERING
+    def _went_back(self, now: float) -> list[Action]:
         return self._proceed_or_finish(now)
 
     def _proceed_or_finish(self, now: float) -> list[Action]:

@@ -298,7 +298,7 @@ class FederationService:
         snapshot = await self._write(self._store.roll_back, number)
         self._base.move(snapshot.base, snapshot.memory)
         self._log.warning("rolled back to the base version after round %d", number)
-        return WentBack(snapshot.rounds_done)
+        return WentBack(snapshot.rounds_done, snapshot.attempts)
 
     async def _late_or_kept(self, assignment: str, reason: str) -> tuple[ReceiptStatus, str]:
         """A report that was counted, its receipt lost, is not late when it comes again.

@@ -68,6 +68,9 @@ class MemoryStore:
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
         found = self._found(federation)
+        made = {(outcome.number, outcome.attempt) for outcome in found.history}
+        if found.open_round or (record.number, record.attempt) in made:
+            raise StoreError(f"attempt {record.attempt} at round {record.number} was made already")
         found.open_round = record
         found.attempts[record.number] = record.attempt
         found.last_asked |= {member.device: record.number for member in record.cohort}

@@ -61,6 +61,7 @@ class Driver:
     held: dict[str, float] = field(default_factory=dict)  # device -> since when
     has: dict[str, str] = field(default_factory=dict)  # device -> assignment
     kept: list[str] = field(default_factory=list)
+    attempts: dict[int, int] = field(default_factory=dict)
     in_round: int = 0
 
     def tell(self, event: Event) -> None:
@@ -74,7 +75,9 @@ class Driver:
 
     def _carry_out(self, action: Action) -> Event | None:
         match action:
-            case OpenRound(_, _, _, cohort):
+            case OpenRound(number, attempt, _, cohort):
+                assert attempt == self.attempts.get(number, 0) + 1
+                self.attempts[number] = attempt
                 self.in_round = 0
                 for device, assignment in cohort:
                     self._write(device, assignment)
@@ -101,7 +104,8 @@ class Driver:
             case CloseRound(_, _, aggregate):
                 return Closed(aggregate)
             case GoBack(number):
-                return WentBack(number)
+                later = {n: count for n, count in self.attempts.items() if n > number}
+                return WentBack(number, later)
             case TakeUpdate() | Answer():
                 self._note_answer(action)
         return None

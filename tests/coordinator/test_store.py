@@ -130,6 +130,9 @@ class StoreContract:
         store.open_round("demo", _round(5, 2))
         with pytest.raises(StoreError, match="a round is open"):
             store.roll_back("demo", 4)
+        store.close_round("demo", 5, 2, None, 1.0)
+        with pytest.raises(StoreError):
+            store.open_round("demo", _round(5, 2))
 
     def test_that_a_report_was_kept_is_known_after_its_round(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
