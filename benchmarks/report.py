@@ -135,7 +135,7 @@ def _plot(task: str, groups: Group, methods: Sequence[str], path: Path) -> None:
     every = [record for records in groups[task, ()].values() for record in records]
     majority = [record["majority"][metric] for record in every if record["majority"]]
     for axes, name in zip(
-        panels, ("rounds", "MiB sent by a device", "seconds of training on a device"), strict=True
+        panels, ("rounds", "MiB sent by a device", "processor seconds of training on a device"), strict=True
     ):
         if majority:
             axes.axhline(float(np.mean(majority)), color="grey", linewidth=1, linestyle=":")

@@ -35,7 +35,7 @@ GENERATED_TOKENS = 100
 
 @dataclass
 class Clock:
-    """Seconds of training, without evaluation."""
+    """Processor seconds of training, without evaluation: other cells may run beside this one."""
 
     training_s: float = 0.0
 
@@ -85,11 +85,11 @@ class SimulatedDevice:
         if done % self.every == 0 and done:
             self._evaluate(done, Level.PERSONAL)
             self.trainer.set_common(base)
-        started = time.perf_counter()
+        started = time.process_time()
         steps = self.settings.training.local_steps
         result = self.trainer.train(self.training, done * steps, assignment.round)
         update = self.trainer.update_from(base)
-        self.clock.training_s += time.perf_counter() - started
+        self.clock.training_s += time.process_time() - started
         self.personal = self.trainer.personal()
         self.optimizer = self.trainer.optimizer_state()
         self.report = FinishedReport(
