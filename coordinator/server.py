@@ -131,8 +131,7 @@ class CoordinatorServer:
                 while self._sessions:
                     self._ended.clear()
                     await self._ended.wait()
-        for session in list(self._sessions):
-            await session.hang_up()
+        await asyncio.gather(*(session.hang_up() for session in self._sessions))
         await self._server.wait_closed()
         self.federations.close()
         await self._run_blocking(self._store.close)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
+from coordinator.errors import StoreError
 from coordinator.store.base import PartialUpdate, Store
 from protocol import limits
 from protocol.errors import RemoteProtocolError
@@ -89,7 +90,10 @@ class Upload:
         if begin < self._stored_bytes:
             part = self._receiver.received(begin)
             digest = self._receiver.payload.digest
-            await self._uploads.keep(PartialUpdate(self._assignment, digest, begin, part))
+            try:
+                await self._uploads.keep(PartialUpdate(self._assignment, digest, begin, part))
+            except StoreError as error:  # whether the daemon must end is for reports to find
+                raise ConnectionError(str(error)) from error
 
 
 class Uploads:

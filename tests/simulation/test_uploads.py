@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from coordinator import session, uploads
+from coordinator.errors import StorageFullError
+from coordinator.store.base import PartialUpdate
+from coordinator.store.memory import MemoryStore
 from edge_client.session import Session
 from protocol import codec, limits
 from protocol.errors import ErrorCode
@@ -99,6 +102,25 @@ def test_after_a_kill_less_than_a_flush_is_sent_again(
         bytes(d.final.buffer) for d in calm if d.final
     }
     assert once < sum(came) < once + len(kill_at) * len(killed) * flush
+
+
+def test_a_disk_that_takes_no_parts_costs_a_connection_and_not_the_federation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uploads, "FLUSH_BYTES", limits.MIB)
+    failures = iter([True] * 3)
+    keep_part = MemoryStore.keep_part
+
+    def full(self: MemoryStore, federation: str, part: PartialUpdate) -> None:
+        if next(failures, False):
+            raise StorageFullError("the disk is full")
+        keep_part(self, federation, part)
+
+    monkeypatch.setattr(MemoryStore, "keep_part", full)
+    devices = _devices(2)
+    _run(World(settings(count=2, cohort=2, minimum_reports=2, deadline_s=1e5), base=BASE), devices)
+    assert next(failures, None) is None
+    assert len({device.final.digest() for device in devices if device.final}) == 1
 
 
 def test_broken_links_send_each_chunk_once_and_no_more() -> None:
