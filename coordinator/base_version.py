@@ -42,7 +42,9 @@ class BaseVersion:
     def offer(self, rank: int) -> Payload:
         """What a device of this rank (0: the whole) receives, from now on to be fetched."""
         if rank not in self._payloads:
-            download = self._aggregate.download(rank)
+            # What is lost on the way down is lost to the device alone: its update is against what
+            # it received, and is added to the base version as it is here.
+            download = self._aggregate.download(rank).cast(self._settings.download_dtype.wire)
             self._payloads[rank] = download.payload()
             self._offered[self._payloads[rank].digest] = download
         return self._payloads[rank]

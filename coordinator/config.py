@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -40,10 +40,25 @@ START_FORMAT: Final = "pf2lora-start-1"
 
 
 @dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """`[server]`: where to listen, and what to keep where.
+class RateSettings:
+    """`[server.rates]`: how often a second, on average; 0 is no limit.
 
-    `hold_s` is how long a waiting device is held before it is told to come back later.
+    An address may stand for a whole fleet behind one router: these let 20,000 devices of one come
+    at once, and 200 a second for good. Messages over the rate are not refused but read later.
+    """
+
+    connections_per_address: Annotated[float, Real(0.0, 1e6)] = 200.0
+    connections_per_device: Annotated[float, Real(0.0, 1e6)] = 1.0
+    messages_per_address: Annotated[float, Real(0.0, 1e9)] = 20_000.0
+    messages_per_device: Annotated[float, Real(0.0, 1e9)] = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`[server]`: where to listen, what to keep where, and how much of everything.
+
+    `hold_s` is how long a waiting device is held before it is told to come back later;
+    `uploads_mib` and `downloads_mib` bound the memory of all transfers under way together.
     """
 
     host: Annotated[str, Text(255, 1)] = "127.0.0.1"
@@ -53,6 +68,9 @@ class ServerSettings:
     hold_s: Annotated[float, Real(0.1, 60.0)] = 20.0
     exit_when_finished: bool = False
     connections_max: Annotated[int, Integer(1, 1_000_000)] = 10_000
+    uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 64
+    downloads_mib: Annotated[int, Integer(1, 1 << 20)] = 32
+    rates: RateSettings = field(default_factory=RateSettings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from coordinator.aggregation.base import UpdateError
 from coordinator.asynchronous import AsynchronousMachine
@@ -57,7 +58,9 @@ from coordinator.store.base import (
     Store,
     StoredReports,
 )
+from coordinator.uploads import RunBlocking, Uploads
 from protocol.federation import FederationSettings, Mode
+from protocol.link import LinkClosedError
 from protocol.messages import (
     Assignment,
     Finished,
@@ -69,19 +72,23 @@ from protocol.messages import (
     RetryWindow,
 )
 from protocol.tensors import NamedTensors, Payload
-from protocol.transfer import Receiver
 
 log = logging.getLogger("pf2lora.coordinator")
 
 TICK_LATE_S: Final = 0.001
+# Reports in one transaction: enough to share a flush to the disk, few enough to be soon done.
+KEPT_TOGETHER_MAX: Final = 16
 
 Result = TypeVar("Result")
 
 
-class RunBlocking(Protocol):
-    """Runs a blocking call away from the event loop; in simulations, at once."""
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """An update that has come whole."""
 
-    async def __call__(self, call: Callable[[], Result]) -> Result: ...
+    device: str
+    report: Report
+    update: NamedTensors
 
 
 class FederationService:
@@ -113,9 +120,10 @@ class FederationService:
         self._controller: asyncio.Task[None] | None = None
         self._clock = clock
         self._lock = asyncio.Lock()
+        self._events: deque[Event] = deque()  # yet to be handled
+        self._arrived: deque[_Arrived] = deque()  # likewise; apart, to be kept together
         self._replies: dict[str, asyncio.Future[Message]] = {}
-        self._receivers: dict[str, Receiver] = {}
-        self._arrived: dict[str, tuple[Report, NamedTensors]] = {}
+        self.uploads = Uploads(settings.name, store, run_blocking)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._unfinished: set[str] = set()
@@ -139,6 +147,7 @@ class FederationService:
                 "choose another name or another store",
             )
         self._restore(snapshot)
+        await self.uploads.open()
         if snapshot.open_round:
             await self._resum(snapshot.open_round)
         await self.look_at_control()
@@ -168,31 +177,18 @@ class FederationService:
         self._ranks[device] = min(rank, self.settings.adapter.rank)
         return await self._ask(device, CheckedIn(device))
 
-    async def offer(self, device: str, report: Report) -> tuple[Message, Receiver | None]:
-        """Resume with the receiver to fill, or the receipt of a report that is not wanted."""
+    async def offer(self, device: str, report: Report) -> Resume | Receipt:
+        """Resume if the update is wanted, or the receipt of a report that is not."""
         unfit = self._unfit(device, report)
         event = Refused(device, report.assignment, unfit) if unfit else None
         reply = await self._ask(device, event or Offered(device, report.assignment))
-        if not isinstance(reply, Resume):
-            return reply, None
-        receiver = self._receivers.get(report.assignment)
-        if receiver is None or receiver.payload != report.payload:
-            receiver = self._receivers[report.assignment] = Receiver(report.payload)
-        return Resume(receiver.offset), receiver
+        return cast(Resume | Receipt, reply)
 
     async def take(self, device: str, report: Report, update: NamedTensors) -> Message:
         """The receipt of a report whose update has come whole."""
-        assignment = report.assignment
-        self._receivers.pop(assignment, None)
-        try:
-            self._base.check(update)
-        except UpdateError as error:
-            return await self._ask(device, Refused(device, assignment, str(error)))
-        self._arrived[assignment] = (report, update)
-        try:
-            return await self._ask(device, Uploaded(device, assignment))
-        finally:
-            self._arrived.pop(assignment, None)
+        receipt = await self._ask(device, _Arrived(device, report, update))
+        await self.uploads.forget(report.assignment)
+        return receipt
 
     async def left(self, device: str) -> None:
         """The device's connection is gone."""
@@ -232,35 +228,72 @@ class FederationService:
 
     # --- events in, actions out ---------------------------------------------------------------
 
-    async def _ask(self, device: str, event: Event) -> Message:
+    async def _ask(self, device: str, event: Event | _Arrived) -> Message:
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        older = self._replies.get(device)
+        if older is not None and not older.done():
+            older.set_exception(LinkClosedError("the device asks over a newer connection"))
         self._replies[device] = reply
         await self._drive(event)
         return await reply
 
-    async def _drive(self, event: Event) -> None:
+    async def _drive(self, event: Event | _Arrived) -> None:
         # In a task of its own: a session that is cancelled must not stop a change halfway.
         task = asyncio.get_running_loop().create_task(self._drive_whole(event))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
 
-    async def _drive_whole(self, event: Event) -> None:
+    async def _drive_whole(self, event: Event | _Arrived) -> None:
+        if isinstance(event, _Arrived):
+            self._arrived.append(event)
+        else:
+            self._events.append(event)
         async with self._lock:
             if self.failure.done():
                 raise ConnectionError("the coordinator is stopping")
-            events = deque([event])
             try:
-                while events:
-                    for action in self._machine.handle(events.popleft(), self._clock()):
-                        following = await self._carry_out(action)
-                        if following is not None:
-                            events.append(following)
+                # Whoever has the lock handles what the others have left meanwhile.
+                while self._arrived or self._events:
+                    await self._handle_next()
             except Exception as error:
                 # The machine may now believe what the store does not hold: go no further.
                 self.failure.set_exception(error)
                 raise
         self._schedule_tick()
+
+    async def _handle_next(self) -> None:
+        if self._arrived:
+            events = deque(await self._keep_arrived())
+        else:
+            events = deque([self._events.popleft()])
+        while events:
+            for action in self._machine.handle(events.popleft(), self._clock()):
+                following = await self._carry_out(action)
+                if following is not None:
+                    events.append(following)
+
+    async def _keep_arrived(self) -> list[Event]:
+        """Keep what has come, as much of it as is wanted, in one transaction.
+
+        Nobody waits for company: what comes while one transaction is written goes into the next.
+        """
+        records = []
+        for _ in range(min(len(self._arrived), KEPT_TOGETHER_MAX, self._missing())):
+            arrived = self._arrived.popleft()
+            event = Uploaded(arrived.device, arrived.report.assignment)
+            for action in self._machine.handle(event, self._clock()):
+                if isinstance(action, Keep):
+                    records.append(self._record(arrived))
+                else:
+                    await self._carry_out(action)
+        return await self._keep(records) if records else []
+
+    def _missing(self) -> int:
+        """How many more reports may be kept at once without there being too many."""
+        open_round = self._machine.open_round
+        kept = len(open_round.kept) if open_round else 0
+        return max(1, self.settings.rounds.goal - kept)
 
     async def _carry_out(self, action: Action) -> Event | None:
         match action:
@@ -284,9 +317,6 @@ class FederationService:
                 if status is ReceiptStatus.LATE:
                     status, reason = await self._late_or_kept(assignment, reason)
                 self._reply(device, Receipt(assignment, status, reason))
-            case Keep(device, assignment):
-                await self._keep(device, assignment)
-                return Kept(device, assignment)
             case CloseRound(number, attempt, aggregate):
                 await self._close_round(number, attempt, aggregate)
                 return Closed(aggregate)
@@ -341,26 +371,52 @@ class FederationService:
         asked = f": {len(cohort)} devices" if cohort else ""
         self._log.info("round %d opened%s", action.number, asked)
 
-    async def _keep(self, device: str, assignment: str) -> None:
-        report, update = self._arrived[assignment]
+    async def _keep(self, records: list[ReportRecord]) -> list[Event]:
+        """What became of each: it is kept, or cannot be used."""
+        reasons = await self._run_blocking(partial(self._keep_and_sum, records))
+        events: list[Event] = []
+        for record, reason in zip(records, reasons, strict=True):
+            if reason is None:
+                self._log.info("round %d: report of %s", record.round, record.device)
+                events.append(Kept(record.device, record.assignment))
+            else:
+                events.append(Refused(record.device, record.assignment, reason))
+        return events
+
+    def _record(self, arrived: _Arrived) -> ReportRecord:
+        report = arrived.report
         open_round = self._machine.open_round
-        given_in = self._machine.given_in(device, assignment)
+        given_in = self._machine.given_in(arrived.device, report.assignment)
         if open_round is None or given_in is None:
             raise RuntimeError("a report without a round")
-        record = ReportRecord(
-            assignment,
-            device,
+        return ReportRecord(
+            report.assignment,
+            arrived.device,
             open_round.number,
             open_round.attempt,
             report.examples,
             report.metrics,
             self._clock(),
-            update,
+            arrived.update,
             open_round.number - given_in,
         )
-        if await self._write(self._store.keep_report, record):
-            self._base.add(record)
-            self._log.info("round %d: report of %s", open_round.number, device)
+
+    def _keep_and_sum(self, records: list[ReportRecord]) -> list[str | None]:
+        """Why the aggregate does not take an update; None for those that are kept and summed."""
+        reasons = [self._unusable(record.update) for record in records]
+        usable = [r for r, reason in zip(records, reasons, strict=True) if reason is None]
+        kept = self._store.keep_reports(self.settings.name, usable) if usable else []
+        for record, is_new in zip(usable, kept, strict=True):
+            if is_new:
+                self._base.add(record)
+        return reasons
+
+    def _unusable(self, update: NamedTensors) -> str | None:
+        try:
+            self._base.check(update)
+        except UpdateError as error:
+            return str(error)
+        return None
 
     async def _close_round(self, number: int, attempt: int, aggregate: bool) -> None:
         new_base = memory = None
@@ -368,8 +424,7 @@ class FederationService:
             kept = StoredReports(self._store, self.settings, number, attempt)
             new_base, memory = await self._run_blocking(partial(self._base.following, kept))
         await self._write(self._store.close_round, number, attempt, new_base, self._clock(), memory)
-        awaited = self._machine.awaited()
-        self._receivers = {a: one for a, one in self._receivers.items() if a in awaited}
+        self.uploads.only(self._machine.awaited())
         if new_base is None:
             self._log.warning("round %d abandoned: too few reports", number)
             return

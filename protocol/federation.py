@@ -220,6 +220,18 @@ class WireDtype(Enum):
                 return topk_size(count)
 
 
+class DownloadDtype(Enum):
+    """How a base version's numbers travel; the coordinator keeps float32 whatever it is."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def wire(self) -> WireDtype:
+        return WireDtype(self.value)
+
+
 @dataclass(frozen=True, slots=True)
 class FederationSettings:
     """One shared adapter and everything that a device must know to train it."""
@@ -234,6 +246,7 @@ class FederationSettings:
     aggregation: Aggregation = field(default_factory=Mean)
     server_step: ServerStep = field(default_factory=Average)
     update_dtype: WireDtype = WireDtype.FLOAT32
+    download_dtype: DownloadDtype = DownloadDtype.FLOAT32
     seed: Seed = 0
 
     def __post_init__(self) -> None:

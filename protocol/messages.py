@@ -181,7 +181,10 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The session cannot go on; the sender closes after this."""
+    """The session cannot go on; the sender closes after this.
+
+    A device that may come back does so at a moment chosen evenly in one to two `retry_after_s`.
+    """
 
     CODE: ClassVar[int] = 13
     code: ErrorCode

@@ -18,7 +18,8 @@ from coordinator.aggregation.base import Reports, WholeUpdates
 from protocol.aggregation import CoordinateMedian, MultiKrum, TrimmedMean
 from protocol.tensors import Array, NamedTensors
 
-BLOCK_BYTES: Final = 64 << 20
+# Of all reports' numbers at 8 bytes each; as float32 it is half of this, and a rule's copy of it.
+BLOCK_BYTES: Final = 32 << 20
 Rule = CoordinateMedian | TrimmedMean | MultiKrum
 
 

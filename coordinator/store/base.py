@@ -7,7 +7,7 @@ one thread of their own. Every call may raise StoreError: the store is damaged o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -73,6 +73,16 @@ class ReportRecord:
     received_at: float
     update: NamedTensors
     staleness: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartialUpdate:
+    """Some of an update's bytes, the first of them at `begin`; `digest` is the whole payload's."""
+
+    assignment: str
+    digest: bytes
+    begin: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +159,11 @@ class Store(Protocol):
         With a `deadline_at` it is awaited for itself, and no earlier one of its device is.
         """
 
-    def keep_report(self, federation: str, record: ReportRecord) -> bool:
-        """Keep a report for the open round; False if its assignment has one already.
+    def keep_reports(self, federation: str, records: Sequence[ReportRecord]) -> list[bool]:
+        """Keep reports for the open round, all or none; False where an assignment has one already.
 
-        What came is on the disk when this returns: only then may the report be acknowledged.
+        They are on the disk when this returns: only then may they be acknowledged. Together they
+        cost one write to the disk.
         """
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
@@ -160,11 +171,28 @@ class Store(Protocol):
 
     def blocks(
         self, federation: str, number: int, attempt: int, begin: int, end: int
-    ) -> list[bytes]:
+    ) -> Iterator[bytes]:
         """Bytes `[begin, end)` of the update buffers that `reports` would give, in its order."""
 
     def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
         """That of each report that `reports` would give, in its order."""
+
+    def keep_part(self, federation: str, part: PartialUpdate) -> None:
+        """Keep a part of an update that is on its way; it is on the disk when this returns.
+
+        Parts follow one another; one that begins at 0 takes the place of all before it. A part of
+        what is not awaited is not kept. Parts go with their report's keeping, and with the round in
+        which their assignment ceases to be awaited.
+        """
+
+    def parts(self, federation: str, assignment: str, digest: bytes) -> Iterator[bytes]:
+        """What is kept of this update, in order; nothing if it is of another payload."""
+
+    def drop_parts(self, federation: str, assignment: str) -> None:
+        """Forget what is kept of this update."""
+
+    def partial_updates(self, federation: str) -> list[str]:
+        """The assignments of whose updates parts are kept."""
 
     def has_report(self, federation: str, assignment: str) -> bool:
         """Whether a report of this assignment has ever been kept, its round open or over."""
@@ -235,6 +263,10 @@ class StoredReports:
             block = np.stack([report.update.flat()[begin:end] for report in reports])
         else:
             size = self._dtype.bytes_of(1)
+            block = np.empty((self.count, end - begin), np.float32)
             rows = self._store.blocks(*self._round, begin * size, end * size)
-            block = np.stack([decoded(row, self._dtype, end - begin) for row in rows])
-        return block if np.all(self._factors == 1) else block * self._factors[:, None]
+            for place, row in zip(block, rows, strict=True):
+                place[:] = decoded(row, self._dtype, end - begin)
+        if not np.all(self._factors == 1):
+            block *= self._factors[:, None]
+        return block

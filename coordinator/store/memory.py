@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.control import Control
@@ -13,6 +13,7 @@ from coordinator.store.base import (
     BaseRecord,
     Member,
     Outcome,
+    PartialUpdate,
     ReportRecord,
     RoundOutcome,
     RoundRecord,
@@ -35,6 +36,7 @@ class _Federation:
     bases: dict[int, NamedTensors] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)  # assignments, of all rounds
     awaited: dict[str, Awaited] = field(default_factory=dict)  # by device
+    parts: dict[str, list[PartialUpdate]] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)  # assignments, of all rounds
     history: list[RoundOutcome] = field(default_factory=list)
 
@@ -96,19 +98,13 @@ class MemoryStore:
                 member.device, member.assignment, number, deadline_at, record.base_version
             )
 
-    def keep_report(self, federation: str, record: ReportRecord) -> bool:
+    def keep_reports(self, federation: str, records: Sequence[ReportRecord]) -> list[bool]:
         found = self._found(federation)
-        self._opened(found, record.round, record.attempt)
-        if record.assignment not in found.given:
-            raise StoreError(f"there is no assignment {record.assignment}")
-        if record.assignment in found.kept:
-            return False
-        awaited = found.awaited.get(record.device)
-        if awaited and awaited.assignment == record.assignment:
-            del found.awaited[record.device]
-        found.reports[record.assignment] = record
-        found.kept.add(record.assignment)
-        return True
+        for record in records:
+            self._opened(found, record.round, record.attempt)
+            if record.assignment not in found.given:
+                raise StoreError(f"there is no assignment {record.assignment}")
+        return [self._keep(found, record) for record in records]
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
         reports = self._found(federation).reports
@@ -119,9 +115,25 @@ class MemoryStore:
 
     def blocks(
         self, federation: str, number: int, attempt: int, begin: int, end: int
-    ) -> list[bytes]:
-        reports = self.reports(federation, number, attempt)
-        return [bytes(report.update.buffer[begin:end]) for report in reports]
+    ) -> Iterator[bytes]:
+        for report in self.reports(federation, number, attempt):
+            yield bytes(report.update.buffer[begin:end])
+
+    def keep_part(self, federation: str, part: PartialUpdate) -> None:
+        found = self._found(federation)
+        if part.assignment in self._awaited(found):
+            before = found.parts.get(part.assignment, []) if part.begin else []
+            found.parts[part.assignment] = [*before, part]
+
+    def parts(self, federation: str, assignment: str, digest: bytes) -> Iterator[bytes]:
+        parts = self._found(federation).parts.get(assignment, [])
+        return iter([part.data for part in parts if part.digest == digest])
+
+    def drop_parts(self, federation: str, assignment: str) -> None:
+        self._found(federation).parts.pop(assignment, None)
+
+    def partial_updates(self, federation: str) -> list[str]:
+        return sorted(self._found(federation).parts)
 
     def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
         return [report.staleness for report in self.reports(federation, number, attempt)]
@@ -154,6 +166,8 @@ class MemoryStore:
         )
         found.open_round = None
         found.reports.clear()
+        awaited = self._awaited(found)
+        found.parts = {name: part for name, part in found.parts.items() if name in awaited}
         if new_base:
             found.rounds_done = number
             found.memory = memory
@@ -183,6 +197,7 @@ class MemoryStore:
             raise StoreError("a round is open")
         found.rounds_done, found.memory = number, None
         found.awaited.clear()
+        found.parts.clear()
         found.bases = {n: base for n, base in found.bases.items() if n <= number}
         found.control = Control(found.control.wish)
         snapshot = self.load(federation)
@@ -201,6 +216,22 @@ class MemoryStore:
         if record is None or (record.number, record.attempt) != (number, attempt):
             raise StoreError(f"attempt {attempt} at round {number} is not open")
         return record
+
+    def _keep(self, found: _Federation, record: ReportRecord) -> bool:
+        if record.assignment in found.kept:
+            return False
+        awaited = found.awaited.get(record.device)
+        if awaited and awaited.assignment == record.assignment:
+            del found.awaited[record.device]
+        found.reports[record.assignment] = record
+        found.kept.add(record.assignment)
+        found.parts.pop(record.assignment, None)
+        return True
+
+    def _awaited(self, found: _Federation) -> set[str]:
+        cohort = found.open_round.cohort if found.open_round else ()
+        given = {member.assignment for member in cohort}
+        return (given | {one.assignment for one in found.awaited.values()}) - found.kept
 
     def _found(self, federation: str) -> _Federation:
         try:

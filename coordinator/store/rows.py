@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from coordinator.store.base import ReportRecord
 from protocol import codec
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.messages import Assignment
+from protocol.messages import Assignment, Report
 from protocol.tensors import NamedTensors, Payload
 
 
@@ -14,6 +15,20 @@ def columns(name: str, tensors: NamedTensors) -> dict[str, Any]:
     payload = tensors.payload()
     message = Assignment("specs", 1, payload.digest, 0.0, payload)
     return {f"{name}_specs": codec.encode(message), name: bytes(tensors.buffer)}
+
+
+def report_columns(federation: str, record: ReportRecord) -> dict[str, Any]:
+    payload = record.update.payload()
+    message = Report(record.assignment, bytes(32), record.examples, record.metrics, payload)
+    return {
+        "assignment": record.assignment,
+        "federation": federation,
+        "number": record.round,
+        "attempt": record.attempt,
+        "received_at": record.received_at,
+        "report": codec.encode(message),
+        "update_bytes": record.update.buffer,
+    }
 
 
 def tensors(payload: Payload, data: bytes) -> NamedTensors:

@@ -14,7 +14,7 @@ from coordinator.control import Wish
 from protocol import limits
 
 # All revisions, oldest first; migrations/versions has a file for each.
-REVISIONS: Final = ("0001", "0002")
+REVISIONS: Final = ("0001", "0002", "0003")
 # A length makes MySQL choose a type that holds this much; the others do not care.
 _Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
 
@@ -82,6 +82,15 @@ reports = sa.Table(
     sa.Column("report", _Bytes, nullable=False),
     sa.Column("update_bytes", _Bytes),  # dropped when the round is closed
     sa.Index("reports_of_round", "federation", "number", "attempt"),
+)
+# Updates on their way: gone once the report is kept or the round is over.
+parts = sa.Table(
+    "parts",
+    metadata,
+    sa.Column("assignment", sa.ForeignKey("members.assignment"), primary_key=True),
+    sa.Column("begin", sa.BigInteger, primary_key=True),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("data", _Bytes, nullable=False),
 )
 
 IS_CURRENT: Final = sa.and_(

@@ -7,7 +7,7 @@ base is never trained from.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,6 +28,7 @@ from coordinator.store.base import (
 )
 from coordinator.store.database import Database
 from coordinator.store.migrate import migrate, require_current
+from coordinator.store.parts import PartsTable
 from coordinator.store.schema import (
     IS_CURRENT,
     IS_OPEN,
@@ -38,16 +39,16 @@ from coordinator.store.schema import (
     kept_in,
     members,
     of_round,
+    parts,
     reports,
     rounds,
 )
-from protocol import codec
 from protocol.federation import FederationSettings, settings_from_json, settings_to_json
 from protocol.messages import Assignment, Report
 from protocol.tensors import NamedTensors
 
 
-class SqlStore:
+class SqlStore(PartsTable):
     """A store at a database URL, such as `sqlite:////var/lib/pf2lora/store.sqlite`.
 
     Args:
@@ -150,33 +151,28 @@ class SqlStore:
             added = _member_row(federation, number, attempt, member)
             db.execute(members.insert().values(**added, deadline_at=deadline_at))
 
-    def keep_report(self, federation: str, record: ReportRecord) -> bool:
-        assignment, payload = record.assignment, record.update.payload()
-        message = Report(assignment, bytes(32), record.examples, record.metrics, payload)
-        given = (members.c.federation == federation, members.c.assignment == assignment)
-        when = sa.select(members.c.deadline_at).where(*given)
-        is_kept = sa.select(reports.c.assignment).where(reports.c.assignment == assignment)
+    def keep_reports(self, federation: str, records: Sequence[ReportRecord]) -> list[bool]:
+        assignments = [record.assignment for record in records]
+        given = (members.c.federation == federation, members.c.assignment.in_(assignments))
+        known = (
+            sa.select(members.c.assignment, reports.c.assignment.is_not(None).label("is_kept"))
+            .outerjoin(reports)
+            .where(*given)
+        )
+        awaited = (*given, members.c.deadline_at.is_not(None))
         with self._begin() as db:
-            self._require_open(db, federation, record.round, record.attempt)
-            member = db.execute(when).first()
-            if member is None:
-                raise StoreError(f"{self._label}: there is no assignment {assignment}")
-            if member.deadline_at is not None:
-                db.execute(members.update().where(*given).values(deadline_at=None))
-            if db.scalar(is_kept) is not None:
-                return False
-            db.execute(
-                reports.insert().values(
-                    assignment=assignment,
-                    federation=federation,
-                    number=record.round,
-                    attempt=record.attempt,
-                    received_at=record.received_at,
-                    report=codec.encode(message),
-                    update_bytes=bytes(record.update.buffer),
-                )
-            )
-        return True
+            for number, attempt in {(record.round, record.attempt) for record in records}:
+                self._require_open(db, federation, number, attempt)
+            kept = {row.assignment: bool(row.is_kept) for row in db.execute(known)}
+            for assignment in assignments:
+                if assignment not in kept:
+                    raise StoreError(f"{self._label}: there is no assignment {assignment}")
+            new = {r.assignment: r for r in records if not kept[r.assignment]}
+            for record in new.values():  # one by one: each is large
+                db.execute(reports.insert().values(rows.report_columns(federation, record)))
+            db.execute(members.update().where(*awaited).values(deadline_at=None))
+            db.execute(parts.delete().where(parts.c.assignment.in_(assignments)))
+        return [new.get(record.assignment) is record for record in records]
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
         chosen = kept_in(reports.c.assignment, federation, number, attempt)
@@ -205,11 +201,12 @@ class SqlStore:
 
     def blocks(
         self, federation: str, number: int, attempt: int, begin: int, end: int
-    ) -> list[bytes]:
+    ) -> Iterator[bytes]:
         part = sa.func.substr(reports.c.update_bytes, begin + 1, end - begin)
         with self._begin() as db:
-            chosen = db.scalars(kept_in(part, federation, number, attempt))
-            return [bytes(block) for block in chosen]
+            chosen = kept_in(part, federation, number, attempt)
+            for block in db.scalars(chosen.execution_options(yield_per=16)):
+                yield bytes(block)
 
     def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
         with self._begin() as db:
@@ -246,6 +243,7 @@ class SqlStore:
             )
             if closed.rowcount != 1:
                 raise StoreError(f"{self._label}: attempt {attempt} at round {number} is not open")
+            self.drop_unawaited(db, federation)
             if new_base:
                 db.execute(
                     federations.update()
@@ -305,6 +303,7 @@ class SqlStore:
             if self._open_round(db, federation):
                 raise StoreError(f"{self._label}: a round is open")
             db.execute(members.update().where(is_awaited(federation)).values(deadline_at=None))
+            self.drop_unawaited(db, federation)
             later = (bases.c.federation == federation, bases.c.number > number)
             db.execute(bases.delete().where(*later))
             db.execute(

@@ -187,7 +187,7 @@ def test_stored_reports_are_read_in_blocks_and_in_order(tmp_path: Path, kind: st
     store.create(SETTINGS, BASE)
     store.open_round("demo", _round())
     for device in ("b", "a"):
-        store.keep_report("demo", _report(device))
+        store.keep_reports("demo", [_report(device)])
     values = {name: getattr(SETTINGS, name) for name in ("name", "backbone", "task")}
     rules = FederationSettings(**values, update_dtype=WireDtype.BFLOAT16)
     reports = StoredReports(store, rules, 1, 1)

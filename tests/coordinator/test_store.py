@@ -24,10 +24,12 @@ from coordinator.store.base import (
     Awaited,
     Member,
     Outcome,
+    PartialUpdate,
     ReportRecord,
     RoundRecord,
     Store,
 )
+from coordinator.store.database import PAGE_BYTES
 from coordinator.store.memory import MemoryStore
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
@@ -74,9 +76,10 @@ class StoreContract:
     def test_an_open_round_and_its_reports_are_remembered(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
-        assert store.keep_report("demo", _report("b"))
-        assert store.keep_report("demo", _report("a"))
-        assert not store.keep_report("demo", _report("a"))
+        assert store.keep_reports("demo", [_report("b")]) == [True]
+        assert store.keep_reports("demo", [_report("a"), _report("b")]) == [True, False]
+        with pytest.raises(StoreError, match="attempt 2 at round 1 is not open"):
+            store.keep_reports("demo", [_report("a", 1, 2)])
         snapshot = store.load("demo")
         assert snapshot is not None
         assert snapshot.open_round == _round()
@@ -92,14 +95,14 @@ class StoreContract:
     ) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
-        store.keep_report("demo", _report("a"))
+        store.keep_reports("demo", [_report("a")])
         store.close_round("demo", 1, 1, None, 80.0)
         snapshot = store.load("demo")
         assert snapshot is not None
         assert (snapshot.rounds_done, snapshot.attempts, snapshot.open_round) == (0, {1: 1}, None)
         store.open_round("demo", _round(1, 2))
-        store.keep_report("demo", _report("a", 1, 2))
-        store.keep_report("demo", _report("b", 1, 2))
+        store.keep_reports("demo", [_report("a", 1, 2)])
+        store.keep_reports("demo", [_report("b", 1, 2)])
         store.close_round("demo", 1, 2, NEXT, 90.0)
         snapshot = store.load("demo")
         assert snapshot is not None
@@ -138,7 +141,7 @@ class StoreContract:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
         assert not store.has_report("demo", "1-1-a")
-        store.keep_report("demo", _report("a"))
+        store.keep_reports("demo", [_report("a")])
         assert store.has_report("demo", "1-1-a")
         store.close_round("demo", 1, 1, NEXT, 90.0)
         assert store.has_report("demo", "1-1-a")
@@ -152,7 +155,7 @@ class StoreContract:
         store.add_assignment("demo", 1, 1, Member("c", "1-1-c"))
         with pytest.raises(StoreError):
             store.add_assignment("demo", 1, 1, Member("d", "1-1-c"))
-        assert store.keep_report("demo", _report("c"))
+        assert store.keep_reports("demo", [_report("c")]) == [True]
         snapshot = store.load("demo")
         assert snapshot is not None
         assert snapshot.open_round is not None
@@ -167,8 +170,8 @@ class StoreContract:
             member = Member(device, f"1-1-{device}")
             store.add_assignment("demo", 1, 1, member, 50.0)
         with pytest.raises(StoreError, match="there is no assignment 1-1-c"):
-            store.keep_report("demo", _report("c"))
-        assert store.keep_report("demo", _report("a"))
+            store.keep_reports("demo", [_report("c")])
+        assert store.keep_reports("demo", [_report("a")]) == [True]
         store.close_round("demo", 1, 1, NEXT, 20.0)
         store.open_round("demo", RoundRecord(2, 1, NEXT.digest(), 20.0, None, ()))
         store.add_assignment("demo", 2, 1, Member("a", "2-1-a"), 60.0)
@@ -178,13 +181,13 @@ class StoreContract:
             Awaited("a", "2-1-a", 2, 60.0, NEXT.digest()),
             Awaited("b", "1-1-b", 1, 50.0, BASE.digest()),
         )
-        assert store.keep_report("demo", _report("a", 2))
+        assert store.keep_reports("demo", [_report("a", 2)]) == [True]
         stale = dataclasses.replace(_report("b"), round=2, staleness=1)
-        assert store.keep_report("demo", stale)
-        assert not store.keep_report("demo", stale)
+        assert store.keep_reports("demo", [stale]) == [True]
+        assert store.keep_reports("demo", [stale]) == [False]
         assert [report.staleness for report in store.reports("demo", 2, 1)] == [1, 0]
         assert store.staleness("demo", 2, 1) == [1, 0]
-        assert len(store.blocks("demo", 2, 1, 0, 2)) == 2
+        assert len(list(store.blocks("demo", 2, 1, 0, 2))) == 2
         snapshot = store.load("demo")
         assert snapshot is not None
         assert (snapshot.reported, snapshot.awaited) == ({"1-1-b", "2-1-a"}, ())
@@ -212,6 +215,27 @@ class StoreContract:
             assert bytes(found.buffer) == bytes(base.buffer)
         assert store.base("demo", bytes(32)) is None
 
+    def test_parts_of_an_update_go_with_its_report_or_its_round(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", _round())
+        for part in (
+            PartialUpdate("1-1-a", b"old", 0, b"abandoned"),
+            PartialUpdate("1-1-a", b"new", 0, b"one "),
+            PartialUpdate("1-1-a", b"new", 4, b"two "),
+            PartialUpdate("1-1-b", b"b", 0, b"other"),
+            PartialUpdate("1-2-a", b"x", 0, b"of no open round"),
+        ):
+            store.keep_part("demo", part)
+        assert b"".join(store.parts("demo", "1-1-a", b"new")) == b"one two "
+        assert list(store.parts("demo", "1-1-a", b"old")) == []
+        assert store.partial_updates("demo") == ["1-1-a", "1-1-b"]
+        store.keep_reports("demo", [_report("a")])
+        assert store.partial_updates("demo") == ["1-1-b"]
+        store.drop_parts("demo", "1-1-b")
+        store.keep_part("demo", PartialUpdate("1-1-b", b"b", 0, b"again"))
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        assert store.partial_updates("demo") == []
+
 
 class TestMemoryStore(StoreContract):
     @pytest.fixture
@@ -229,7 +253,7 @@ class TestSqlStore(StoreContract):
     def test_another_process_finds_all_of_it(self, store: Store, tmp_path: Path) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
-        store.keep_report("demo", _report("a"))
+        store.keep_reports("demo", [_report("a")])
         store.close()
         again = SqlStore(f"sqlite:///{tmp_path}/deep/store.sqlite")
         snapshot = again.load("demo")
@@ -247,7 +271,7 @@ def _filled(path: Path) -> SqlStore:
     store = SqlStore(f"sqlite:///{path}")
     store.create(SETTINGS, BASE)
     store.open_round("demo", _round())
-    store.keep_report("demo", _report("a"))
+    store.keep_reports("demo", [_report("a")])
     return store
 
 
@@ -277,7 +301,7 @@ def test_a_store_in_use_is_checked_and_copied(
     assert f"sound, schema revision {REVISIONS[-1]}; federations: demo" in capsys.readouterr().out
     assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 0
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-    store.keep_report("demo", _report("b"))  # after the copy
+    store.keep_reports("demo", [_report("b")])  # after the copy
     copied = SqlStore(f"sqlite:///{copy}", create=False)
     assert upkeep.check(copied) == ["demo"]
     assert [report.device for report in copied.reports("demo", 1, 1)] == ["a"]
@@ -306,8 +330,8 @@ def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
 def test_torn_pages_are_found(tmp_path: Path) -> None:
     _filled(tmp_path / "s.sqlite").close()
     content = bytearray((tmp_path / "s.sqlite").read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 4096] = bytes(range(256)) * 16
+    middle = len(content) // 2 // PAGE_BYTES * PAGE_BYTES
+    content[middle : middle + PAGE_BYTES] = bytes(range(256)) * (PAGE_BYTES // 256)
     (tmp_path / "s.sqlite").write_bytes(content)
     with pytest.raises(StoreError, match=r"s\.sqlite"):
         upkeep.check(SqlStore(f"sqlite:///{tmp_path}/s.sqlite"))
@@ -320,7 +344,7 @@ def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
     large = NamedTensors.from_arrays({"x.A": np.zeros((200, 300), np.float32)})
     report = dataclasses.replace(_report("b"), update=large)
     with pytest.raises(StorageFullError, match="full"):
-        store.keep_report("demo", report)
+        store.keep_reports("demo", [report])
     assert [kept.device for kept in store.reports("demo", 1, 1)] == ["a"]
     assert upkeep.check(store) == ["demo"]
     store.close()
@@ -346,7 +370,7 @@ from tests.coordinator.test_store import BASE, SETTINGS, _report, _round
 store = SqlStore(sys.argv[1])
 store.create(SETTINGS, BASE)
 store.open_round("demo", _round())
-store.keep_report("demo", _report("a"))
+store.keep_reports("demo", [_report("a")])
 print("kept", flush=True)
 time.sleep(60)
 """

@@ -94,10 +94,11 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         if isinstance(algorithm, HetLoRA):
             algorithm = replace(algorithm, rank_min=min(algorithm.rank_min, adapter.rank))
             rounds = replace(rounds, mode=Mode.SYNCHRONOUS)
-        *rest, update_dtype, seed = values[8:]
+        *rest, update_dtype, download_dtype, seed = values[8:]
         if isinstance(algorithm, HetLoRA) and not update_dtype.is_plain:
             update_dtype = WireDtype.FLOAT32
-        values = (*values[:5], algorithm, rounds, aggregation, *rest, update_dtype, seed)
+        dtypes = update_dtype, download_dtype
+        values = (*values[:5], algorithm, rounds, aggregation, *rest, *dtypes, seed)
     return cls(*values)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
 from protocol.virtual_time import at_once
 
+Result = TypeVar("Result")
 FINGERPRINT = "sha256:" + "a" * 64
 START = NamedTensors.from_arrays(
     {
@@ -142,9 +143,9 @@ class CrashingStore(MemoryStore):
         super().add_assignment(*arguments)
         self._maybe_crash()
 
-    def keep_report(self, *arguments: Any) -> bool:
+    def keep_reports(self, *arguments: Any) -> list[bool]:
         self._maybe_crash()
-        kept = super().keep_report(*arguments)
+        kept = super().keep_reports(*arguments)
         self._maybe_crash()
         return kept
 
@@ -152,6 +153,18 @@ class CrashingStore(MemoryStore):
         self._maybe_crash()
         super().close_round(*arguments)
         self._maybe_crash()
+
+
+class Process:
+    """What a coordinator's process can do to the disk: nothing more once it has been killed."""
+
+    def __init__(self) -> None:
+        self.is_alive = True
+
+    async def run(self, call: Callable[[], Result]) -> Result:
+        if not self.is_alive:
+            raise LinkClosedError("killed")
+        return await at_once(call)
 
 
 class World:
@@ -163,7 +176,9 @@ class World:
         seed: int = 0,
         faults: Faults | None = None,
         store: Store | None = None,
+        base: NamedTensors = START,
     ) -> None:
+        self.base = base
         self.settings = settings
         self.seed = seed
         self.rng = random.Random(seed)
@@ -174,12 +189,13 @@ class World:
         self._sessions: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
+        self._process = Process()
         self.service = FederationService(
             self.settings,
-            START,
+            self.base,
             self.store,
             rng=random.Random(1),
-            run_blocking=at_once,
+            run_blocking=self._process.run,
             clock=asyncio.get_running_loop().time,
         )
         self.roster = Roster()
@@ -188,6 +204,7 @@ class World:
     async def kill(self) -> None:
         """The coordinator is gone between two events; only the store remains."""
         if self.service:
+            self._process.is_alive = False
             self.service.close()
         self.service = None
         for task in list(self._sessions):
