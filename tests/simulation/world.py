@@ -169,21 +169,28 @@ class World:
         self.rng = random.Random(seed)
         self.faults = faults or Faults()
         self.store = store or MemoryStore()
+        self.writing_s = 0.0  # how long a call of the store takes
         self.service: FederationService | None = None
         self.device_ends: list[FakeLink] = []
         self._sessions: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        self.service = FederationService(
+        service = FederationService(
             self.settings,
             START,
             self.store,
             rng=random.Random(1),
-            run_blocking=at_once,
+            run_blocking=self._run_blocking,
             clock=asyncio.get_running_loop().time,
         )
         self.roster = Roster()
-        await self.service.open()
+        await service.open()
+        self.service = service  # from now on it listens
+
+    async def _run_blocking(self, call: Callable[[], Any]) -> Any:
+        if self.writing_s:
+            await asyncio.sleep(self.writing_s)
+        return await at_once(call)
 
     async def kill(self) -> None:
         """The coordinator is gone between two events; only the store remains."""
