@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from benchmarks.accuracy import settings_of
 from benchmarks.simulation import Clock, SimulatedDevice, run_federation
 from benchmarks.tasks import TASKS, deal, labels_of
 from edge_client.backends.torch_backend import load_trainer
-from edge_client.session import FinishedReport
+from edge_client.session import FinishedReport, Offer
 from protocol.messages import Assignment, Receipt, ReceiptStatus
 from protocol.tensors import NamedTensors
 
@@ -53,6 +53,13 @@ class PacedDevice(SimulatedDevice):
     trained: int = 0
     counted: int = 0
     told_at: float = 0.0
+    offered: Offer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.offered = super().offer()
+
+    def offer(self) -> Offer:
+        return self.offered  # alike at every check-in, of which those who wait make many
 
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         # Its own place in its data: asynchronously the round's number says nothing of that.

@@ -108,7 +108,11 @@ def _add_setting_flags(command: argparse.ArgumentParser) -> None:
 
 def _configuration(options: argparse.Namespace) -> config.Configuration:
     flags = {k: v for k, v in vars(options).items() if k in config.leaves() and v is not None}
-    return config.load(options.config or [Path("federation.toml")], flags, os.environ)
+    return config.load(_files(options), flags, os.environ)
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    return options.config or [Path("federation.toml")]
 
 
 class JsonLines(logging.Formatter):
@@ -143,10 +147,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    for federation in _configuration(options).federations:
+    federations = _configuration(options).federations
+    for path, federation in zip(_files(options), federations, strict=True):
         start = federation.start
         print(
-            f"good: federation {federation.settings.name!r}, "
+            f"{path}: good; federation {federation.settings.name!r}, "
             f"common adapter of {len(start.specs)} tensors, {len(start.buffer)} bytes"
         )
     return 0

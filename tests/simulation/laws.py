@@ -78,15 +78,18 @@ def run(
     faults: Faults,
     crashing: float,
     vanishing: float = 0.0,
+    writing_s: float = 0.0,
 ) -> Outcome:
     """A federation to its end; its store dies at writes with the probability `crashing`.
 
-    Devices go away for minutes, `vanishing` times each on average.
+    Devices go away for minutes, `vanishing` times each on average. A call of the store takes
+    `writing_s`, in which more may come.
     """
     outcome = Outcome(rules, devices, WatchedStore(seed, crashing))
 
     async def scenario() -> None:
         world = World(rules, seed, faults, outcome.store)
+        world.writing_s = writing_s
         restarter = asyncio.create_task(world.restart_after_failures())
         await asyncio.gather(*(_take_part(world, device, vanishing) for device in devices))
         restarter.cancel()

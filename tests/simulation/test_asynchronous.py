@@ -69,6 +69,18 @@ def test_whatever_fails_each_kept_report_counts_once_against_the_base_it_was_giv
     _explore(range(60))
 
 
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+def test_no_round_has_more_than_its_goal_however_many_report_at_once(mode: Mode) -> None:
+    rules = settings(mode=mode, count=6, cohort=7, report_goal=2, deadline_s=1000.0)
+    for seed in range(10):
+        print(f"seed {seed}")
+        devices = [FakeDevice(f"device-{i}", training_s=5.0) for i in range(7)]
+        outcome = run(rules, devices, seed, Faults(), crashing=0.01, writing_s=0.5)
+        hold_in_every_round(outcome)
+        assert {len(buffer.reports) for buffer in outcome.store.buffers if buffer.base} == {2}
+        assert made_again(outcome, seed) == outcome.versions
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_thousands_of_seeds() -> None:

@@ -158,10 +158,13 @@ class CrashingStore(MemoryStore):
 class Process:
     """What a coordinator's process can do to the disk: nothing more once it has been killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, writing_s: float) -> None:
         self.is_alive = True
+        self._writing_s = writing_s
 
     async def run(self, call: Callable[[], Result]) -> Result:
+        if self._writing_s:
+            await asyncio.sleep(self._writing_s)
         if not self.is_alive:
             raise LinkClosedError("killed")
         return await at_once(call)
@@ -184,13 +187,14 @@ class World:
         self.rng = random.Random(seed)
         self.faults = faults or Faults()
         self.store = store or MemoryStore()
+        self.writing_s = 0.0  # how long a call of the store takes
         self.service: FederationService | None = None
         self.device_ends: list[FakeLink] = []
         self._sessions: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        self._process = Process()
-        self.service = FederationService(
+        self._process = Process(self.writing_s)
+        service = FederationService(
             self.settings,
             self.base,
             self.store,
@@ -199,7 +203,8 @@ class World:
             clock=asyncio.get_running_loop().time,
         )
         self.roster = Roster()
-        await self.service.open()
+        await service.open()
+        self.service = service  # from now on it listens
 
     async def kill(self) -> None:
         """The coordinator is gone between two events; only the store remains."""
