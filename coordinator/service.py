@@ -48,6 +48,7 @@ from coordinator.events import (
     WentBack,
     Wished,
 )
+from coordinator.happenings import Acted, Observer, unobserved
 from coordinator.machine import Machine, Phase
 from coordinator.rounds import RoundMachine
 from coordinator.store.base import (
@@ -105,6 +106,7 @@ class FederationService:
         hold_s: float = 20.0,
         control_every_s: float = 0.0,
         clock: Callable[[], float] = time.time,
+        observe: Observer = unobserved,
     ) -> None:
         """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
@@ -119,6 +121,7 @@ class FederationService:
         self._control = Control()
         self._controller: asyncio.Task[None] | None = None
         self._clock = clock
+        self._observe = observe
         self._lock = asyncio.Lock()
         self._events: deque[Event] = deque()  # yet to be handled
         self._arrived: deque[_Arrived] = deque()  # likewise; apart, to be kept together
@@ -269,7 +272,7 @@ class FederationService:
             events = deque([self._events.popleft()])
         while events:
             for action in self._machine.handle(events.popleft(), self._clock()):
-                following = await self._carry_out(action)
+                following = await self._act(action)
                 if following is not None:
                     events.append(following)
 
@@ -286,7 +289,7 @@ class FederationService:
                 if isinstance(action, Keep):
                     records.append(self._record(arrived))
                 else:
-                    await self._carry_out(action)
+                    await self._act(action)
         return await self._keep(records) if records else []
 
     def _missing(self) -> int:
@@ -294,6 +297,12 @@ class FederationService:
         open_round = self._machine.open_round
         kept = len(open_round.kept) if open_round else 0
         return max(1, self.settings.rounds.goal - kept)
+
+    async def _act(self, action: Action) -> Event | None:
+        began = time.perf_counter()
+        following = await self._carry_out(action)
+        self._observe(Acted(self.settings.name, action, time.perf_counter() - began))
+        return following
 
     async def _carry_out(self, action: Action) -> Event | None:
         match action:
