@@ -14,7 +14,7 @@ from coordinator.control import Wish
 from protocol import limits
 
 # All revisions, oldest first; migrations/versions has a file for each.
-REVISIONS: Final = ("0001", "0002", "0003")
+REVISIONS: Final = ("0001", "0002", "0003", "0004")
 # A length makes MySQL choose a type that holds this much; the others do not care.
 _Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
 

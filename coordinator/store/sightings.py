@@ -17,7 +17,6 @@ import sqlalchemy as sa
 
 from coordinator.store.rows import decoded
 from coordinator.store.schema import (
-    members,
     of_round,
     reports,
     round_metrics,
@@ -106,11 +105,7 @@ def sum_up_round(db: sa.Connection, federation: str, number: int, attempt: int) 
     Quartiles and not means: what devices say of themselves is not checked, and one that says
     1e300 must not bend the curve.
     """
-    told = (
-        sa.select(reports.c.report)
-        .join(members)
-        .where(*of_round(members, federation, number, attempt))
-    )
+    told = sa.select(reports.c.report).where(*of_round(reports, federation, number, attempt))
     values: dict[str, list[float]] = {}
     for row in db.scalars(told):
         for metric in decoded(row, Report).metrics:

@@ -221,17 +221,19 @@ def _open_round(db: sa.Connection, federation: str, goal: int) -> OpenRoundView 
     row = db.execute(sa.select(rounds).where(rounds.c.federation == federation, IS_OPEN)).first()
     if row is None:
         return None
-    of_this = of_round(members, federation, row.number, row.attempt)
-    cohort = db.scalar(sa.select(sa.func.count()).select_from(members).where(*of_this))
-    kept = sa.select(sa.func.count()).select_from(reports.join(members)).where(*of_this)
+
+    def count(table: sa.Table) -> int:
+        of_this = of_round(table, federation, row.number, row.attempt)
+        return db.scalar(sa.select(sa.func.count()).select_from(table).where(*of_this)) or 0
+
     return OpenRoundView(
         row.number,
         row.attempt,
         row.opened_at,
         row.deadline_at,
-        cohort or 0,
+        count(members),
         goal,
-        db.scalar(kept) or 0,
+        count(reports),
     )
 
 

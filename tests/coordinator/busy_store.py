@@ -8,8 +8,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import sqlalchemy as sa
 
-from coordinator.store.schema import members, reports, round_metrics, rounds, sightings
+from coordinator.store.schema import (
+    bases,
+    federations,
+    members,
+    reports,
+    round_metrics,
+    rounds,
+    sightings,
+)
 from coordinator.store.sightings import DeviceState
 from coordinator.store.sql import SqlStore
 from protocol.federation import (
@@ -47,14 +56,15 @@ def fill_store(path: Path, devices: int, rounds_done: int, seed: int = 0) -> Sql
         for number in range(1, rounds_done + 2):
             _add_round(db, rng, names, number, number <= rounds_done, now - 60)
         db.execute(sightings.insert(), [_sighting(rng, name, now, rounds_done) for name in names])
-        from coordinator.store.schema import bases, federations
 
         db.execute(federations.update().values(rounds_done=rounds_done))
         db.execute(bases.update().values(number=rounds_done))
     return store
 
 
-def _add_round(db, rng: random.Random, names: list[str], number: int, over: bool, now: float):
+def _add_round(
+    db: sa.Connection, rng: random.Random, names: list[str], number: int, over: bool, now: float
+) -> None:
     opened_at = now - 240 * (1 + rng.random() / 2)
     took_s = 95 + 70 * rng.random() + 60 * math.exp(-number / 40)
     cohort = rng.sample(names, COHORT)
@@ -88,7 +98,14 @@ def _add_round(db, rng: random.Random, names: list[str], number: int, over: bool
     )
     if not over:
         kept_now = [
-            {"assignment": f"{number}-{device}", "received_at": now, "report": b""}
+            {
+                "assignment": f"{number}-{device}",
+                "federation": "reviews",
+                "number": number,
+                "attempt": 1,
+                "received_at": now,
+                "report": b"",
+            }
             for device in cohort[:kept]
         ]
         db.execute(reports.insert(), kept_now)
