@@ -53,9 +53,9 @@ class Watch:
         self._token = token
         self._store_url = store_url
         self._problem = problem
-        self._ledger = Ledger(database, run_blocking)
-        self._metrics = Metrics(self._ledger.connected)
-        self.observe = all_of(self._ledger, self._metrics)
+        self.ledger = Ledger(database, run_blocking)
+        self._metrics = Metrics(self.ledger.connected)
+        self.observe = all_of(self.ledger, self._metrics)
         self._live = Live(self._federations)
         self._manager = ServiceManager()
         self._reader_thread = ThreadPoolExecutor(1, "admin")
@@ -79,9 +79,9 @@ class Watch:
             app = admin_app(sources, self._token)
             self._server = AdminServer(app, self._settings.host, self._settings.port)
             self._server.open()
-        await self._ledger.begin(federations)
+        await self.ledger.begin(federations)
         watching: list[Awaitable[None]] = [
-            self._ledger.run(),
+            self.ledger.run(),
             self._metrics.measure_lag(),
             self._manager.keep_alive(),
         ]
@@ -104,7 +104,7 @@ class Watch:
         if self._server:
             await self._server.close()
         try:
-            await self._ledger.write()
+            await self.ledger.write()
         except StoreError as error:
             log.error("what was seen of devices is not written: %s", error)
         if self._reader:
