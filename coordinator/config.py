@@ -155,7 +155,7 @@ def _take_server(
         own = _from_table(record_of(ServerSettings), table.get("server", {}), "server")
         starts.append(path.parent / own.start)
         table.get("server", {}).pop("start", None)
-    server, said_in = _take_shared("server", ServerSettings, files, tables)
+    server, said_in = _take_shared("server", record_of(ServerSettings), files, tables)
     beside = said_in.get("store", files[0])
     return replace(server, store=_beside(beside, server.store), start=str(starts[0])), starts
 
@@ -164,7 +164,8 @@ def _take_admin(
     files: Sequence[Path], tables: Sequence[dict[str, Any]], server: ServerSettings
 ) -> AdminSettings:
     """Take `[admin]` out of the tables; its port and token file as they are to be used."""
-    admin, said_in = _take_shared("admin", AdminSettings, files, tables)
+    admin: AdminSettings
+    admin, said_in = _take_shared("admin", record_of(AdminSettings), files, tables)
     beside = said_in.get("token_file", files[0])
     return replace(
         admin,
@@ -174,14 +175,14 @@ def _take_admin(
 
 
 def _take_shared(
-    section: str, settings: type[Any], files: Sequence[Path], tables: Sequence[dict[str, Any]]
+    section: str, record: Record, files: Sequence[Path], tables: Sequence[dict[str, Any]]
 ) -> tuple[Any, dict[str, Path]]:
     """Take a section that all files share out of them, and say in which file each key is."""
     shared: dict[str, Any] = {}
     said_in: dict[str, Path] = {}
     for path, table in zip(files, tables, strict=True):
         own = table.pop(section, {})
-        _from_table(record_of(settings), own, section)
+        _from_table(record, own, section)
         for key, value in own.items():
             if shared.setdefault(key, value) != value:
                 raise ConfigurationError(
@@ -190,7 +191,7 @@ def _take_shared(
                     f"[{section}], which is best in one file",
                 )
             said_in.setdefault(key, path)
-    return _from_table(record_of(settings), shared, section), said_in
+    return _from_table(record, shared, section), said_in
 
 
 def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federation:
