@@ -49,6 +49,7 @@ from coordinator.events import (
     Wished,
 )
 from coordinator.happenings import Acted, Observer, unobserved
+from coordinator.log import FederationLog
 from coordinator.machine import Machine, Phase
 from coordinator.rounds import RoundMachine
 from coordinator.store.base import (
@@ -110,7 +111,7 @@ class FederationService:
     ) -> None:
         """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
-        self._log = log.getChild(settings.name)
+        self._log = FederationLog(log, settings.name)
         self._start = start
         self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
         self._store = store
@@ -378,7 +379,8 @@ class FederationService:
         self._versions.pop(action.number - self.settings.rounds.staleness_max - 1, None)
         self._base.begin()
         asked = f": {len(cohort)} devices" if cohort else ""
-        self._log.info("round %d opened%s", action.number, asked)
+        about = {"round": action.number, "attempt": action.attempt}
+        self._log.info("round %d opened%s", action.number, asked, extra=about)
 
     async def _keep(self, records: list[ReportRecord]) -> list[Event]:
         """What became of each: it is kept, or cannot be used."""
@@ -386,7 +388,8 @@ class FederationService:
         events: list[Event] = []
         for record, reason in zip(records, reasons, strict=True):
             if reason is None:
-                self._log.info("round %d: report of %s", record.round, record.device)
+                about = {"round": record.round, "device": record.device}
+                self._log.info("round %d: report of %s", *about.values(), extra=about)
                 events.append(Kept(record.device, record.assignment))
             else:
                 events.append(Refused(record.device, record.assignment, reason))
@@ -434,11 +437,13 @@ class FederationService:
             new_base, memory = await self._run_blocking(partial(self._base.following, kept))
         await self._write(self._store.close_round, number, attempt, new_base, self._clock(), memory)
         self.uploads.only(self._machine.awaited())
+        about = {"round": number, "attempt": attempt}
         if new_base is None:
-            self._log.warning("round %d abandoned: too few reports", number)
+            self._log.warning("round %d abandoned: too few reports", number, extra=about)
             return
         self._base.move(new_base, memory)
-        self._log.info("round %d of %d aggregated", number, self.settings.rounds.count)
+        count = self.settings.rounds.count
+        self._log.info("round %d of %d aggregated", number, count, extra=about)
 
     async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
         return await self._run_blocking(partial(call, self.settings.name, *args))
@@ -460,7 +465,8 @@ class FederationService:
             return self._base.add_all(reports)
 
         kept = await self._run_blocking(add_all)
-        self._log.info("round %d goes on: %d reports are kept", record.number, kept)
+        about = {"round": record.number, "attempt": record.attempt}
+        self._log.info("round %d goes on: %d reports are kept", record.number, kept, extra=about)
 
     def _unfit(self, device: str, report: Report) -> str | None:
         """Why this report cannot be used whatever its bytes, if so."""

@@ -282,7 +282,9 @@ class DeviceSession:
     async def _refuse(
         self, code: ErrorCode, reason: str, retry_after_s: float = RETRY_AFTER_S
     ) -> None:
-        log.warning("refused %s: %s: %s", self.device or "a device", code.value, reason)
+        about = {"federation": self.federation, "device": self.device, "code": code.value}
+        who = self.device or "a device"
+        log.warning("refused %s: %s: %s", who, code.value, reason, extra=about)
         if self._connection.state is State.CLOSED:
             return
         short = reason.encode()[:500].decode(errors="ignore")

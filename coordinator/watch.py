@@ -60,6 +60,7 @@ class Watch:
         self._manager = ServiceManager()
         self._reader_thread = ThreadPoolExecutor(1, "admin")
         self._reader: Database | None = None
+        self._is_ready = False
         self._tasks: list[asyncio.Task[None]] = []
         self._server: AdminServer | None = None
 
@@ -89,6 +90,7 @@ class Watch:
 
     def ready(self) -> None:
         """Devices are served from now on."""
+        self._is_ready = True
         self._manager.tell(READY)
 
     def stopping(self) -> None:
@@ -127,6 +129,8 @@ class Watch:
         return [views.as_json(one) for one in found]
 
     async def _problems(self) -> list[str]:
+        if not self._is_ready:
+            return ["the coordinator is starting"]
         problem = self._problem()
         problems = [problem] if problem else []
         try:
