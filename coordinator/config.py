@@ -131,12 +131,21 @@ def load(
             for table in tables:
                 _drop(table, key)
         _put(tables[0], key, _parsed(key, text, name), name)
+    for table in tables:
+        _check_sections(table)
     server, starts = _take_server(files, tables)
     admin = _take_admin(files, tables, server)
     federations = tuple(map(_federation, files, tables, starts))
     _check_names(files, federations)
     admin_token = read_token(admin, environ.get(TOKEN_VARIABLE, ""))
     return Configuration(server, federations, admin, admin_token)
+
+
+def _check_sections(table: Mapping[str, Any]) -> None:
+    known = ["server", "admin", *(name for name, _ in record_of(FederationSettings).kinds)]
+    for name in table:
+        if name not in known:
+            raise ConfigurationError(name, unknown_name(name, known))
 
 
 def _check_is_shared(key: str, name: str, count: int) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
+from starlette.applications import Starlette
 
 from coordinator.admin.app import Sources, admin_app
 from coordinator.admin.live import Live
@@ -63,6 +64,7 @@ class Watch:
         self._is_ready = False
         self._tasks: list[asyncio.Task[None]] = []
         self._server: AdminServer | None = None
+        self.app: Starlette | None = None
 
     @property
     def port(self) -> int | None:
@@ -77,8 +79,8 @@ class Watch:
         """
         if self._settings.enabled:
             sources = Sources(self._read, self._live, self._metrics.render, self._problems)
-            app = admin_app(sources, self._token)
-            self._server = AdminServer(app, self._settings.host, self._settings.port)
+            self.app = admin_app(sources, self._token)
+            self._server = AdminServer(self.app, self._settings.host, self._settings.port)
             self._server.open()
         await self.ledger.begin(federations)
         watching: list[Awaitable[None]] = [
