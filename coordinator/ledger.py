@@ -17,7 +17,6 @@ from typing import Final
 from coordinator.errors import StoreError
 from coordinator.events import CloseRound
 from coordinator.happenings import Acted, Disconnected, Happening, Heard, Said
-from coordinator.service import RunBlocking
 from coordinator.store.database import Database
 from coordinator.store.sightings import (
     TOLD,
@@ -28,6 +27,7 @@ from coordinator.store.sightings import (
     sum_up_round,
     write_sightings,
 )
+from coordinator.uploads import RunBlocking
 from protocol.messages import (
     Assignment,
     CheckIn,

@@ -19,10 +19,10 @@ from coordinator.errors import StoreError
 from coordinator.happenings import all_of
 from coordinator.ledger import Ledger
 from coordinator.metrics import Metrics
-from coordinator.service import RunBlocking
 from coordinator.store import views
 from coordinator.store.database import Database
 from coordinator.systemd import READY, STOPPING, ServiceManager
+from coordinator.uploads import RunBlocking
 
 log = logging.getLogger("pf2lora.coordinator")
 

@@ -182,7 +182,7 @@ def _close_round(store: SqlStore, values: list[float]) -> None:
     for member, value in zip(cohort, values, strict=True):
         told = (Metric("loss", value), *((Metric("own", 1.0),) if value > 2 else ()))
         report = ReportRecord(member.assignment, member.device, 1, 1, 9, told, 20.0, BASE)
-        store.keep_report("reviews", report)
+        store.keep_reports("reviews", [report])
     store.close_round("reviews", 1, 1, BASE, 80.0)
 
 
