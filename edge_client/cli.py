@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     run.add_argument("--coordinator", required=True, help="ws://host:port")
     run.add_argument("--federation", default="", help="its name; none asks for the only one")
+    run.add_argument(
+        "--tell-accuracy",
+        action="store_true",
+        help="let the coordinator's operators see accuracy on held-out rows, and learned ranks",
+    )
     _add_device_flags(run)
 
     for name, function, about in (
@@ -133,6 +138,7 @@ def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> Edge
         compute_dtype=options.compute_dtype,
         held_out=options.held_out,
         seed=options.seed,
+        tell_accuracy=getattr(options, "tell_accuracy", False),
         progress=lambda line: _say(options, {"progress": line}, line),
     )
 
@@ -276,6 +282,7 @@ def _read_federation(path: Path) -> tuple[dict[str, Any], Path]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
     server = table.pop("server", {})
+    table.pop("admin", None)  # the coordinator's alone
     if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
         raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
     return table, path.parent / str(server.get("start", "start.safetensors"))
