@@ -98,7 +98,7 @@ def test_a_truncated_file(folder, name):
     assert "truncated" in refusal(folder)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_byte_of_any_file(folder, data):
     name = data.draw(st.sampled_from(FILES))
@@ -250,6 +250,7 @@ def test_a_graph_nested_beyond_measure(tmp_path):
     assert "nested deeper" in refusal(tmp_path)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=200))
 def test_bytes_that_are_no_graph_are_refused_or_read(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.onnx"
