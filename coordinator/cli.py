@@ -21,7 +21,10 @@ from coordinator import config
 from coordinator.control import Wish
 from coordinator.errors import ConfigurationError, CoordinatorError
 from coordinator.server import serve
+from coordinator.store import upkeep
 from coordinator.store.base import RoundOutcome
+from coordinator.store.database import Database
+from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 
 EXIT_CODES = """\
@@ -54,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         # No short forms of flags: the next release's settings could change what they mean.
         command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
         command.set_defaults(command=function)
-        command.add_argument("--config", type=Path, default=Path("federation.toml"))
+        command.add_argument(
+            "--config",
+            type=Path,
+            action="append",
+            help="once for each federation that shares this coordinator; else federation.toml",
+        )
         if function is _serve:
             command.add_argument("--log-format", choices=("human", "json"), default="human")
         _add_setting_flags(command)
@@ -100,7 +108,11 @@ def _add_setting_flags(command: argparse.ArgumentParser) -> None:
 
 def _configuration(options: argparse.Namespace) -> config.Configuration:
     flags = {k: v for k, v in vars(options).items() if k in config.leaves() and v is not None}
-    return config.load(options.config, flags, os.environ)
+    return config.load(_files(options), flags, os.environ)
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    return options.config or [Path("federation.toml")]
 
 
 class JsonLines(logging.Formatter):
@@ -120,10 +132,11 @@ class JsonLines(logging.Formatter):
 
 def _set_up_log(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    human = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    human = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if log_format == "json" else human)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("websockets").setLevel(logging.WARNING)  # it tells of every connection
+    for talkative in ("websockets", "alembic"):  # of every connection, of every step
+        logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -134,11 +147,13 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    loaded = _configuration(options)
-    print(
-        f"{options.config}: good; federation {loaded.federation.name!r}, "
-        f"common adapter of {len(loaded.start.specs)} tensors, {len(loaded.start.buffer)} bytes"
-    )
+    federations = _configuration(options).federations
+    for path, federation in zip(_files(options), federations, strict=True):
+        start = federation.start
+        print(
+            f"{path}: good; federation {federation.settings.name!r}, "
+            f"common adapter of {len(start.specs)} tensors, {len(start.buffer)} bytes"
+        )
     return 0
 
 
@@ -184,14 +199,17 @@ def _control(options: argparse.Namespace) -> int:
 
 def _check_store(options: argparse.Namespace) -> int:
     with _store(options) as store:
-        names = store.check()
-    print(f"{options.store}: sound; federations: {', '.join(names) or 'none'}")
+        names = upkeep.check(store)
+    print(
+        f"{options.store}: sound, schema revision {REVISIONS[-1]}; "
+        f"federations: {', '.join(names) or 'none'}"
+    )
     return 0
 
 
 def _backup(options: argparse.Namespace) -> int:
-    with _store(options) as store:
-        store.backup(options.out)
+    with contextlib.closing(Database(options.store, create=False)) as database:
+        upkeep.backup(database, options.out)
     print(f"wrote {options.out}")
     return 0
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -40,10 +40,25 @@ START_FORMAT: Final = "pf2lora-start-1"
 
 
 @dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """`[server]`: where to listen, and what to keep where.
+class RateSettings:
+    """`[server.rates]`: how often a second, on average; 0 is no limit.
 
-    `hold_s` is how long a waiting device is held before it is told to come back later.
+    An address may stand for a whole fleet behind one router: these let 20,000 devices of one come
+    at once, and 200 a second for good. Messages over the rate are not refused but read later.
+    """
+
+    connections_per_address: Annotated[float, Real(0.0, 1e6)] = 200.0
+    connections_per_device: Annotated[float, Real(0.0, 1e6)] = 1.0
+    messages_per_address: Annotated[float, Real(0.0, 1e9)] = 20_000.0
+    messages_per_device: Annotated[float, Real(0.0, 1e9)] = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`[server]`: where to listen, what to keep where, and how much of everything.
+
+    `hold_s` is how long a waiting device is held before it is told to come back later;
+    `uploads_mib` and `downloads_mib` bound the memory of all transfers under way together.
     """
 
     host: Annotated[str, Text(255, 1)] = "127.0.0.1"
@@ -53,15 +68,25 @@ class ServerSettings:
     hold_s: Annotated[float, Real(0.1, 60.0)] = 20.0
     exit_when_finished: bool = False
     connections_max: Annotated[int, Integer(1, 1_000_000)] = 10_000
+    uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 64
+    downloads_mib: Annotated[int, Integer(1, 1 << 20)] = 32
+    rates: RateSettings = field(default_factory=RateSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """One federation to run, and its first base version."""
+
+    settings: FederationSettings
+    start: NamedTensors
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """All that a coordinator runs from; `start` is the first base version."""
+    """All that a coordinator runs from."""
 
     server: ServerSettings
-    federation: FederationSettings
-    start: NamedTensors
+    federations: tuple[Federation, ...]
 
 
 def leaves() -> dict[str, Kind]:
@@ -80,37 +105,89 @@ def flag_of(key: str) -> str:
     return "--" + key.replace(".", "-").replace("_", "-")
 
 
-def load(path: Path, flags: Mapping[str, str], environ: Mapping[str, str]) -> Configuration:
-    """The configuration of a file, overridden by the environment, overridden by flags.
+def load(
+    paths: Path | Sequence[Path], flags: Mapping[str, str], environ: Mapping[str, str]
+) -> Configuration:
+    """The configuration of one file or several, overridden by the environment, then by flags.
 
     Args:
-        path: `federation.toml`; paths inside it are relative to its folder.
+        paths: `federation.toml`, or one such file for each federation; paths inside a file are
+            relative to its folder. Of several files one has the `[server]` that all share.
         flags: dotted keys and their text.
         environ: the process's environment.
 
     Raises:
         ConfigurationError: naming the key, flag or variable, what is wrong and what would be right.
     """
-    table = _read_toml(path)
+    files = [paths] if isinstance(paths, Path) else list(paths)
+    tables = [_read_toml(path) for path in files]
     for key, name, text in _overrides(flags, environ):
-        _put(table, key, _parsed(key, text, name), name)
-    server = _from_table(record_of(ServerSettings), table.pop("server", {}), "server")
-    server = replace(
-        server,
-        store=_beside(path, server.store),
-        start=str(path.parent / server.start),
-    )
-    fingerprint, start = _read_start(Path(server.start), path)
+        if len(files) > 1:
+            _check_is_shared(key, name, len(files))
+            for table in tables:
+                _drop(table, key)
+        _put(tables[0], key, _parsed(key, text, name), name)
+    server, starts = _take_server(files, tables)
+    federations = tuple(map(_federation, files, tables, starts))
+    _check_names(files, federations)
+    return Configuration(server, federations)
+
+
+def _check_is_shared(key: str, name: str, count: int) -> None:
+    if not key.startswith("server.") or key == "server.start":
+        raise ConfigurationError(
+            name, f"could be for any of {count} federations; set {key} in the file of the one"
+        )
+
+
+def _take_server(
+    files: Sequence[Path], tables: Sequence[dict[str, Any]]
+) -> tuple[ServerSettings, list[Path]]:
+    """Take `[server]` out of the tables: what all share, and the start file of each."""
+    shared: dict[str, Any] = {}
+    said_in: dict[str, Path] = {}
+    starts = []
+    for path, table in zip(files, tables, strict=True):
+        own = _from_table(record_of(ServerSettings), table.get("server", {}), "server")
+        starts.append(path.parent / own.start)
+        for key, value in table.pop("server", {}).items():
+            if key == "start":
+                continue
+            if shared.setdefault(key, value) != value:
+                raise ConfigurationError(
+                    f"server.{key}",
+                    f"is {shared[key]!r} in {said_in[key]} and {value!r} in {path}; all share one "
+                    "[server], which is best in one file",
+                )
+            said_in.setdefault(key, path)
+    server = _from_table(record_of(ServerSettings), shared, "server")
+    beside = said_in.get("store", files[0])
+    return replace(server, store=_beside(beside, server.store), start=str(starts[0])), starts
+
+
+def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federation:
+    fingerprint, start = _read_start(start_path, path)
     backbone = table.setdefault("backbone", {})
     if isinstance(backbone, dict):
         backbone.setdefault("fingerprint", fingerprint)
-    federation: FederationSettings = _from_table(record_of(FederationSettings), table, "")
-    if federation.backbone.fingerprint != fingerprint:
+    settings: FederationSettings = _from_table(record_of(FederationSettings), table, "")
+    if settings.backbone.fingerprint != fingerprint:
         raise ConfigurationError(
             "backbone.fingerprint",
-            f"is {federation.backbone.fingerprint}, but {server.start} was made for {fingerprint}",
+            f"is {settings.backbone.fingerprint}, but {start_path} was made for {fingerprint}",
         )
-    return Configuration(server, federation, start)
+    return Federation(settings, start)
+
+
+def _check_names(files: Sequence[Path], federations: Sequence[Federation]) -> None:
+    found: dict[str, Path] = {}
+    for path, federation in zip(files, federations, strict=True):
+        name = federation.settings.name
+        if name in found:
+            raise ConfigurationError(
+                "name", f"is {name!r} in {found[name]} and in {path}; each federation needs its own"
+            )
+        found[name] = path
 
 
 def _collect(prefix: str, record: Record, found: dict[str, Kind]) -> None:
@@ -162,6 +239,15 @@ def _put(table: dict[str, Any], key: str, value: Any, name: str) -> None:
         if not isinstance(table, dict):
             raise ConfigurationError(name, f"{section} is no section in the file")
     table[leaf] = value
+
+
+def _drop(table: dict[str, Any], key: str) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        table = table.get(section, {})
+        if not isinstance(table, dict):
+            return
+    table.pop(leaf, None)
 
 
 def _from_table(record: Record, table: Mapping[str, Any], path: str) -> Any:

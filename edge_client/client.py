@@ -19,11 +19,13 @@ from pathlib import Path
 
 from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
 from edge_client.data import Example, FieldNames
+from edge_client.errors import ConfigurationError
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
 from protocol.federation import FederationSettings
+from quantization.folder_manifest import is_quantized, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,11 @@ class EdgeClient:
         federation: name of the federation; none asks for the coordinator's only one.
         backbone: folder or name to load the backbone from instead of the federation's own name for
             it; the fingerprint must agree in any case.
-        scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4" or "fp4".
+        scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4", "fp4",
+            "nf4-double" or "fp4-double". A quantised folder must be of that scheme.
         device: torch device, such as "cpu" or "cuda".
+        compute_dtype: what NF4, FP4 and INT8 layers multiply in, "float32" or "bfloat16"; none
+            takes float32 on a CPU and bfloat16 on CUDA.
         held_out: share of the rows kept apart for `evaluate`, in [0, 1).
         fields: the names of the data's fields.
         seed: of the held-out choice, the batches and the personal adapter's start.
@@ -73,17 +78,20 @@ class EdgeClient:
         backbone: str | None = None,
         scheme: str = "nf4",
         device: str = "cpu",
+        compute_dtype: str | None = None,
         held_out: float = 0.2,
         fields: FieldNames | None = None,
         seed: int = 0,
         progress: Progress = _silent,
     ) -> None:
         self._dial = websocket_dial(coordinator)
+        _check_scheme(backbone, scheme)
         self._federation = federation
         self._seed = seed
         self._backbone = backbone
         self._scheme = scheme
         self._torch_device = device
+        self._compute_dtype = compute_dtype
         self._store = PrivateStore(Path(state_dir))
         self._open = contextlib.ExitStack()
         self._open.enter_context(self._store.lock())
@@ -198,4 +206,17 @@ class EdgeClient:
             scheme=self._scheme,
             device=self._torch_device,
             personal_seed=self._seed,
+            compute_dtype=self._compute_dtype,
+        )
+
+
+def _check_scheme(backbone: str | None, scheme: str) -> None:
+    """A quantised folder of another scheme is known before any coordinator is asked."""
+    folder = Path(backbone or "").expanduser()
+    if backbone is None or not is_quantized(folder):
+        return
+    held = read_manifest(folder).scheme.value
+    if held != scheme:
+        raise ConfigurationError(
+            "scheme", f"is {scheme!r}, and {backbone} is quantised as {held!r}", repr(held)
         )

@@ -44,13 +44,11 @@ from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from protocol.federation import (
     FederationSettings,
-    HetLoRA,
-    Hypergradient,
     OptimizerState,
-    PF2LoRA,
     TaskKind,
     WireDtype,
 )
+from protocol.methods import HetLoRA, Hypergradient, PF2LoRA
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.backbone import Backbone, load_backbone
 from quantization.bnb import is_below
@@ -442,6 +440,7 @@ def load_trainer(
     scheme: str,
     device: str,
     personal_seed: int,
+    compute_dtype: str | None = None,
 ) -> TorchTrainer:
     """The trainer of a federation, its backbone loaded from its own name or from `backbone`."""
     algorithm = settings.algorithm
@@ -456,5 +455,6 @@ def load_trainer(
             head_seed=settings.seed,
             # Fused attention has no double backward.
             attention="eager" if twice else None,
+            compute_dtype=compute_dtype,
         )
     return TorchTrainer(settings, loaded, personal_seed=personal_seed)

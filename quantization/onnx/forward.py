@@ -30,7 +30,8 @@ from torch.nn import functional
 
 from quantization.artifact import IGNORED, LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone
-from quantization.bnb import dense_weight, is_below, is_transposed, linear_shape, output_embeddings
+from quantization.bnb import dense_weight, is_below, is_transposed, linear_shape
+from quantization.checkpoint import output_embeddings
 from quantization.errors import ArtifactError
 from quantization.onnx.editing import drop_unused, fold_constants, rename
 from quantization.onnx.shapes import with_shapes
