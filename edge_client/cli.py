@@ -12,12 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from edge_client.artifact_export import Use, export
 from edge_client.backends.base import Level, RankReport
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.preflight import preflight
-from protocol.federation import FederationSettings
+from protocol.federation import FederationSettings, TaskKind
 from protocol.schema import SchemaError, record_of
+from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import Scheme
 
 _SCHEMES = [scheme.value for scheme in Scheme]
@@ -70,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, about in (
         ("evaluate", _evaluate, "accuracy on the held-out rows at each level"),
         ("ranks", _ranks, "the learned rank of each layer"),
-        ("export", _export, "write common + personal as a PEFT adapter"),
+        ("save", _save, "write common + personal as a PEFT adapter"),
     ):
         command = commands.add_parser(name, help=about)
         command.set_defaults(command=function)
         _add_device_flags(command)
         if name == "ranks":
             command.add_argument("--png", type=Path, help="also draw a heat map into this file")
-        if name == "export":
+        if name == "save":
             command.add_argument("--out", required=True, type=Path)
             command.add_argument(
                 "--rank", type=_rank, help='cut layers to a rank; "auto": to what --energy asks'
@@ -87,6 +89,32 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make the start file of a federation.toml")
     prepare.set_defaults(command=_prepare)
     prepare.add_argument("config", type=Path)
+
+    compile_ = commands.add_parser(
+        "export", help="compile a backbone for devices without torch (extra: export)"
+    )
+    compile_.set_defaults(command=_export)
+    compile_.add_argument(
+        "backbone", metavar="MODEL", help="a folder, a name, or package:NAME/folder"
+    )
+    compile_.add_argument("--out", required=True, type=Path, help="the artifact's folder")
+    compile_.add_argument(
+        "--scheme", default="int8", choices=[s.value for s in ArtifactScheme], help="default int8"
+    )
+    compile_.add_argument(
+        "--embeddings",
+        choices=[s.value for s in EmbeddingScheme],
+        help="default int8, with --scheme none float32",
+    )
+    compile_.add_argument(
+        "--config", type=Path, help="a federation.toml: task, labels and target modules are its own"
+    )
+    compile_.add_argument("--task", help="sequence-classification (the default) or causal-lm")
+    compile_.add_argument("--label-count", type=int, help="of a classification")
+    compile_.add_argument(
+        "--target-modules", nargs="+", help="as in federation.toml; default query-value"
+    )
+    compile_.add_argument("--json", action="store_true", help="one JSON object a line")
 
     preflight = commands.add_parser(
         "preflight", help="run a real training step of each scheme on this machine"
@@ -243,7 +271,7 @@ def _rank(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _export(options: argparse.Namespace) -> None:
+def _save(options: argparse.Namespace) -> None:
     with _client(options) as client:
         export = client.save_pretrained(options.out, rank=options.rank, energy=options.energy)
     facts: dict[str, Any] = {"out": str(options.out), "ranks": export.ranks}
@@ -257,23 +285,52 @@ def _export(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from edge_client.backends.torch_backend import load_trainer
-    from quantization.backbone import resolve_backbone
-    from quantization.fingerprint import fingerprint
 
     settings, start = _read_federation(options.config)
-    digest = fingerprint(resolve_backbone(str(settings["backbone"]["name"])))
-    settings["backbone"].setdefault("fingerprint", digest)
-    try:
-        federation: FederationSettings = record_of(FederationSettings).from_mapping(settings, "")
-    except SchemaError as error:
-        raise ConfigurationError(error.path, error.problem, "a value that fits") from None
-    if federation.backbone.fingerprint != digest:
-        raise ConfigurationError(
-            "backbone.fingerprint", f"is {federation.backbone.fingerprint}", f"{digest}, or none"
-        )
+    federation = _checked_settings(settings, str(settings["backbone"]["name"]))
     trainer = load_trainer(federation, backbone=None, scheme="none", device="cpu", personal_seed=0)
-    _write_start(start, trainer.common().arrays(), digest)
+    _write_start(start, trainer.common().arrays(), federation.backbone.fingerprint)
     print(f"wrote {start}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    scheme = ArtifactScheme(options.scheme)
+    plain = scheme is ArtifactScheme.NONE
+    embeddings = options.embeddings or ("float32" if plain else "int8")
+    artifact = export(
+        options.backbone, options.out, _use(options), scheme, EmbeddingScheme(embeddings)
+    )
+    manifest = artifact.manifest
+    size_bytes = sum(file.size_bytes for file in manifest.files)
+    facts = {
+        "out": str(options.out),
+        "digest": artifact.digest,
+        "fingerprint": manifest.fingerprint,
+        "layers": len(manifest.layers),
+        "bytes": size_bytes,
+    }
+    text = (
+        f"wrote {options.out}: {len(manifest.layers)} adapted layers, "
+        f"{size_bytes / 2**20:.1f} MiB\ndigest {artifact.digest}"
+    )
+    _say(options, facts, text)
+
+
+def _use(options: argparse.Namespace) -> Use:
+    """What to compile for: as a federation says it, or as the flags do."""
+    if options.config is None:
+        targets = options.target_modules or ["query-value"]
+        return Use(
+            options.task or TaskKind.SEQUENCE_CLASSIFICATION.value,
+            options.label_count or 0,
+            targets[0] if len(targets) == 1 else tuple(targets),
+        )
+    given = ("task", "label_count", "target_modules")
+    if any(getattr(options, name) is not None for name in given):
+        problem = "has task, labels and target modules, and flags have them too"
+        raise ConfigurationError("--config", problem, "one of the two")
+    settings = _checked_settings(_read_federation(options.config)[0], options.backbone)
+    return Use(settings.task.kind.value, len(settings.task.labels), settings.adapter.target_modules)
 
 
 def _read_federation(path: Path) -> tuple[dict[str, Any], Path]:
@@ -286,6 +343,23 @@ def _read_federation(path: Path) -> tuple[dict[str, Any], Path]:
     if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
         raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
     return table, path.parent / str(server.get("start", "start.safetensors"))
+
+
+def _checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings:
+    """A federation.toml's settings, with the fingerprint of `backbone`, which it may lack."""
+    from quantization.fingerprint import fingerprint, resolve_backbone
+
+    digest = fingerprint(resolve_backbone(backbone))
+    table["backbone"].setdefault("fingerprint", digest)
+    try:
+        settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
+    except SchemaError as error:
+        raise ConfigurationError(error.path, error.problem, "a value that fits") from None
+    if settings.backbone.fingerprint != digest:
+        raise ConfigurationError(
+            "backbone.fingerprint", f"is {settings.backbone.fingerprint}", f"{digest}, or none"
+        )
+    return settings
 
 
 def _write_start(path: Path, arrays: dict[str, Any], digest: str) -> None:
@@ -341,8 +415,7 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _fingerprint(options: argparse.Namespace) -> None:
-    from quantization.backbone import resolve_backbone
-    from quantization.fingerprint import fingerprint
+    from quantization.fingerprint import fingerprint, resolve_backbone
 
     print(fingerprint(resolve_backbone(options.backbone)))
 

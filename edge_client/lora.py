@@ -25,8 +25,8 @@ from torch.nn import functional
 from edge_client.backends.base import Level as Level
 from edge_client.backends.base import RankReport as RankReport
 from protocol.federation import Group
-from quantization.backbone import seeded_uniform
 from quantization.bnb import is_below, is_transposed, linear_shape
+from quantization.seeded import seeded_uniform
 
 _QUERY_VALUE_NAMES: Final = (
     ("query", "value"),
@@ -238,7 +238,7 @@ def inject(
     if head not in {*Group, *(group.value for group in Group)}:
         raise AdapterError(f"no group {head!r} for the head: common or personal")
     heads = {name: _submodule(model, name) for name in modules_to_train}
-    targets = _select(model, target_modules, (*exclude, *heads))
+    targets = select_targets(model, target_modules, (*exclude, *heads))
     layers = {
         name: TwoLevelLoRALinear(
             model.get_submodule(name),
@@ -298,8 +298,14 @@ def _thaw(heads: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return thawed
 
 
-def _select(model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str]) -> list[str]:
-    """Names of the layers to wrap, in order."""
+def select_targets(
+    model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str]
+) -> list[str]:
+    """Names of the layers that `inject` would wrap, in order.
+
+    Raises:
+        AdapterError: no such target, or one that is not linear.
+    """
     modules = {
         name: module
         for name, module in model.named_modules()

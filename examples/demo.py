@@ -294,7 +294,7 @@ def _print_outlook(
     print(f"\nDone in {took_s:.0f} s. What was learned is kept in {state}. Look further:")
     print(f"  pf2lora-coordinator rounds --store sqlite:///{state}/coordinator.sqlite --name demo")
     print(f"  pf2lora-client ranks {device}")
-    print(f"  pf2lora-client export {device} --out {state / 'peft'}")
+    print(f"  pf2lora-client save {device} --out {state / 'peft'}")
     print(f"The federation's settings are in {config}.")
 
 

@@ -8,14 +8,11 @@ a seed draws depends on neither the platform nor the version of torch.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,11 +23,11 @@ from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.folder_manifest import is_quantized
 from quantization.quantized_folder import read_quantized
 from quantization.schemes import Scheme
+from quantization.seeded import head_start
 from quantization.tasks import TaskKind
 
-__all__ = ["Backbone", "Scheme", "TaskKind", "load_backbone", "resolve_backbone", "seeded_uniform"]
+__all__ = ["Backbone", "Scheme", "TaskKind", "load_backbone", "resolve_backbone"]
 
-_HEAD_STD: Final = 0.02  # what BERT and GPT-2 start their heads with
 _PROOF_TEXTS: Final = ("The gradient comes back.", "So it does, all the way.")
 
 
@@ -142,36 +139,11 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _start_head(model: nn.Module, head_modules: tuple[str, ...], seed: int) -> None:
-    """Matrices normal with standard deviation 0.02, biases zero, norm scales one."""
+    """Give the head the values that every device starts from, as seeded.head_start has them."""
     for name, parameter in model.named_parameters():
-        if not is_below(name, head_modules):
-            continue
-        if parameter.ndim >= 2:
-            values = _HEAD_STD * _seeded_normal(parameter.numel(), seed, name)
-            start = torch.from_numpy(values.astype(np.float32)).view(parameter.shape)
-        else:
-            start = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-        parameter.data = start
-
-
-def seeded_uniform(count: int, seed: int, *labels: str) -> NDArray[np.float64]:
-    """Draw `count` numbers in [0, 1) that `seed` and `labels` determine, on every platform.
-
-    The raw bits of Philox are part of NumPy's promise of stability; its distributions, and torch's
-    generators, are not.
-    """
-    key = hashlib.sha256("\0".join((str(seed), *labels)).encode()).digest()[:16]
-    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
-    return (np.asarray(bits, np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _seeded_normal(count: int, seed: int, *labels: str) -> NDArray[np.float64]:
-    """Standard normal numbers by the method of Box and Muller."""
-    radius = np.sqrt(-2.0 * np.log1p(-seeded_uniform(count, seed, *labels, "radius")))
-    normal: NDArray[np.float64] = radius * np.cos(
-        2.0 * np.pi * seeded_uniform(count, seed, *labels, "angle")
-    )
-    return normal
+        if is_below(name, head_modules):
+            start = head_start(name, tuple(parameter.shape), seed)
+            parameter.data = torch.from_numpy(start)
 
 
 def _prove(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:

@@ -112,7 +112,7 @@ def quantize_linears(
     """
     names = linears(model, scheme, keep)
     for name in names:
-        weight, bias = _dense(model.get_submodule(name))
+        weight, bias = dense_weight(model.get_submodule(name))
         replace_linear(model, name, _quantized(weight, bias, scheme, device, compute_dtype))
     return len(names)
 
@@ -153,7 +153,7 @@ def quantize_embeddings(model: nn.Module, compute_dtype: torch.dtype | None = No
     names = embeddings(model)
     for name in names:
         table = cast(nn.Embedding, model.get_submodule(name))
-        codes, absmax = _int8_rows(table.weight.detach())
+        codes, absmax = int8_codes(table.weight.detach())
         replace_embedding(model, name, codes, absmax, compute_dtype)
     return len(names)
 
@@ -186,7 +186,7 @@ def _quantized(
     if scheme is Scheme.BF16:
         return FrozenLinear16bit(weight, bias).to(device)
     if scheme is Scheme.INT8:
-        codes, absmax = _int8_rows(weight.to(device))
+        codes, absmax = int8_codes(weight.to(device))
         return FrozenLinear8bit(codes, absmax, bias, compute_dtype).to(device)
     codes, state = _bitsandbytes().functional.quantize_4bit(
         weight.to(device),
@@ -197,14 +197,27 @@ def _quantized(
     return linear_4bit(codes, state, bias, compute_dtype)
 
 
-def _dense(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def nf4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """NF4 codes, two in a byte, and the absmax of each BLOCK_SIZE numbers, in the order of rows."""
+    codes, state = _bitsandbytes().functional.quantize_4bit(
+        weight, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"
+    )
+    return codes, state.absmax
+
+
+def nf4_table() -> Tensor:
+    """The numbers that the sixteen codes of NF4 stand for."""
+    return cast(Tensor, _bitsandbytes().functional.get_4bit_type("nf4", device="cpu"))
+
+
+def dense_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [m, n] and bias [m] of a dense layer, detached."""
     weight, bias = cast(Tensor, layer.weight).detach(), layer.bias
     weight = weight.t() if isinstance(layer, Conv1D) else weight
     return weight.contiguous(), bias.detach() if isinstance(bias, Tensor) else None
 
 
-def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """INT8 codes [m, n] and float32 absmax [m] of a float `weight` [m, n]."""
     # float16 is what bitsandbytes' kernels take, on CUDA as on CPU.
     codes, absmax, _ = _bitsandbytes().functional.int8_vectorwise_quant(weight.half())

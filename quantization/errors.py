@@ -2,6 +2,7 @@
 
     QuantizationError
     ├── BackboneError      the backbone was not found, is broken, or gives no gradient
+    ├── ArtifactError      a compiled artifact is damaged, foreign or unsafe, or cannot be made
     ├── SchemeError        no such quantisation scheme, or nothing in the model to quantise
     └── MissingExtraError  a library of an optional extra is not installed
 
@@ -17,6 +18,10 @@ class QuantizationError(Exception):
 
 class BackboneError(QuantizationError):
     """The backbone cannot be found, read or trained through; the text says what was tried."""
+
+
+class ArtifactError(QuantizationError):
+    """A compiled artifact is refused, or cannot be compiled; the text names file and reason."""
 
 
 class SchemeError(QuantizationError):

