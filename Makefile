@@ -111,10 +111,10 @@ slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@
 
 # One cell of the accuracy matrix, run again and compared with its record.
-TASK ?= sst2-s0.5
+TASK ?= sst2
 METHOD ?= pf2lora
 SEED ?= 0
-bench-accuracy: $(INSTALLED)  ## TASK=sst2-s0.5 METHOD=pf2lora SEED=0
+bench-accuracy: $(INSTALLED)  ## TASK=sst2 METHOD=pf2lora SEED=0
 	$(BIN)/python -m benchmarks.accuracy --tasks $(TASK) --methods $(METHOD) --seeds $(SEED) --again
 
 clean:

@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 LEARNING_RATES = (2e-3, 4e-3)
 # As many to choose from, and lower: it takes the steps of all devices one after the other.
 CENTRALISED_RATES = (5e-4, 1e-3)
-SEARCH_ROUNDS = 10
+# So often a run is evaluated, evenly over its rounds.
+EVALUATIONS = 4
+# Of a causal task, how many texts every device writes in a report; choices are made by the loss.
+GENERATED_ROWS = 10
 TIER_1 = ["sst2-s0.5", "sst2-s0.9", "clinc150", "cola-s0.5", "webnlg"]
 # Centralised training is HOMLoRA on one device that has everybody's rows, and as many steps.
 METHODS: dict[str, dict[str, Any]] = {
@@ -72,15 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TIER_1, metavar="TASK")
+    parser.add_argument("--tasks", nargs="+", type=_task, default=TIER_1, metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--every", type=int, default=5, help="rounds between evaluations")
+    parser.add_argument("--rounds", type=int, help="instead of the task's own number")
     parser.add_argument("--split", choices=["dev", "test"], default="test")
     parser.add_argument("--scheme", default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=0, help="training rows a task; 0: all it has")
+    parser.add_argument("--devices", type=int, help="instead of the task's own number")
     parser.add_argument("--learning-rate", type=float, help="instead of the one found best")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--search", action="store_true", help="the cells that find learning rates")
@@ -91,25 +95,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _task(name: str) -> str:
+    """A task's name; a data set's stands for its first task."""
+    for task in TASKS:
+        if name in (task, TASKS[task].folder):
+            return task
+    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TASKS)}")
+
+
 def _cells(options: argparse.Namespace) -> list[Cell]:
     common = {"scheme": options.scheme, "device": options.device, "rows": options.rows}
+    if options.devices:
+        common["devices"] = options.devices
     cells = []
     for task in options.tasks:
         for method in options.methods:
+            rounds = options.rounds or TASKS[task].rounds
             cell = {"task": task, "method": method, **common, "set": sorted(options.set)}
             if options.search:
-                cells += [
-                    {**cell, "seed": 0, "split": "dev", "rounds": SEARCH_ROUNDS,
-                     "every": SEARCH_ROUNDS, "learning_rate": rate}
-                    for rate in _rates(method)
-                ]  # fmt: skip
+                half = {"seed": 0, "split": "dev", "rounds": rounds // 2, "every": rounds // 2}
+                cells += [{**cell, **half, "learning_rate": rate} for rate in _rates(method)]
                 continue
             rate = options.learning_rate or best_learning_rate(_finished(), task, method)
-            cells += [
-                {**cell, "seed": seed, "split": options.split, "rounds": options.rounds,
-                 "every": options.every, "learning_rate": rate}
-                for seed in options.seeds
-            ]  # fmt: skip
+            whole = {
+                "split": options.split,
+                "rounds": rounds,
+                "every": max(1, rounds // EVALUATIONS),
+            }
+            cells += [{**cell, **whole, "seed": s, "learning_rate": rate} for s in options.seeds]
     return sorted(cells, key=lambda cell: cell["seed"])
 
 
@@ -121,7 +134,7 @@ def best_learning_rate(records: list[dict[str, Any]], task: str, method: str) ->
         if record["cell"]["task"] == task
         and record["cell"]["method"] == method
         and record["cell"]["split"] == "dev"
-        and record["cell"]["rounds"] == SEARCH_ROUNDS
+        and record["cell"]["rounds"] == TASKS[task].rounds // 2
         and not record["cell"]["set"]
     }
     if set(_rates(method)) - set(found):
@@ -251,6 +264,7 @@ def settings_of(cell: Cell, devices: int, labels: tuple[str, ...]) -> Federation
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Run one federation; its record."""
     task, seed = TASKS[cell["task"]], cell["seed"]
+    task = replace(task, devices=cell.get("devices", task.devices))
     shares = deal(task, cell["split"], seed)
     if cell["rows"]:
         shares = [DeviceRows(s.training[: cell["rows"]], s.evaluation) for s in shares]
@@ -273,6 +287,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             trainer,
             settings,
             cell["every"],
+            GENERATED_ROWS if cell["split"] == "test" else 0,
             clock,
         )
         for number, owned in enumerate(owners)

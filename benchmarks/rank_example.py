@@ -28,17 +28,19 @@ from protocol.federation import (
     Adapter,
     Backbone,
     Decay,
-    FedDPA,
     FederationSettings,
-    HetLoRA,
-    HomLoRA,
-    LocalOnly,
-    PF2LoRA,
     Rounds,
     Task,
     TaskKind,
     Training,
     Weighting,
+)
+from protocol.methods import (
+    FedDPA,
+    HetLoRA,
+    HomLoRA,
+    LocalOnly,
+    PF2LoRA,
 )
 from protocol.tensors import NamedTensors, truncated
 

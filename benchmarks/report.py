@@ -42,32 +42,52 @@ def _grouped(records: Iterable[Record]) -> Group:
         variant = list(cell["set"])
         variant += [f"scheme={cell['scheme']}"] if cell["scheme"] != "bf16" else []
         variant += [f"rows={cell['rows']}"] if cell["rows"] else []
+        variant += [f"devices={cell['devices']}"] if cell.get("devices") else []
         groups[cell["task"], tuple(variant)][cell["method"]].append(record)
     return groups
 
 
 def _table(task: str, groups: Group) -> list[str]:
-    metric, columns = TASKS[task].metric, _columns(task)
-    lines = [
-        f"## {task} (compared by {metric})",
-        "",
+    """The methods as they are, and below them those with other settings."""
+    metric = TASKS[task].metric
+    lines = [f"## {task} (compared by {metric})", "", *_head(task)]
+    lines += _rows(task, "", groups[task, ()])
+    others = {variant: found for (name, variant), found in groups.items() if name == task}
+    del others[()]
+    if others:
+        lines += ["", f"### {task}, other settings", "", *_head(task)]
+    # Who were dealt other rows are compared among themselves.
+    for variant in sorted(others, key=lambda v: (_dealt(v), v)):
+        lines += _rows(
+            task, " ".join(("", *variant)), others[variant], counts=bool(_dealt(variant))
+        )
+    return lines
+
+
+def _head(task: str) -> list[str]:
+    columns = _columns(task)
+    return [
         f"| method | seeds | rate | {' | '.join(columns)} | common level | KiB sent a round |",
         "|---|---|---|" + "---|" * (len(columns) + 2),
     ]
-    majority: list[dict[str, float]] = []
-    rows = []
-    for (name, variant), methods in groups.items():
-        if name != task:
-            continue
-        for method, records in methods.items():
-            majority += [record["majority"] for record in records if record["majority"]]
-            label = " ".join((method, *variant))
-            rows.append((-_final(records, metric).mean(), _row(label, records, task)))
-    lines += [row for _, row in sorted(rows)]
-    if not majority:
-        return lines
-    cells = [f"{np.mean([one[column] for one in majority]):.3f}" for column in columns]
-    return [*lines, f"| label counts alone | | | {' | '.join(cells)} | | 0 |"]
+
+
+def _dealt(variant: Sequence[str]) -> list[str]:
+    return [one for one in variant if one.startswith(("rows=", "devices="))]
+
+
+def _rows(
+    task: str, suffix: str, methods: dict[str, list[Record]], *, counts: bool = True
+) -> list[str]:
+    """A row a method, the best first; at the end what label counts alone would give."""
+    metric = TASKS[task].metric
+    ordered = sorted(methods.items(), key=lambda item: -_final(item[1], metric).mean())
+    lines = [_row(method + suffix, records, task) for method, records in ordered]
+    majority = [r["majority"] for records in methods.values() for r in records if r["majority"]]
+    if majority and counts:
+        cells = [f"{np.mean([one[column] for one in majority]):.3f}" for column in _columns(task)]
+        lines.append(f"| label counts alone{suffix} | | | {' | '.join(cells)} | | 0 |")
+    return lines
 
 
 def _columns(task: str) -> tuple[str, ...]:
@@ -114,9 +134,8 @@ def _plot(task: str, groups: Group, methods: Sequence[str], path: Path) -> None:
             axes.fill_between(x, y.min(0), y.max(0), alpha=0.15, color=colour)
     every = [record for records in groups[task, ()].values() for record in records]
     majority = [record["majority"][metric] for record in every if record["majority"]]
-    for axes, name in zip(
-        panels, ("rounds", "MiB sent by a device", "seconds of training on a device"), strict=True
-    ):
+    across = ("rounds", "MiB sent by a device", "processor seconds of a device's training")
+    for axes, name in zip(panels, across, strict=True):
         if majority:
             axes.axhline(float(np.mean(majority)), color="grey", linewidth=1, linestyle=":")
         axes.set_xlabel(name)

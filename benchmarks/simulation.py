@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.tasks import DeviceRows
+from coordinator.federations import Federations
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.memory import MemoryStore
 from edge_client.backends.base import Arrays, Level
 from edge_client.backends.torch_backend import TorchTrainer
+from edge_client.data import Example
 from edge_client.session import FinishedReport, Offer, Session
 from protocol.fake_link import FakeLink, fake_links
 from protocol.federation import FederationSettings, TaskKind
@@ -27,14 +29,13 @@ from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import at_once, simulate
 
-# Of a causal task, what is written at the end of a run.
-GENERATED_ROWS = 10
+# How long a text of a causal task may get.
 GENERATED_TOKENS = 100
 
 
 @dataclass
 class Clock:
-    """Seconds of training, without evaluation."""
+    """Processor seconds of training, without evaluation: other cells may run beside this one."""
 
     training_s: float = 0.0
 
@@ -54,6 +55,7 @@ class SimulatedDevice:
     trainer: TorchTrainer
     settings: FederationSettings
     every: int
+    generated_rows: int  # how many texts a device writes at the end of a causal task
     clock: Clock
     personal: Arrays | None = None
     optimizer: Arrays = field(default_factory=dict)
@@ -83,11 +85,11 @@ class SimulatedDevice:
         if done % self.every == 0 and done:
             self._evaluate(done, Level.PERSONAL)
             self.trainer.set_common(base)
-        started = time.perf_counter()
+        started = time.process_time()
         steps = self.settings.training.local_steps
         result = self.trainer.train(self.training, done * steps, assignment.round)
         update = self.trainer.update_from(base)
-        self.clock.training_s += time.perf_counter() - started
+        self.clock.training_s += time.process_time() - started
         self.personal = self.trainer.personal()
         self.optimizer = self.trainer.optimizer_state()
         self.report = FinishedReport(
@@ -109,10 +111,10 @@ class SimulatedDevice:
         self.trainer.set_common(base)
         for level in (Level.PERSONAL, Level.COMMON):
             self._evaluate(rounds, level)
-            if self.settings.task.kind is TaskKind.CAUSAL_LM:
+            if self.settings.task.kind is TaskKind.CAUSAL_LM and self.generated_rows:
                 found = self.results[rounds, level.name.lower()]
                 for one, rows in zip(found, self.evaluation, strict=True):
-                    one |= generated(self.trainer, rows, level)
+                    one |= generated(self.trainer, rows.evaluation[: self.generated_rows], level)
 
     def _take_model(self) -> None:
         self.trainer.become(self.seed)
@@ -147,14 +149,13 @@ def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str,
     return scores(probabilities, wanted)
 
 
-def generated(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str, float]:
-    """BLEU (sacrebleu) and ROUGE-L, 0 to 100, of what is written for a device's first rows."""
+def generated(trainer: TorchTrainer, rows: list[Example], level: Level) -> dict[str, float]:
+    """BLEU (sacrebleu) and ROUGE-L, 0 to 100, of what is written for some rows."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    chosen = rows.evaluation[:GENERATED_ROWS]
-    wanted = [(row.text_pair or "").strip() for row in chosen]
-    said = [trainer.generate(row.text, GENERATED_TOKENS, level).strip() for row in chosen]
+    wanted = [(row.text_pair or "").strip() for row in rows]
+    said = [trainer.generate(row.text, GENERATED_TOKENS, level).strip() for row in rows]
     rouge = RougeScorer(["rougeL"])
     fits = [rouge.score(a, b)["rougeL"].fmeasure for a, b in zip(wanted, said, strict=True)]
     bleu = sacrebleu.corpus_bleu(said, [wanted]).score
@@ -199,7 +200,7 @@ def run_federation(
             clock=clock,
         )
         await service.open()
-        roster, serving = Roster(), set()
+        federations, roster, serving = Federations([service]), Roster(), set()
 
         def session(device: SimulatedDevice) -> Session:
             rng = random.Random(device.seed)
@@ -207,7 +208,7 @@ def run_federation(
             async def dial() -> Link:
                 ours, theirs = fake_links(rng)
                 device.links.append(ours)
-                task = asyncio.create_task(DeviceSession(theirs, service, roster).run())
+                task = asyncio.create_task(DeviceSession(theirs, federations, roster).run())
                 serving.add(task)
                 task.add_done_callback(serving.discard)
                 return ours

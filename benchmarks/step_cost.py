@@ -29,14 +29,16 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
+    Task,
+    TaskKind,
+    Training,
+)
+from protocol.methods import (
     HomLoRA,
     Hypergradient,
     LowerOptimizer,
     PerFedAvg,
     PF2LoRA,
-    Task,
-    TaskKind,
-    Training,
 )
 from quantization.backbone import load_backbone, resolve_backbone
 from quantization.fingerprint import fingerprint

@@ -35,6 +35,7 @@ class Task:
     field: str | None = None
     devices: int = 8
     rows: int = 8000
+    rounds: int = 20
     max_length: int = 48
     metric: str = "accuracy"
     test: str | None = "test"
@@ -46,7 +47,7 @@ TASKS = {
     "sst2-s0.5": Task("sst2", 0.5),
     "sst2-s0.9": Task("sst2", 0.9),
     "clinc150": Task("clinc150", field="domain", devices=10, max_length=32),
-    "cola-s0.5": Task("cola", 0.5, max_length=32, metric="matthews", test=None),
+    "cola-s0.5": Task("cola", 0.5, rounds=60, max_length=32, metric="matthews", test=None),
     "webnlg": Task(
         "webnlg",
         field="category",

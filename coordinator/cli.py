@@ -9,20 +9,23 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from coordinator import config
 from coordinator.control import Wish
 from coordinator.errors import ConfigurationError, CoordinatorError
+from coordinator.log import FORMATS, set_up_log
 from coordinator.server import serve
+from coordinator.store import upkeep
 from coordinator.store.base import RoundOutcome
+from coordinator.store.database import Database
+from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
+from coordinator.watch_commands import status, watch
 
 EXIT_CODES = """\
 exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
@@ -54,9 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         # No short forms of flags: the next release's settings could change what they mean.
         command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
         command.set_defaults(command=function)
-        command.add_argument("--config", type=Path, default=Path("federation.toml"))
+        command.add_argument(
+            "--config",
+            type=Path,
+            action="append",
+            help="once for each federation that shares this coordinator; else federation.toml",
+        )
         if function is _serve:
-            command.add_argument("--log-format", choices=("human", "json"), default="human")
+            command.add_argument("--log-format", choices=FORMATS, default="human")
         _add_setting_flags(command)
     rounds = commands.add_parser(
         "rounds", help="list the rounds that are over", epilog=EXIT_CODES, allow_abbrev=False
@@ -65,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     rounds.add_argument("--store", required=True, help="database URL")
     rounds.add_argument("--name", required=True, help="the federation")
     rounds.add_argument("--json", action="store_true", help="one JSON object a line")
+    for name, function, about in (
+        ("status", status, "where federations stand"),
+        ("watch", watch, "the same as it changes, a line a change, until interrupted"),
+    ):
+        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command.set_defaults(command=function)
+        command.add_argument("--store", required=True, help="database URL")
+        command.add_argument("--name", help="the federation; else all of the store")
+        command.add_argument("--json", action="store_true", help="one JSON object a line")
     for name, about in (
         ("pause", "let the open round end and hold the next one back"),
         ("resume", "let rounds run again"),
@@ -100,45 +117,28 @@ def _add_setting_flags(command: argparse.ArgumentParser) -> None:
 
 def _configuration(options: argparse.Namespace) -> config.Configuration:
     flags = {k: v for k, v in vars(options).items() if k in config.leaves() and v is not None}
-    return config.load(options.config, flags, os.environ)
+    return config.load(_files(options), flags, os.environ)
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a log line, its time in UTC."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def _set_up_log(log_format: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    human = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonLines() if log_format == "json" else human)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("websockets").setLevel(logging.WARNING)  # it tells of every connection
+def _files(options: argparse.Namespace) -> list[Path]:
+    return options.config or [Path("federation.toml")]
 
 
 def _serve(options: argparse.Namespace) -> int:
     configuration = _configuration(options)
-    _set_up_log(options.log_format)
+    set_up_log(options.log_format)
     asyncio.run(serve(configuration))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
-    loaded = _configuration(options)
-    print(
-        f"{options.config}: good; federation {loaded.federation.name!r}, "
-        f"common adapter of {len(loaded.start.specs)} tensors, {len(loaded.start.buffer)} bytes"
-    )
+    federations = _configuration(options).federations
+    for path, federation in zip(_files(options), federations, strict=True):
+        start = federation.start
+        print(
+            f"{path}: good; federation {federation.settings.name!r}, "
+            f"common adapter of {len(start.specs)} tensors, {len(start.buffer)} bytes"
+        )
     return 0
 
 
@@ -184,14 +184,17 @@ def _control(options: argparse.Namespace) -> int:
 
 def _check_store(options: argparse.Namespace) -> int:
     with _store(options) as store:
-        names = store.check()
-    print(f"{options.store}: sound; federations: {', '.join(names) or 'none'}")
+        names = upkeep.check(store)
+    print(
+        f"{options.store}: sound, schema revision {REVISIONS[-1]}; "
+        f"federations: {', '.join(names) or 'none'}"
+    )
     return 0
 
 
 def _backup(options: argparse.Namespace) -> int:
-    with _store(options) as store:
-        store.backup(options.out)
+    with contextlib.closing(Database(options.store, create=False)) as database:
+        upkeep.backup(database, options.out)
     print(f"wrote {options.out}")
     return 0
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -18,6 +18,7 @@ import numpy as np
 import sqlalchemy as sa
 from safetensors import SafetensorError, safe_open
 
+from coordinator.admin.settings import TOKEN_VARIABLE, AdminSettings, port_after, read_token
 from coordinator.errors import ConfigurationError
 from protocol import limits
 from protocol.federation import FederationSettings
@@ -40,10 +41,25 @@ START_FORMAT: Final = "pf2lora-start-1"
 
 
 @dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """`[server]`: where to listen, and what to keep where.
+class RateSettings:
+    """`[server.rates]`: how often a second, on average; 0 is no limit.
 
-    `hold_s` is how long a waiting device is held before it is told to come back later.
+    An address may stand for a whole fleet behind one router: these let 20,000 devices of one come
+    at once, and 200 a second for good. Messages over the rate are not refused but read later.
+    """
+
+    connections_per_address: Annotated[float, Real(0.0, 1e6)] = 200.0
+    connections_per_device: Annotated[float, Real(0.0, 1e6)] = 1.0
+    messages_per_address: Annotated[float, Real(0.0, 1e9)] = 20_000.0
+    messages_per_device: Annotated[float, Real(0.0, 1e9)] = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`[server]`: where to listen, what to keep where, and how much of everything.
+
+    `hold_s` is how long a waiting device is held before it is told to come back later;
+    `uploads_mib` and `downloads_mib` bound the memory of all transfers under way together.
     """
 
     host: Annotated[str, Text(255, 1)] = "127.0.0.1"
@@ -53,15 +69,27 @@ class ServerSettings:
     hold_s: Annotated[float, Real(0.1, 60.0)] = 20.0
     exit_when_finished: bool = False
     connections_max: Annotated[int, Integer(1, 1_000_000)] = 10_000
+    uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 64
+    downloads_mib: Annotated[int, Integer(1, 1 << 20)] = 32
+    rates: RateSettings = field(default_factory=RateSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """One federation to run, and its first base version."""
+
+    settings: FederationSettings
+    start: NamedTensors
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """All that a coordinator runs from; `start` is the first base version."""
+    """All that a coordinator runs from; `admin_token` is what readers of the admin port need."""
 
     server: ServerSettings
-    federation: FederationSettings
-    start: NamedTensors
+    federations: tuple[Federation, ...]
+    admin: AdminSettings = AdminSettings()  # noqa: RUF009 - it is frozen
+    admin_token: str = ""
 
 
 def leaves() -> dict[str, Kind]:
@@ -70,6 +98,7 @@ def leaves() -> dict[str, Kind]:
     for section, record in (
         ("", record_of(FederationSettings)),
         ("server", record_of(ServerSettings)),
+        ("admin", record_of(AdminSettings)),
     ):
         _collect(section, record, found)
     return found
@@ -80,37 +109,123 @@ def flag_of(key: str) -> str:
     return "--" + key.replace(".", "-").replace("_", "-")
 
 
-def load(path: Path, flags: Mapping[str, str], environ: Mapping[str, str]) -> Configuration:
-    """The configuration of a file, overridden by the environment, overridden by flags.
+def load(
+    paths: Path | Sequence[Path], flags: Mapping[str, str], environ: Mapping[str, str]
+) -> Configuration:
+    """The configuration of one file or several, overridden by the environment, then by flags.
 
     Args:
-        path: `federation.toml`; paths inside it are relative to its folder.
+        paths: `federation.toml`, or one such file for each federation; paths inside a file are
+            relative to its folder. Of several files one has the `[server]` that all share.
         flags: dotted keys and their text.
         environ: the process's environment.
 
     Raises:
         ConfigurationError: naming the key, flag or variable, what is wrong and what would be right.
     """
-    table = _read_toml(path)
+    files = [paths] if isinstance(paths, Path) else list(paths)
+    tables = [_read_toml(path) for path in files]
     for key, name, text in _overrides(flags, environ):
-        _put(table, key, _parsed(key, text, name), name)
-    server = _from_table(record_of(ServerSettings), table.pop("server", {}), "server")
-    server = replace(
-        server,
-        store=_beside(path, server.store),
-        start=str(path.parent / server.start),
+        if len(files) > 1:
+            _check_is_shared(key, name, len(files))
+            for table in tables:
+                _drop(table, key)
+        _put(tables[0], key, _parsed(key, text, name), name)
+    for table in tables:
+        _check_sections(table)
+    server, starts = _take_server(files, tables)
+    admin = _take_admin(files, tables, server)
+    federations = tuple(map(_federation, files, tables, starts))
+    _check_names(files, federations)
+    admin_token = read_token(admin, environ.get(TOKEN_VARIABLE, ""))
+    return Configuration(server, federations, admin, admin_token)
+
+
+def _check_sections(table: Mapping[str, Any]) -> None:
+    known = ["server", "admin", *(name for name, _ in record_of(FederationSettings).kinds)]
+    for name in table:
+        if name not in known:
+            raise ConfigurationError(name, unknown_name(name, known))
+
+
+def _check_is_shared(key: str, name: str, count: int) -> None:
+    if not key.startswith(("server.", "admin.")) or key == "server.start":
+        raise ConfigurationError(
+            name, f"could be for any of {count} federations; set {key} in the file of the one"
+        )
+
+
+def _take_server(
+    files: Sequence[Path], tables: Sequence[dict[str, Any]]
+) -> tuple[ServerSettings, list[Path]]:
+    """Take `[server]` out of the tables: what all share, and the start file of each."""
+    starts = []
+    for path, table in zip(files, tables, strict=True):
+        own = _from_table(record_of(ServerSettings), table.get("server", {}), "server")
+        starts.append(path.parent / own.start)
+        table.get("server", {}).pop("start", None)
+    server, said_in = _take_shared("server", record_of(ServerSettings), files, tables)
+    beside = said_in.get("store", files[0])
+    return replace(server, store=_beside(beside, server.store), start=str(starts[0])), starts
+
+
+def _take_admin(
+    files: Sequence[Path], tables: Sequence[dict[str, Any]], server: ServerSettings
+) -> AdminSettings:
+    """Take `[admin]` out of the tables; its port and token file as they are to be used."""
+    admin: AdminSettings
+    admin, said_in = _take_shared("admin", record_of(AdminSettings), files, tables)
+    beside = said_in.get("token_file", files[0])
+    return replace(
+        admin,
+        port=admin.port or port_after(server.port),
+        token_file=str(beside.parent / admin.token_file) if admin.token_file else "",
     )
-    fingerprint, start = _read_start(Path(server.start), path)
+
+
+def _take_shared(
+    section: str, record: Record, files: Sequence[Path], tables: Sequence[dict[str, Any]]
+) -> tuple[Any, dict[str, Path]]:
+    """Take a section that all files share out of them, and say in which file each key is."""
+    shared: dict[str, Any] = {}
+    said_in: dict[str, Path] = {}
+    for path, table in zip(files, tables, strict=True):
+        own = table.pop(section, {})
+        _from_table(record, own, section)
+        for key, value in own.items():
+            if shared.setdefault(key, value) != value:
+                raise ConfigurationError(
+                    f"{section}.{key}",
+                    f"is {shared[key]!r} in {said_in[key]} and {value!r} in {path}; all share one "
+                    f"[{section}], which is best in one file",
+                )
+            said_in.setdefault(key, path)
+    return _from_table(record, shared, section), said_in
+
+
+def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federation:
+    fingerprint, start = _read_start(start_path, path)
     backbone = table.setdefault("backbone", {})
     if isinstance(backbone, dict):
         backbone.setdefault("fingerprint", fingerprint)
-    federation: FederationSettings = _from_table(record_of(FederationSettings), table, "")
-    if federation.backbone.fingerprint != fingerprint:
+    settings: FederationSettings = _from_table(record_of(FederationSettings), table, "")
+    if settings.backbone.fingerprint != fingerprint:
         raise ConfigurationError(
             "backbone.fingerprint",
-            f"is {federation.backbone.fingerprint}, but {server.start} was made for {fingerprint}",
+            f"is {settings.backbone.fingerprint}, but {start_path} was made for {fingerprint}",
         )
-    return Configuration(server, federation, start)
+    return Federation(settings, start)
+
+
+def _check_names(files: Sequence[Path], federations: Sequence[Federation]) -> None:
+    found: dict[str, Path] = {}
+    for path, federation in zip(files, federations, strict=True):
+        name = federation.settings.name
+        if name in found:
+            raise ConfigurationError(
+                "name", f"is {name!r} in {found[name]} and in {path}; each federation needs its own"
+            )
+        found[name] = path
 
 
 def _collect(prefix: str, record: Record, found: dict[str, Kind]) -> None:
@@ -140,7 +255,7 @@ def _overrides(flags: Mapping[str, str], environ: Mapping[str, str]) -> list[tup
     variables = {ENVIRONMENT + key.replace(".", "_").upper(): key for key in leaves()}
     found = []
     for name, text in environ.items():
-        if name.startswith(ENVIRONMENT):
+        if name.startswith(ENVIRONMENT) and name != TOKEN_VARIABLE:
             if name not in variables:
                 raise ConfigurationError(name, unknown_name(name, variables))
             found.append((variables[name], name, text))
@@ -162,6 +277,15 @@ def _put(table: dict[str, Any], key: str, value: Any, name: str) -> None:
         if not isinstance(table, dict):
             raise ConfigurationError(name, f"{section} is no section in the file")
     table[leaf] = value
+
+
+def _drop(table: dict[str, Any], key: str) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        table = table.get(section, {})
+        if not isinstance(table, dict):
+            return
+    table.pop(leaf, None)
 
 
 def _from_table(record: Record, table: Mapping[str, Any], path: str) -> Any:

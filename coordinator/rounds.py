@@ -1,382 +1,94 @@
-"""The round machine: events and a time in, actions out. No I/O, no clock, chance passed in.
+"""Synchronous rounds: a cohort is asked at once, and the round is over when enough have reported.
 
-    GATHERING --enough devices wait--> OPEN --goal reached, or deadline--> CLOSING --closed--> ...
-        ^                                                                     |
-        +--------- aggregated, or abandoned for want of reports --------------+--last--> FINISHED
-
-The machine decides; the service (service.py) carries the actions out in their order, and tells the
-machine of what it did by further events. All times are seconds on one clock, which may be virtual.
+A round opens when devices enough wait, and is due when its goal is reached, everyone has answered
+or its deadline has come. A device of the cohort that has vanished is replaced by one that waits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from typing import Final
 
 from coordinator.control import Wish
-from protocol.federation import FederationSettings, Selection
+from coordinator.events import Action, AddAssignment, Answer, Assign, OpenRound, Retry
+from coordinator.machine import Machine, Phase
+from coordinator.store.base import Snapshot
+from coordinator.waiting import in_order_of_choice
 from protocol.messages import ReceiptStatus
 
-RETRY_AFTER_S = 1.0
-RETRY_SPREAD_S = 2.0
 # How long a device that is away for a moment (told to come back, or cut off) still counts as there.
-AWAY_GRACE_S = 120.0
+AWAY_GRACE_S: Final = 120.0
 # With devices enough for the goal, how long a round waits for the rest of its cohort.
-GATHER_S = 5.0
+GATHER_S: Final = 5.0
+# A device of the cohort that stays away for this share of the deadline, and AWAY_GRACE_S at most,
+# has vanished; it is replaced while this share of the deadline is left.
+VANISHED_SHARE: Final = 0.1
+REPLACED_SHARE: Final = 0.5
 
 
-class Phase(Enum):
-    """Where the federation stands."""
+class RoundMachine(Machine):
+    """All synchronous rounds of one federation."""
 
-    GATHERING = auto()
-    OPEN = auto()
-    CLOSING = auto()
-    FINISHED = auto()
-
-
-# --- events -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedIn:
-    """A device offers itself and waits for an answer."""
-
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A device that may have been waiting is gone."""
-
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """A device has an update for an assignment."""
-
-    device: str
-    assignment: str
-
-
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """All bytes of the update have come and are sound."""
-
-    device: str
-    assignment: str
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """The report is on disk."""
-
-    device: str
-    assignment: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The update was looked at and cannot be used."""
-
-    device: str
-    assignment: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The round's outcome is on disk."""
-
-    aggregated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ticked:
-    """Time has passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wished:
-    """The operator lets rounds run, holds the next one back, or ends the federation."""
-
-    wish: Wish
-
-
-@dataclass(frozen=True, slots=True)
-class AskedBack:
-    """The operator wants the base version that there was after so many rounds."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class WentBack:
-    """That base version is the current one now."""
-
-    rounds_done: int
-
-
-Event = (
-    CheckedIn
-    | Left
-    | Offered
-    | Uploaded
-    | Kept
-    | Refused
-    | Closed
-    | Ticked
-    | Wished
-    | AskedBack
-    | WentBack
-)
-
-
-# --- actions ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class OpenRound:
-    """Write down that this round is open, before anyone is assigned."""
-
-    number: int
-    attempt: int
-    deadline_at: float
-    cohort: tuple[tuple[str, str], ...]  # device, assignment
-
-
-@dataclass(frozen=True, slots=True)
-class Assign:
-    """Give a waiting device its assignment."""
-
-    device: str
-    assignment: str
-    number: int
-    deadline_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """Send a waiting device away for a while."""
-
-    device: str
-    after_s: float
-    spread_s: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Tell a waiting device that no rounds are left."""
-
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class TakeUpdate:
-    """Let the device send the update's bytes."""
-
-    device: str
-    assignment: str
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Put the report on disk, then say Kept."""
-
-    device: str
-    assignment: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Send the device its receipt."""
-
-    device: str
-    assignment: str
-    status: ReceiptStatus
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CloseRound:
-    """Aggregate (or abandon) the round, write the outcome down, then say Closed."""
-
-    number: int
-    attempt: int
-    aggregate: bool
-
-
-@dataclass(frozen=True, slots=True)
-class GoBack:
-    """Make an earlier base version the current one, then say WentBack."""
-
-    number: int
-
-
-Action = OpenRound | Assign | Retry | Finish | TakeUpdate | Keep | Answer | CloseRound | GoBack
-
-
-@dataclass(slots=True)
-class OpenState:
-    """The round under way. `answered` holds the assignments that need no more waiting."""
-
-    number: int
-    attempt: int
-    deadline_at: float
-    cohort: dict[str, str]
-    kept: set[str] = field(default_factory=set)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def answered(self, assignment: str) -> bool:
-        return assignment in self.kept or assignment in self.refused
-
-
-class RoundMachine:
-    """All rounds of one federation. Start it anew, or from what the store remembers."""
-
-    def __init__(
-        self,
-        settings: FederationSettings,
-        rng: random.Random,
-        *,
-        hold_s: float,
-        rounds_done: int = 0,
-        attempts: Mapping[int, int] | None = None,
-        open_round: OpenState | None = None,
-        last_asked: Mapping[str, int] | None = None,
-    ) -> None:
-        self._settings = settings
-        self._rng = rng
-        self._hold_s = hold_s
-        self._waiting: dict[str, float] = {}  # device -> since when
+    def __init__(self, snapshot: Snapshot, rng: random.Random, *, hold_s: float) -> None:
+        super().__init__(snapshot, rng, hold_s=hold_s)
         self._away: dict[str, float] = {}  # device that is expected back -> until when
-        self._last_asked = dict(last_asked or {})  # device -> number of the round
         self._goal_since: float | None = None  # since when there are enough for the goal
-        self._wish = Wish.RUN
-        self._back_to: int | None = None  # as soon as the open round is closed
-        self.rounds_done = rounds_done
-        self._attempts = dict(attempts or {})  # how many there were, by number of the round
-        self.open_round = open_round
-        self.phase = Phase.OPEN if open_round else Phase.GATHERING
-        if rounds_done >= settings.rounds.count:
-            self.phase = Phase.FINISHED
+        record = snapshot.open_round
+        self._deadline_at = (record.deadline_at if record else None) or 0.0
+        self._cohort = {m.device: m.assignment for m in record.cohort} if record else {}
+        # Of the cohort: who has left, since when; and who has been replaced. After a restart those
+        # that are not here may be training, and are not counted as gone.
+        self._missing: dict[str, float] = {}
+        self._replaced: set[str] = set()
 
     def next_tick_at(self) -> float | None:
-        """When the machine next wants a Ticked, or None if only other events can move it."""
-        times = [since + self._hold_s for since in self._waiting.values()]
-        if self.phase is Phase.OPEN and self.open_round:
-            times.append(self.open_round.deadline_at)
+        times = [self._waiting.next_release_at()]
+        if self.phase is Phase.OPEN:
+            times.append(self._deadline_at)
+            if self._wish is Wish.RUN and self._substitutes():
+                times += [self._vanished_at(device) for device in self._missing]
         if self.phase is Phase.GATHERING and self._goal_since is not None:
             times.append(self._goal_since + GATHER_S)
-        return min(times, default=None)
+        return min((time for time in times if time is not None), default=None)
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        """Take one event; the actions are to be carried out in order."""
-        match event:
-            case CheckedIn(device):
-                return self._check_in(device, now)
-            case Left(device):
-                if self._waiting.pop(device, None) is not None:
-                    self._away[device] = now + AWAY_GRACE_S
-                return []
-            case Offered(device, assignment):
-                receipt = self._settled(device, assignment)
-                return [receipt] if receipt else [TakeUpdate(device, assignment)]
-            case Uploaded(device, assignment):
-                receipt = self._settled(device, assignment)
-                return [receipt] if receipt else [Keep(device, assignment)]
-            case Kept(device, assignment):
-                self._opened().kept.add(assignment)
-                accepted = Answer(device, assignment, ReceiptStatus.ACCEPTED, "")
-                return [accepted, *self._close_if_due(now)]
-            case Refused(device, assignment, reason):
-                return self._refuse(device, assignment, reason, now)
-            case Closed(aggregated):
-                return self._closed(aggregated, now)
-            case Ticked():
-                due = [*self._close_if_due(now), *self._open_if_enough(now)]
-                return [*due, *self._release_held(now)]
+    def given_in(self, device: str, assignment: str) -> int | None:
+        ours = self.open_round and self._cohort.get(device) == assignment
+        return self._opened().number if ours else None
 
-            case Wished(wish):
-                return self._obey(wish, now)
-            case AskedBack(number):
-                self._back_to = number
-                return self._close_now() if self.phase is Phase.OPEN else self._go_back()
-            case WentBack(rounds_done):
-                self.rounds_done = rounds_done
-                self.phase = Phase.GATHERING
-                return self._open_or_finish(now)
-
-    def _obey(self, wish: Wish, now: float) -> list[Action]:
-        self._wish = wish
-        if self.phase is Phase.OPEN and wish is Wish.STOP:
-            return self._close_now()
-        if self.phase is Phase.FINISHED and wish is not Wish.STOP:
-            self.phase = Phase.GATHERING  # stopped before, or told to by mistake
-        return self._open_or_finish(now) if self.phase is Phase.GATHERING else []
-
-    def _go_back(self) -> list[Action]:
-        number, self._back_to = self._back_to, None
-        return [] if number is None else [GoBack(number)]
+    def awaited(self) -> set[str]:
+        if self.phase is not Phase.OPEN:
+            return set()
+        round_ = self._opened()
+        return {one for one in self._cohort.values() if not round_.answered(one)}
 
     def _check_in(self, device: str, now: float) -> list[Action]:
-        if self.phase is Phase.FINISHED:
-            return [Finish(device)]
-        round_ = self.open_round
-        if round_ and self.phase is Phase.OPEN:
-            assignment = round_.cohort.get(device)
-            if assignment is not None and not round_.answered(assignment):
-                return [Assign(device, assignment, round_.number, round_.deadline_at)]
-        self._waiting[device] = now
+        self._missing.pop(device, None)
+        if self._is_awaited(device):
+            return [self._assign(device)]
+        self._waiting.add(device, now)
         self._away.pop(device, None)
-        return self._open_if_enough(now)
+        return self._proceed(now)
 
-    def _open_if_enough(self, now: float) -> list[Action]:
-        rounds = self._settings.rounds
-        if self.phase is not Phase.GATHERING or self._wish is not Wish.RUN:
-            return []
-        self._away = {device: until for device, until in self._away.items() if now < until}
-        available = sorted(self._waiting | self._away)
-        if len(available) < rounds.goal:
-            self._goal_since = None
-            return []
-        if self._goal_since is None:
-            self._goal_since = now
-        if len(available) < rounds.cohort and now < self._goal_since + GATHER_S:
-            return []
-        self._goal_since = None
-        # Sorted, so that the choice depends on who is there and the seed, not on who came first.
-        shuffled = self._rng.sample(available, len(available))
-        if rounds.selection is Selection.LEAST_RECENT:
-            shuffled.sort(key=lambda device: self._last_asked.get(device, 0))
-        chosen = sorted(shuffled[: rounds.cohort])
-        number = self.rounds_done + 1
-        attempt = self._attempts[number] = self._attempts.get(number, 0) + 1
-        self._last_asked |= dict.fromkeys(chosen, number)
-        cohort = {device: self._assignment_id(number, attempt, device) for device in chosen}
-        deadline_at = now + rounds.deadline_s
-        self.open_round = OpenState(number, attempt, deadline_at, cohort)
-        self.phase = Phase.OPEN
-        # Who is away for a moment gets the assignment when it is back.
-        present = [device for device in chosen if self._waiting.pop(device, None) is not None]
-        return [
-            OpenRound(number, attempt, deadline_at, tuple(cohort.items())),
-            *(Assign(device, cohort[device], number, deadline_at) for device in present),
-        ]
+    def _leave(self, device: str, now: float) -> None:
+        if self._waiting.remove(device):
+            self._away[device] = now + AWAY_GRACE_S
+        elif self._is_awaited(device) and device not in self._replaced:
+            self._missing[device] = now
 
-    def _assignment_id(self, number: int, attempt: int, device: str) -> str:
-        text = f"{self._settings.name}/{number}/{attempt}/{device}"
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+    def _answered(self, device: str, assignment: str) -> None:  # noqa: ARG002
+        self._missing.pop(device, None)
 
-    def _settled(self, device: str, assignment: str) -> Answer | None:
-        """The receipt of a report that need not be sent (again); None if it is wanted."""
-        round_ = self.open_round
-        if round_ is None or round_.cohort.get(device) != assignment:
+    def _is_awaited(self, device: str) -> bool:
+        assignment = self._cohort.get(device)
+        if self.phase is not Phase.OPEN or assignment is None:
+            return False
+        return not self._opened().answered(assignment)
+
+    def _settled(self, device: str, assignment: str, now: float) -> Answer | None:  # noqa: ARG002
+        self._missing.pop(device, None)
+        if self.given_in(device, assignment) is None:
             return Answer(device, assignment, ReceiptStatus.LATE, "its round is over")
+        round_ = self._opened()
         if assignment in round_.kept:
             return Answer(device, assignment, ReceiptStatus.DUPLICATE, "it is kept already")
         if assignment in round_.refused:
@@ -386,63 +98,105 @@ class RoundMachine:
             return Answer(device, assignment, ReceiptStatus.LATE, "its round is being closed")
         return None
 
-    def _refuse(self, device: str, assignment: str, reason: str, now: float) -> list[Action]:
-        rejected = Answer(device, assignment, ReceiptStatus.REJECTED, reason)
-        round_ = self.open_round
-        if round_ is None or round_.cohort.get(device) != assignment:
-            return [rejected]
-        round_.refused[assignment] = reason
-        return [rejected, *self._close_if_due(now)]
+    def _proceed(self, now: float) -> list[Action]:
+        match self.phase:
+            case Phase.GATHERING:
+                return self._open_if_enough(now)
+            case Phase.OPEN if self._is_due(now):
+                return self._close_now()
+            case Phase.OPEN:
+                return self._replace(now)
+            case _:
+                return []
 
-    def _close_if_due(self, now: float) -> list[Action]:
-        if self.phase is not Phase.OPEN:
+    # --- opening ------------------------------------------------------------------------------
+
+    def _open_if_enough(self, now: float) -> list[Action]:
+        rounds = self._settings.rounds
+        if self._wish is not Wish.RUN:
+            self._goal_since = None
             return []
+        self._away = {device: until for device, until in self._away.items() if now < until}
+        available = {*self._waiting, *self._away}
+        if len(available) < rounds.goal:
+            self._goal_since = None
+            return []
+        if self._goal_since is None:
+            self._goal_since = now
+        if len(available) < rounds.cohort and now < self._goal_since + GATHER_S:
+            return []
+        self._goal_since = None
+        order = in_order_of_choice(available, rounds.selection, self._last_asked, self._rng)
+        return self._open(sorted(order[: rounds.cohort]), now)
+
+    def _open(self, chosen: list[str], now: float) -> list[Action]:
+        round_ = self._begin_round()
+        self._last_asked |= dict.fromkeys(chosen, round_.number)
+        self._cohort = {device: self._assignment_id(device) for device in chosen}
+        self._deadline_at = now + self._settings.rounds.deadline_s
+        cohort = tuple(self._cohort.items())
+        # Who is away for a moment gets the assignment when it is back.
+        present = [device for device in chosen if self._waiting.remove(device)]
+        self._missing = dict.fromkeys(set(chosen) - set(present), now)
+        self._replaced = set()
+        return [
+            OpenRound(round_.number, round_.attempt, self._deadline_at, cohort),
+            *map(self._assign, present),
+        ]
+
+    def _assign(self, device: str) -> Assign:
+        number = self._opened().number
+        return Assign(device, self._cohort[device], number, self._deadline_at)
+
+    # --- under way ----------------------------------------------------------------------------
+
+    def _is_due(self, now: float) -> bool:
         round_ = self._opened()
-        everyone = all(round_.answered(assignment) for assignment in round_.cohort.values())
         goal_reached = len(round_.kept) >= self._settings.rounds.goal
-        if not everyone and not goal_reached and now < round_.deadline_at:
+        return goal_reached or not self.awaited() or now >= self._deadline_at
+
+    def _replace(self, now: float) -> list[Action]:
+        rounds = self._settings.rounds
+        if now > self._deadline_at - REPLACED_SHARE * rounds.deadline_s:
+            self._missing.clear()  # too late for anyone
+        if self._wish is not Wish.RUN:
             return []
-        return self._close_now()
+        vanished = [d for d in sorted(self._missing) if self._vanished_at(d) <= now]
+        order = in_order_of_choice(
+            self._substitutes(), rounds.selection, self._last_asked, self._rng
+        )
+        actions: list[Action] = []
+        for device, substitute in zip(vanished, order, strict=False):
+            del self._missing[device]
+            self._replaced.add(device)
+            actions += self._ask_also(substitute)
+        return actions
 
-    def _close_now(self) -> list[Action]:
+    def _ask_also(self, device: str) -> list[Action]:
         round_ = self._opened()
-        self.phase = Phase.CLOSING
-        enough = len(round_.kept) >= self._settings.rounds.minimum_reports
-        aggregate = enough and self._back_to is None
-        return [CloseRound(round_.number, round_.attempt, aggregate)]
+        self._waiting.remove(device)
+        self._last_asked[device] = round_.number
+        assignment = self._cohort[device] = self._assignment_id(device)
+        added = AddAssignment(round_.number, round_.attempt, device, assignment, None)
+        return [added, self._assign(device)]
 
-    def _closed(self, aggregated: bool, now: float) -> list[Action]:
-        self.open_round = None
-        self.phase = Phase.GATHERING
-        if aggregated:
-            self.rounds_done += 1
-        return self._go_back() or self._open_or_finish(now)
+    def _vanished_at(self, device: str) -> float:
+        grace_s = min(AWAY_GRACE_S, VANISHED_SHARE * self._settings.rounds.deadline_s)
+        return self._missing[device] + grace_s
 
-    def _open_or_finish(self, now: float) -> list[Action]:
-        if self.rounds_done < self._settings.rounds.count and self._wish is not Wish.STOP:
-            return self._open_if_enough(now)
-        self.phase = Phase.FINISHED
-        waiting, self._waiting = sorted(self._waiting), {}
-        return [Finish(device) for device in waiting]
+    def _substitutes(self) -> list[str]:
+        return [device for device in self._waiting if device not in self._cohort]
 
-    def _release_held(self, now: float) -> list[Action]:
-        due = [d for d, since in self._waiting.items() if now >= since + self._hold_s]
-        # The more are sent away, the wider they are spread over time when they come back.
-        spread_s = max(RETRY_SPREAD_S, len(due) / 100)
-        for device in due:
-            del self._waiting[device]
-            self._away[device] = now + RETRY_AFTER_S + spread_s + AWAY_GRACE_S
-        return [Retry(device, RETRY_AFTER_S, spread_s, self._why_wait()) for device in due]
+    # --- those that wait ----------------------------------------------------------------------
+
+    def _release_held(self, now: float) -> list[Retry]:
+        released = super()._release_held(now)
+        for retry in released:
+            self._away[retry.device] = now + retry.after_s + retry.spread_s + AWAY_GRACE_S
+        return released
 
     def _why_wait(self) -> str:
-        if self._wish is Wish.PAUSE:
-            return "the federation is paused"
         if self.phase is Phase.GATHERING:
-            here = len(self._waiting | self._away)
+            here = len({*self._waiting, *self._away})
             return f"waiting for devices: {here} of {self._settings.rounds.cohort} are here"
         return f"round {self.rounds_done + 1} is under way"
-
-    def _opened(self) -> OpenState:
-        if self.open_round is None:
-            raise RuntimeError("no round is open")
-        return self.open_round

@@ -6,56 +6,87 @@ import asyncio
 import contextlib
 import logging
 import random
+import resource
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar, cast
 
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
 from websockets.exceptions import ConnectionClosed
 
-from coordinator.config import Configuration
+from coordinator.config import Configuration, Federation
 from coordinator.errors import AddressError
+from coordinator.federations import Federations
+from coordinator.happenings import observed_store
+from coordinator.rates import Buckets, network_of
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.sql import SqlStore
+from coordinator.watch import Watch
 from protocol import limits
 from protocol.link import LinkClosedError
 
 log = logging.getLogger("pf2lora.coordinator")
 
+# A half-open link, or a frame that never ends, is known by the ping that nobody answers.
 PING_INTERVAL_S: Final = 20.0
 PONG_TIMEOUT_S: Final = 60.0
+OPEN_TIMEOUT_S: Final = 10.0  # from TCP's handshake to WebSocket's
+CLOSE_TIMEOUT_S: Final = 5.0
+# What one connection may hold: messages read and not yet asked for, and bytes not yet sent. The
+# kernel's buffer for sending is small, so that pings are not stuck behind minutes of download.
+QUEUE_MESSAGES_MAX: Final = 2
+WRITE_BYTES_MAX: Final = 64 * limits.KIB
+KERNEL_SEND_BYTES: Final = 512 * limits.KIB
+# Over the cap, so many connections at a time are told when to come back; more are dropped.
+TURNED_AWAY_MAX: Final = 256
+TURNED_AWAY_RETRY_S: Final = 30.0
+# Descriptors beside those of connections: store, log, the listening socket.
+DESCRIPTORS_SPARE: Final = 64
+# What an address or connection may do at once is what it may do in so many seconds.
+CONNECTIONS_BURST_S: Final = 100.0
+MESSAGES_BURST_S: Final = 5.0
 DRAIN_S: Final = 15.0
 CONTROL_EVERY_S: Final = 1.0
 FINISH_GRACE_S: Final = 60.0
-CLOSE_TRY_AGAIN_LATER: Final = 1013
 
 Result = TypeVar("Result")
 
 
 class WebSocketLink:
-    """A server-side WebSocket as a Link."""
+    """A server-side WebSocket as a Link, read no faster than the rates allow."""
 
-    def __init__(self, socket: ServerConnection) -> None:
-        self._socket = socket
+    def __init__(
+        self, connection: ServerConnection, own_messages: Buckets, messages: Buckets, address: str
+    ) -> None:
+        self._connection = connection
+        # A device has one connection at a time, so what is counted here is the device's.
+        self._own_messages = own_messages
+        self._messages = messages
+        self._address = address
 
     async def send(self, data: bytes) -> None:
         try:
-            await self._socket.send(data)
+            await self._connection.send(data)
         except ConnectionClosed as error:
             raise LinkClosedError(str(error)) from error
 
     async def receive(self) -> bytes:
         try:
-            data = await self._socket.recv(decode=False)
+            data = await self._connection.recv(decode=False)
         except ConnectionClosed as error:
             raise LinkClosedError(str(error)) from error
+        wait_s = max(self._messages.spend(self._address), self._own_messages.spend(""))
+        if wait_s:
+            await asyncio.sleep(wait_s)
         return data
 
     async def close(self) -> None:
-        await self._socket.close()
+        await self._connection.close()
 
 
 class CoordinatorServer:
@@ -63,8 +94,8 @@ class CoordinatorServer:
 
     def __init__(self, configuration: Configuration) -> None:
         self._configuration = configuration
-        self._roster = Roster()
-        self._connections = 0
+        self._sessions: set[DeviceSession] = set()
+        self._open = 0  # TCP connections, also those that have not said a word
         # One thread for the store: its calls stay in order and off the event loop.
         self._store_thread = ThreadPoolExecutor(1, "store")
         self._ended = asyncio.Event()  # some connection has
@@ -72,36 +103,52 @@ class CoordinatorServer:
 
     async def __aenter__(self) -> CoordinatorServer:
         server = self._configuration.server
+        rates = server.rates
+        self._roster = Roster(
+            server.uploads_mib * limits.MIB,
+            server.downloads_mib * limits.MIB,
+            rates.connections_per_device,
+        )
+        self._visits = _buckets(rates.connections_per_address, CONNECTIONS_BURST_S)
+        self._messages = _buckets(rates.messages_per_address, MESSAGES_BURST_S)
+        self._connections_max = _affordable(server.connections_max)
         self._store = await self._run_blocking(lambda: SqlStore(server.store))
+        self.watch = Watch(
+            self._configuration.admin,
+            self._configuration.admin_token,
+            server.store,
+            self._store.database,
+            self._run_blocking,
+            self._problem,
+        )
         try:
-            self.service = FederationService(
-                self._configuration.federation,
-                self._configuration.start,
-                self._store,
-                rng=random.Random(self._configuration.federation.seed),
-                run_blocking=self._run_blocking,
-                hold_s=server.hold_s,
-                control_every_s=CONTROL_EVERY_S,
-            )
-            await self.service.open()
+            self.federations = Federations(map(self._service_of, self._configuration.federations))
+            for service in self.federations:
+                await service.open()
+            await self.watch.begin([service.settings.name for service in self.federations])
             self._server = await self._listen()
+            self.watch.ready()
         except BaseException:
+            await self.watch.end()
             await self._run_blocking(self._store.close)
             self._store_thread.shutdown()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.watch.stopping()
         self._server.close(close_connections=False)
-        self._roster.stop_all()
+        for session in list(self._sessions):
+            session.stop()  # with a goodbye; an upload under way is finished first
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                while self._connections:
+                while self._sessions:
                     self._ended.clear()
                     await self._ended.wait()
-        self._server.close()
+        await asyncio.gather(*(session.hang_up() for session in self._sessions))
         await self._server.wait_closed()
-        self.service.close()
+        self.federations.close()
+        await self.watch.end()
         await self._run_blocking(self._store.close)
         self._store_thread.shutdown()
 
@@ -119,17 +166,30 @@ class CoordinatorServer:
         """
         waits: set[asyncio.Future[Any]] = {
             asyncio.ensure_future(self.stopping.wait()),
-            self.service.failure,
+            *self.federations.failures,
         }
         if self._configuration.server.exit_when_finished:
             waits.add(asyncio.ensure_future(self._finished()))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if self.service.failure.done():
-                self.service.failure.result()
+            for failure in self.federations.failures:
+                if failure.done():
+                    failure.result()
         finally:
             for one in waits:
                 one.cancel()
+
+    def _service_of(self, federation: Federation) -> FederationService:
+        return FederationService(
+            federation.settings,
+            federation.start,
+            observed_store(self._store, self.watch.observe),
+            rng=random.Random(federation.settings.seed),
+            run_blocking=self._run_blocking,
+            hold_s=self._configuration.server.hold_s,
+            control_every_s=CONTROL_EVERY_S,
+            observe=self.watch.observe,
+        )
 
     async def _listen(self) -> Server:
         server = self._configuration.server
@@ -138,8 +198,12 @@ class CoordinatorServer:
                 self._handle,
                 server.host,
                 server.port,
+                create_connection=cast(type[ServerConnection], partial(_Counted, self)),
                 max_size=limits.MESSAGE_BYTES_MAX,
-                max_queue=8,
+                max_queue=QUEUE_MESSAGES_MAX,
+                write_limit=WRITE_BYTES_MAX,
+                open_timeout=OPEN_TIMEOUT_S,
+                close_timeout=CLOSE_TIMEOUT_S,
                 compression=None,
                 ping_interval=PING_INTERVAL_S,
                 ping_timeout=PONG_TIMEOUT_S,
@@ -147,23 +211,47 @@ class CoordinatorServer:
         except OSError as error:
             raise AddressError(f"cannot listen on {server.host}:{server.port}: {error}") from error
 
-    async def _handle(self, socket: ServerConnection) -> None:
-        if self._connections >= self._configuration.server.connections_max:
-            await socket.close(CLOSE_TRY_AGAIN_LATER, "too many connections; come back later")
+    def arrived(self) -> bool:
+        """One connection more, as yet without a word; False if there is no room even to refuse."""
+        self._open += 1
+        return self._open <= self._connections_max + TURNED_AWAY_MAX
+
+    def went(self) -> None:
+        """One connection less."""
+        self._open -= 1
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        address = network_of(str(connection.remote_address[0]))
+        own = _buckets(self._configuration.server.rates.messages_per_device, MESSAGES_BURST_S)
+        link = WebSocketLink(connection, own, self._messages, address)
+        session = DeviceSession(link, self.federations, self._roster, self.watch.observe)
+        wait_s = self._visits.take(address)
+        if len(self._sessions) >= self._connections_max:
+            await session.turn_away("too many connections", TURNED_AWAY_RETRY_S)
             return
-        self._connections += 1
+        if wait_s:
+            await session.turn_away("too many connections from this address", max(1.0, wait_s))
+            return
+        self._sessions.add(session)
         try:
-            await DeviceSession(WebSocketLink(socket), self.service, self._roster).run()
+            await session.run()
         finally:
-            self._connections -= 1
+            self._sessions.discard(session)
             self._ended.set()
+
+    def _problem(self) -> str | None:
+        """Why no device can be served, if so."""
+        if self.stopping.is_set():
+            return "the coordinator is stopping"
+        failed = any(failure.done() for failure in self.federations.failures)
+        return "the coordinator has failed" if failed else None
 
     async def _finished(self) -> None:
         """Returns when every device knows the end, or those that do not stay away for long."""
         while True:
             self._ended.clear()
-            quiet = self.service.finished and not self._connections
-            if quiet and self.service.everyone_told:
+            quiet = self.federations.finished and not self._sessions
+            if quiet and self.federations.everyone_told:
                 return
             try:
                 async with asyncio.timeout(FINISH_GRACE_S):
@@ -174,6 +262,47 @@ class CoordinatorServer:
 
     async def _run_blocking(self, call: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._store_thread, call)
+
+
+class _Counted(ServerConnection):
+    """A connection that counts from its first packet on, not from its first word."""
+
+    def __init__(self, server: CoordinatorServer, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._counted_by = server
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        kernel_socket = transport.get_extra_info("socket")
+        if kernel_socket is not None:
+            kernel_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_SEND_BYTES)
+        if not self._counted_by.arrived():
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._counted_by.went()
+        super().connection_lost(exc)
+
+
+def _buckets(rate_s: float, burst_s: float) -> Buckets:
+    return Buckets(rate_s, rate_s * burst_s, asyncio.get_running_loop().time)
+
+
+def _affordable(connections_max: int) -> int:
+    """As many connections as wished, or as the system has file descriptors for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        most = max(1, hard - TURNED_AWAY_MAX - DESCRIPTORS_SPARE)
+        if most < connections_max:
+            log.warning(
+                "server.connections_max is %d, but %d file descriptors are enough for %d",
+                connections_max,
+                hard,
+                most,
+            )
+            return most
+    return connections_max
 
 
 async def serve(configuration: Configuration) -> None:
@@ -188,6 +317,8 @@ async def serve(configuration: Configuration) -> None:
         loop.add_signal_handler(number, _stop_or_die, server, number)
     async with server:
         log.info("listening on %s:%d", configuration.server.host, server.port)
+        if server.watch.port:
+            log.info("dashboard at http://%s:%d/", configuration.admin.host, server.watch.port)
         await server.wait()
         log.info("stopping")
 

@@ -15,7 +15,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocol.federation import Average, FedAdam, FedAvgM, FedYogi, ServerStep
+from protocol.aggregation import (
+    Average,
+    FedAdam,
+    FedAvgM,
+    FedYogi,
+    ServerStep,
+)
 from protocol.tensors import NamedTensors
 
 

@@ -14,15 +14,18 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar, cast
 
-from coordinator.aggregation import aggregation_for, report_weight
 from coordinator.aggregation.base import UpdateError
+from coordinator.asynchronous import AsynchronousMachine
+from coordinator.base_version import BaseVersion
 from coordinator.control import Control
 from coordinator.errors import ConfigurationError
-from coordinator.rounds import (
+from coordinator.events import (
     Action,
+    AddAssignment,
     Answer,
     AskedBack,
     Assign,
@@ -37,18 +40,18 @@ from coordinator.rounds import (
     Left,
     Offered,
     OpenRound,
-    OpenState,
-    Phase,
     Refused,
     Retry,
-    RoundMachine,
     TakeUpdate,
     Ticked,
     Uploaded,
     WentBack,
     Wished,
 )
-from coordinator.server_step import take_step
+from coordinator.happenings import Acted, Observer, unobserved
+from coordinator.log import FederationLog
+from coordinator.machine import Machine, Phase
+from coordinator.rounds import RoundMachine
 from coordinator.store.base import (
     Member,
     ReportRecord,
@@ -57,7 +60,9 @@ from coordinator.store.base import (
     Store,
     StoredReports,
 )
-from protocol.federation import FederationSettings
+from coordinator.uploads import RunBlocking, Uploads
+from protocol.federation import FederationSettings, Mode
+from protocol.link import LinkClosedError
 from protocol.messages import (
     Assignment,
     Finished,
@@ -69,19 +74,23 @@ from protocol.messages import (
     RetryWindow,
 )
 from protocol.tensors import NamedTensors, Payload
-from protocol.transfer import Receiver
 
 log = logging.getLogger("pf2lora.coordinator")
 
 TICK_LATE_S: Final = 0.001
+# Reports in one transaction: enough to share a flush to the disk, few enough to be soon done.
+KEPT_TOGETHER_MAX: Final = 16
 
 Result = TypeVar("Result")
 
 
-class RunBlocking(Protocol):
-    """Runs a blocking call away from the event loop; in simulations, at once."""
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """An update that has come whole."""
 
-    async def __call__(self, call: Callable[[], Result]) -> Result: ...
+    device: str
+    report: Report
+    update: NamedTensors
 
 
 class FederationService:
@@ -98,15 +107,13 @@ class FederationService:
         hold_s: float = 20.0,
         control_every_s: float = 0.0,
         clock: Callable[[], float] = time.time,
+        observe: Observer = unobserved,
     ) -> None:
         """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
-        self._base = start
+        self._log = FederationLog(log, settings.name)
+        self._start = start
         self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
-        # The base version as devices receive it, by rank; and all they may fetch, by digest.
-        self._payloads: dict[int, Payload] = {}
-        self._offered: dict[bytes, NamedTensors] = {}
-        self._offered_before: dict[bytes, NamedTensors] = {}
         self._store = store
         self._rng = rng
         self._run_blocking = run_blocking
@@ -115,10 +122,12 @@ class FederationService:
         self._control = Control()
         self._controller: asyncio.Task[None] | None = None
         self._clock = clock
+        self._observe = observe
         self._lock = asyncio.Lock()
+        self._events: deque[Event] = deque()  # yet to be handled
+        self._arrived: deque[_Arrived] = deque()  # likewise; apart, to be kept together
         self._replies: dict[str, asyncio.Future[Message]] = {}
-        self._receivers: dict[str, Receiver] = {}
-        self._arrived: dict[str, tuple[Report, NamedTensors]] = {}
+        self.uploads = Uploads(settings.name, store, run_blocking)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._unfinished: set[str] = set()
@@ -132,9 +141,9 @@ class FederationService:
         """
         snapshot = await self._run_blocking(partial(self._store.load, self.settings.name))
         if snapshot is None:
-            create = partial(self._store.create, self.settings, self._base)
+            create = partial(self._store.create, self.settings, self._start)
             await self._run_blocking(create)
-            snapshot = Snapshot(self.settings, 0, {}, self._base, None, frozenset(), {})
+            snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
         elif snapshot.settings != self.settings:
             raise ConfigurationError(
                 "name",
@@ -142,6 +151,7 @@ class FederationService:
                 "choose another name or another store",
             )
         self._restore(snapshot)
+        await self.uploads.open()
         if snapshot.open_round:
             await self._resum(snapshot.open_round)
         await self.look_at_control()
@@ -162,40 +172,27 @@ class FederationService:
         """A device has come to take part."""
         self._unfinished.add(device)
 
-    def payload(self, digest: bytes) -> NamedTensors | None:
-        """What was offered under this digest, from the current base version or the last."""
-        return self._offered.get(digest) or self._offered_before.get(digest)
+    async def payload(self, digest: bytes) -> NamedTensors | None:
+        """What was offered under this digest, as long as its base version is kept."""
+        return self._base.offered(digest) or await self._write(self._store.base, digest)
 
     async def check_in(self, device: str, rank: int) -> Message:
         """Assignment, RetryWindow or Finished; may take as long as a device is held."""
         self._ranks[device] = min(rank, self.settings.adapter.rank)
         return await self._ask(device, CheckedIn(device))
 
-    async def offer(self, device: str, report: Report) -> tuple[Message, Receiver | None]:
-        """Resume with the receiver to fill, or the receipt of a report that is not wanted."""
-        unfit = self._unfit(report)
+    async def offer(self, device: str, report: Report) -> Resume | Receipt:
+        """Resume if the update is wanted, or the receipt of a report that is not."""
+        unfit = self._unfit(device, report)
         event = Refused(device, report.assignment, unfit) if unfit else None
         reply = await self._ask(device, event or Offered(device, report.assignment))
-        if not isinstance(reply, Resume):
-            return reply, None
-        receiver = self._receivers.get(report.assignment)
-        if receiver is None or receiver.payload != report.payload:
-            receiver = self._receivers[report.assignment] = Receiver(report.payload)
-        return Resume(receiver.offset), receiver
+        return cast(Resume | Receipt, reply)
 
     async def take(self, device: str, report: Report, update: NamedTensors) -> Message:
         """The receipt of a report whose update has come whole."""
-        assignment = report.assignment
-        self._receivers.pop(assignment, None)
-        try:
-            self._strategy.check(update)
-        except UpdateError as error:
-            return await self._ask(device, Refused(device, assignment, str(error)))
-        self._arrived[assignment] = (report, update)
-        try:
-            return await self._ask(device, Uploaded(device, assignment))
-        finally:
-            self._arrived.pop(assignment, None)
+        receipt = await self._ask(device, _Arrived(device, report, update))
+        await self.uploads.forget(report.assignment)
+        return receipt
 
     async def left(self, device: str) -> None:
         """The device's connection is gone."""
@@ -216,7 +213,7 @@ class FederationService:
         control = await self._write(self._store.control)
         before, self._control = self._control, control
         if control.wish is not before.wish:
-            log.info("the operator's wish: %s", control.wish.value)
+            self._log.info("the operator's wish: %s", control.wish.value)
             await self._drive(Wished(control.wish))
         if control.roll_back_to is None:
             return
@@ -224,7 +221,7 @@ class FederationService:
         if control.roll_back_to in kept:
             await self._drive(AskedBack(control.roll_back_to))
         else:
-            log.error("cannot roll back to round %d: not kept any more", control.roll_back_to)
+            self._log.error("cannot roll back to round %d: not kept any more", control.roll_back_to)
             await self._write(self._store.set_control, Control(control.wish))
 
     async def _keep_looking(self) -> None:
@@ -235,46 +232,92 @@ class FederationService:
 
     # --- events in, actions out ---------------------------------------------------------------
 
-    async def _ask(self, device: str, event: Event) -> Message:
+    async def _ask(self, device: str, event: Event | _Arrived) -> Message:
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        older = self._replies.get(device)
+        if older is not None and not older.done():
+            older.set_exception(LinkClosedError("the device asks over a newer connection"))
         self._replies[device] = reply
         await self._drive(event)
         return await reply
 
-    async def _drive(self, event: Event) -> None:
+    async def _drive(self, event: Event | _Arrived) -> None:
         # In a task of its own: a session that is cancelled must not stop a change halfway.
         task = asyncio.get_running_loop().create_task(self._drive_whole(event))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
 
-    async def _drive_whole(self, event: Event) -> None:
+    async def _drive_whole(self, event: Event | _Arrived) -> None:
+        if isinstance(event, _Arrived):
+            self._arrived.append(event)
+        else:
+            self._events.append(event)
         async with self._lock:
             if self.failure.done():
                 raise ConnectionError("the coordinator is stopping")
-            events = deque([event])
             try:
-                while events:
-                    for action in self._machine.handle(events.popleft(), self._clock()):
-                        following = await self._carry_out(action)
-                        if following is not None:
-                            events.append(following)
+                # Whoever has the lock handles what the others have left meanwhile.
+                while self._arrived or self._events:
+                    await self._handle_next()
             except Exception as error:
                 # The machine may now believe what the store does not hold: go no further.
                 self.failure.set_exception(error)
                 raise
         self._schedule_tick()
 
+    async def _handle_next(self) -> None:
+        if self._arrived:
+            events = deque(await self._keep_arrived())
+        else:
+            events = deque([self._events.popleft()])
+        while events:
+            for action in self._machine.handle(events.popleft(), self._clock()):
+                following = await self._act(action)
+                if following is not None:
+                    events.append(following)
+
+    async def _keep_arrived(self) -> list[Event]:
+        """Keep what has come, as much of it as is wanted, in one transaction.
+
+        Nobody waits for company: what comes while one transaction is written goes into the next.
+        """
+        records = []
+        for _ in range(min(len(self._arrived), KEPT_TOGETHER_MAX, self._missing())):
+            arrived = self._arrived.popleft()
+            event = Uploaded(arrived.device, arrived.report.assignment)
+            for action in self._machine.handle(event, self._clock()):
+                if isinstance(action, Keep):
+                    records.append(self._record(arrived))
+                else:
+                    await self._act(action)
+        return await self._keep(records) if records else []
+
+    def _missing(self) -> int:
+        """How many more reports may be kept at once without there being too many."""
+        open_round = self._machine.open_round
+        kept = len(open_round.kept) if open_round else 0
+        return max(1, self.settings.rounds.goal - kept)
+
+    async def _act(self, action: Action) -> Event | None:
+        began = time.perf_counter()
+        following = await self._carry_out(action)
+        self._observe(Acted(self.settings.name, action, time.perf_counter() - began))
+        return following
+
     async def _carry_out(self, action: Action) -> Event | None:
         match action:
             case OpenRound():
                 await self._open_round(action)
+            case AddAssignment(number, attempt, device, assignment, deadline_at):
+                member = Member(device, assignment)
+                await self._write(self._store.add_assignment, number, attempt, member, deadline_at)
             case Assign(device, assignment, number, deadline_at):
                 self._reply(device, self._assignment(device, assignment, number, deadline_at))
             case Retry(device, after_s, spread_s, reason):
                 self._reply(device, RetryWindow(after_s, spread_s, reason))
             case Finish(device):
-                payload = self._offer_base(device)
+                payload = self._payload_for(device)
                 rounds = self._machine.rounds_done
                 self._unfinished.discard(device)
                 self._reply(device, Finished(rounds, payload.digest, payload))
@@ -284,9 +327,6 @@ class FederationService:
                 if status is ReceiptStatus.LATE:
                     status, reason = await self._late_or_kept(assignment, reason)
                 self._reply(device, Receipt(assignment, status, reason))
-            case Keep(device, assignment):
-                await self._keep(device, assignment)
-                return Kept(device, assignment)
             case CloseRound(number, attempt, aggregate):
                 await self._close_round(number, attempt, aggregate)
                 return Closed(aggregate)
@@ -296,10 +336,9 @@ class FederationService:
 
     async def _go_back(self, number: int) -> Event:
         snapshot = await self._write(self._store.roll_back, number)
-        self._memory = snapshot.memory
-        self._set_base(snapshot.base)
-        log.warning("rolled back to the base version after round %d", number)
-        return WentBack(snapshot.rounds_done)
+        self._base.move(snapshot.base, snapshot.memory)
+        self._log.warning("rolled back to the base version after round %d", number)
+        return WentBack(snapshot.rounds_done, snapshot.attempts)
 
     async def _late_or_kept(self, assignment: str, reason: str) -> tuple[ReceiptStatus, str]:
         """A report that was counted, its receipt lost, is not late when it comes again.
@@ -318,69 +357,93 @@ class FederationService:
     def _assignment(
         self, device: str, assignment: str, number: int, deadline_at: float
     ) -> Assignment:
-        payload = self._offer_base(device)
+        payload = self._payload_for(device)
         remaining_s = max(0.0, deadline_at - self._clock())
-        return Assignment(assignment, number, self._base_version, remaining_s, payload)
+        return Assignment(assignment, number, self._base.version, remaining_s, payload)
 
-    def _offer_base(self, device: str) -> Payload:
-        """The base version as this device receives it, from now on to be fetched."""
-        rank = self._ranks.get(device, 0)
-        if rank not in self._payloads:
-            download = self._strategy.download(rank)
-            self._payloads[rank] = download.payload()
-            self._offered[self._payloads[rank].digest] = download
-        return self._payloads[rank]
+    def _payload_for(self, device: str) -> Payload:
+        return self._base.offer(self._ranks.get(device, 0))
 
     async def _open_round(self, action: OpenRound) -> None:
         cohort = tuple(Member(device, assignment) for device, assignment in action.cohort)
         record = RoundRecord(
             action.number,
             action.attempt,
-            self._base_version,
+            self._base.version,
             self._clock(),
             action.deadline_at,
             cohort,
         )
         await self._write(self._store.open_round, record)
-        self._begin_sum()
-        log.info("round %d opened: %d devices", action.number, len(cohort))
+        self._versions[action.number] = self._base.version
+        self._versions.pop(action.number - self.settings.rounds.staleness_max - 1, None)
+        self._base.begin()
+        asked = f": {len(cohort)} devices" if cohort else ""
+        about = {"round": action.number, "attempt": action.attempt}
+        self._log.info("round %d opened%s", action.number, asked, extra=about)
 
-    async def _keep(self, device: str, assignment: str) -> None:
-        report, update = self._arrived[assignment]
+    async def _keep(self, records: list[ReportRecord]) -> list[Event]:
+        """What became of each: it is kept, or cannot be used."""
+        reasons = await self._run_blocking(partial(self._keep_and_sum, records))
+        events: list[Event] = []
+        for record, reason in zip(records, reasons, strict=True):
+            if reason is None:
+                about = {"round": record.round, "device": record.device}
+                self._log.info("round %d: report of %s", *about.values(), extra=about)
+                events.append(Kept(record.device, record.assignment))
+            else:
+                events.append(Refused(record.device, record.assignment, reason))
+        return events
+
+    def _record(self, arrived: _Arrived) -> ReportRecord:
+        report = arrived.report
         open_round = self._machine.open_round
-        if open_round is None:
+        given_in = self._machine.given_in(arrived.device, report.assignment)
+        if open_round is None or given_in is None:
             raise RuntimeError("a report without a round")
-        record = ReportRecord(
-            assignment,
-            device,
+        return ReportRecord(
+            report.assignment,
+            arrived.device,
             open_round.number,
             open_round.attempt,
             report.examples,
             report.metrics,
             self._clock(),
-            update,
+            arrived.update,
+            open_round.number - given_in,
         )
-        if await self._write(self._store.keep_report, record):
-            self._strategy.accumulate(update, report_weight(self.settings, report.examples))
-            log.info("round %d: report of %s", open_round.number, device)
+
+    def _keep_and_sum(self, records: list[ReportRecord]) -> list[str | None]:
+        """Why the aggregate does not take an update; None for those that are kept and summed."""
+        reasons = [self._unusable(record.update) for record in records]
+        usable = [r for r, reason in zip(records, reasons, strict=True) if reason is None]
+        kept = self._store.keep_reports(self.settings.name, usable) if usable else []
+        for record, is_new in zip(usable, kept, strict=True):
+            if is_new:
+                self._base.add(record)
+        return reasons
+
+    def _unusable(self, update: NamedTensors) -> str | None:
+        try:
+            self._base.check(update)
+        except UpdateError as error:
+            return str(error)
+        return None
 
     async def _close_round(self, number: int, attempt: int, aggregate: bool) -> None:
         new_base = memory = None
         if aggregate:
-            new_base, memory = await self._run_blocking(partial(self._next_base, number, attempt))
+            kept = StoredReports(self._store, self.settings, number, attempt)
+            new_base, memory = await self._run_blocking(partial(self._base.following, kept))
         await self._write(self._store.close_round, number, attempt, new_base, self._clock(), memory)
-        self._receivers.clear()
+        self.uploads.only(self._machine.awaited())
+        about = {"round": number, "attempt": attempt}
         if new_base is None:
-            log.warning("round %d abandoned: too few reports by the deadline", number)
+            self._log.warning("round %d abandoned: too few reports", number, extra=about)
             return
-        self._memory = memory
-        self._set_base(new_base)
-        log.info("round %d of %d aggregated", number, self.settings.rounds.count)
-
-    def _next_base(self, number: int, attempt: int) -> tuple[NamedTensors, NamedTensors | None]:
-        kept = StoredReports(self._store, self.settings, number, attempt)
-        averaged = self._strategy.finalize(kept)
-        return take_step(self.settings.server_step, self._base, averaged, self._memory)
+        self._base.move(new_base, memory)
+        count = self.settings.rounds.count
+        self._log.info("round %d of %d aggregated", number, count, extra=about)
 
     async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
         return await self._run_blocking(partial(call, self.settings.name, *args))
@@ -388,56 +451,33 @@ class FederationService:
     # --- state --------------------------------------------------------------------------------
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self._memory = snapshot.memory
-        self._set_base(snapshot.base)
-        record, open_round = snapshot.open_round, None
-        if record:
-            cohort = {member.device: member.assignment for member in record.cohort}
-            open_round = OpenState(
-                record.number, record.attempt, record.deadline_at, cohort, set(snapshot.reported)
-            )
-        self._machine = RoundMachine(
-            self.settings,
-            self._rng,
-            hold_s=self._hold_s,
-            rounds_done=snapshot.rounds_done,
-            attempts=snapshot.attempts,
-            open_round=open_round,
-            last_asked=snapshot.last_asked,
-        )
-
-    def _set_base(self, base: NamedTensors) -> None:
-        self._base, self._base_version = base, base.digest()
-        self._payloads = {}
-        self._offered_before, self._offered = self._offered, {}
-        self._begin_sum()
-
-    def _begin_sum(self) -> None:
-        self._strategy = aggregation_for(self.settings, self._base)
+        self._base = BaseVersion(self.settings, snapshot.base, snapshot.memory)
+        self._versions = {one.round: one.base_version for one in snapshot.awaited}
+        if snapshot.open_round:
+            self._versions[snapshot.open_round.number] = snapshot.open_round.base_version
+        asynchronous = self.settings.rounds.mode is Mode.ASYNCHRONOUS
+        kind = AsynchronousMachine if asynchronous else RoundMachine
+        self._machine: Machine = kind(snapshot, self._rng, hold_s=self._hold_s)
 
     async def _resum(self, record: RoundRecord) -> None:
         def add_all() -> int:
-            kept = 0
-            for kept, report in enumerate(  # noqa: B007
-                self._store.reports(self.settings.name, record.number, record.attempt), 1
-            ):
-                weight = report_weight(self.settings, report.examples)
-                self._strategy.accumulate(report.update, weight)
-            return kept
+            reports = self._store.reports(self.settings.name, record.number, record.attempt)
+            return self._base.add_all(reports)
 
         kept = await self._run_blocking(add_all)
-        log.info("round %d goes on: %d of %d reports", record.number, kept, len(record.cohort))
+        about = {"round": record.number, "attempt": record.attempt}
+        self._log.info("round %d goes on: %d reports are kept", record.number, kept, extra=about)
 
-    def _unfit(self, report: Report) -> str | None:
+    def _unfit(self, device: str, report: Report) -> str | None:
         """Why this report cannot be used whatever its bytes, if so."""
-        dtype = self.settings.update_dtype
-        if not self._strategy.fits(report.payload.tensors, dtype):
-            return f"its tensors are not those of the common adapter in {dtype.value}"
-        open_round = self._machine.open_round
-        current = open_round and report.assignment in open_round.cohort.values()
-        if current and report.base_version != self._base_version:
-            return "it was trained from another base version"
-        return None
+        misfit = self._base.misfit(report)
+        if misfit:
+            return misfit
+        given_in = self._machine.given_in(device, report.assignment)
+        given = None if given_in is None else self._versions.get(given_in)
+        if given is None or report.base_version == given:
+            return None  # what is too old to be remembered is late, which the machine says
+        return "it was trained from another base version"
 
     def _schedule_tick(self) -> None:
         if self._timer:

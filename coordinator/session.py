@@ -8,7 +8,12 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
+from coordinator.federations import Federations, UnknownFederationError
+from coordinator.happenings import Connected, Disconnected, Heard, Observer, Said, unobserved
+from coordinator.rates import Buckets
+from coordinator.room import NoRoomError, Place, Room
 from coordinator.service import FederationService
+from protocol import limits
 from protocol.connection import Connection, Role, State, default_hello
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.link import Link, LinkClosedError
@@ -23,15 +28,26 @@ from protocol.messages import (
     Message,
     Refusal,
     Report,
+    Resume,
 )
 from protocol.transfer import chunks
 
 log = logging.getLogger("pf2lora.coordinator")
 
-# A device that must speak next (a greeting, the next chunk) and does not for this long is let go.
-# While it trains it may be silent: there the link's own keepalive tells a dead device.
-MESSAGE_TIMEOUT_S: Final = 60.0
+# A device that must speak next and does not for this long is let go; an upload resumes.
+GREETING_TIMEOUT_S: Final = 20.0
+FIRST_WORD_TIMEOUT_S: Final = 5.0  # of who will be refused
+CHUNK_TIMEOUT_S: Final = 20.0
+# Slower than a chunk in this time is no link.
+SEND_TIMEOUT_S: Final = 60.0
+# Silence while a device has nothing to say ends this long after a round's deadline.
+SILENCE_GRACE_S: Final = 600.0
 RETRY_AFTER_S: Final = 1.0
+BUSY_RETRY_AFTER_S: Final = 5.0
+UPLOADS_BYTES_MAX: Final = 64 * limits.MIB
+DOWNLOADS_BYTES_MAX: Final = 32 * limits.MIB
+# A device may connect as often at once as it may in so many seconds.
+JOINS_BURST_S: Final = 100.0
 
 Result = TypeVar("Result")
 
@@ -39,36 +55,50 @@ Result = TypeVar("Result")
 class RefusedError(Exception):
     """This session ends here, with a reason for the device."""
 
-    def __init__(self, code: ErrorCode, reason: str) -> None:
+    def __init__(self, code: ErrorCode, reason: str, retry_after_s: float = RETRY_AFTER_S) -> None:
         super().__init__(reason)
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class DeviceSession:
     """Answers one device until it leaves, is refused, superseded or told goodbye."""
 
-    def __init__(self, link: Link, service: FederationService, roster: Roster) -> None:
+    def __init__(
+        self,
+        link: Link,
+        federations: Federations,
+        roster: Roster,
+        observe: Observer = unobserved,
+    ) -> None:
         self._link = link
-        self._service = service
+        self._federations = federations
+        self._service: FederationService
         self._roster = roster
+        self._observe = observe
         self._connection = Connection(Role.COORDINATOR, default_hello("pf2lora-coordinator"))
         self._incoming: asyncio.Task[bytes] | None = None
         self._stop: asyncio.Future[RefusedError | None] = asyncio.get_running_loop().create_future()
         self.device = ""
+        self.federation = ""
 
     async def run(self) -> None:
         """Hold the conversation; returns when the connection is over, whatever the reason."""
+        self._observe(Connected())
         try:
             await self._converse()
         except RemoteProtocolError as error:
             await self._refuse(error.code, str(error))
         except RefusedError as error:
-            await self._refuse(error.code, str(error))
+            await self._refuse(error.code, str(error), error.retry_after_s)
+        except NoRoomError:
+            await self._refuse(ErrorCode.BUSY, "too many transfers", BUSY_RETRY_AFTER_S)
         except LinkClosedError:
             pass
         except ConnectionError as error:
             await self._refuse(ErrorCode.INTERNAL, str(error))
         finally:
+            self._observe(Disconnected(self.federation, self.device))
             if self._incoming:
                 self._incoming.cancel()
             if self._roster.remove(self):
@@ -76,10 +106,22 @@ class DeviceSession:
                     await self._service.left(self.device)
             await self._link.close()
 
+    async def turn_away(self, reason: str, retry_after_s: float) -> None:
+        """Answer a connection's first word with a refusal."""
+        with contextlib.suppress(TimeoutError, LinkClosedError, RemoteProtocolError):
+            async with asyncio.timeout(FIRST_WORD_TIMEOUT_S):
+                self._connection.receive(await self._link.receive())
+        await self._refuse(ErrorCode.BUSY, reason, retry_after_s)
+        await self._link.close()
+
     def stop(self, refusal: RefusedError | None = None) -> None:
         """End at the next moment that loses nothing; with a refusal, or with a goodbye."""
         if not self._stop.done():
             self._stop.set_result(refusal)
+
+    async def hang_up(self) -> None:
+        """End now; what has come of an upload is kept."""
+        await self._link.close()
 
     async def _converse(self) -> None:
         await self._greet()
@@ -102,13 +144,15 @@ class DeviceSession:
         join = await self._receive()
         if not isinstance(join, Join):
             raise LinkClosedError
+        try:
+            self._service = self._federations.named(join.federation)
+        except UnknownFederationError as error:
+            raise RefusedError(ErrorCode.UNKNOWN_FEDERATION, str(error)) from None
         settings = self._service.settings
-        if join.federation not in ("", settings.name):
-            raise RefusedError(
-                ErrorCode.UNKNOWN_FEDERATION,
-                f"no federation {join.federation!r} here; this coordinator runs {settings.name!r}",
-            )
-        self.device = join.device
+        self.device, self.federation = join.device, settings.name
+        wait_s = self._roster.joins.take(join.device)
+        if wait_s:
+            raise RefusedError(ErrorCode.BUSY, "this device connects too often", wait_s)
         self._roster.add(self)
         self._service.joined(join.device)
         await self._send(Joined(settings))
@@ -130,33 +174,57 @@ class DeviceSession:
         await self._send(answer)
 
     async def _send_payload(self, fetch: Fetch) -> None:
-        tensors = self._service.payload(fetch.digest)
+        tensors = await self._service.payload(fetch.digest)
         if tensors is None:
             raise RefusedError(ErrorCode.NOT_FOUND, "that base version is no longer served")
-        for chunk in chunks(tensors.buffer, fetch.offset, self._connection.chunk_bytes):
-            await self._send(chunk)
+        chunk_bytes = self._connection.chunk_bytes
+        # In memory a download is what is being packed and what the socket has not taken yet.
+        async with self._roster.downloads.place(2 * chunk_bytes) as place:
+            for chunk in chunks(tensors.buffer, fetch.offset, chunk_bytes):
+                await self._send(chunk)
+                if place.turn_is_over and not chunk.last:
+                    raise _turn_is_over()
 
     async def _take_report(self, report: Report) -> None:
-        reply, receiver = await self._service.offer(self.device, report)
+        reply = await self._service.offer(self.device, report)
+        if isinstance(reply, Resume):
+            # Also what the socket has read ahead.
+            size_bytes = report.payload.size_bytes + 2 * self._connection.chunk_bytes
+            async with self._roster.uploads.place(size_bytes) as place:
+                if place.waited:  # its round may be over meanwhile
+                    reply = await self._service.offer(self.device, report)
+                if isinstance(reply, Resume):
+                    await self._take_update(report, place)
+                    return
         await self._send(reply)
-        if receiver is None:
-            return
-        while self._connection.state is State.UPLOADING:
-            chunk = await self._receive()
-            if not isinstance(chunk, Chunk):
-                raise LinkClosedError
-            receiver.accept(chunk)
-        update = receiver.tensors()
+
+    async def _take_update(self, report: Report, place: Place) -> None:
+        async with self._service.uploads.resumed(report) as upload:
+            await self._send(Resume(upload.offset))
+            while self._connection.state is State.UPLOADING:
+                chunk = await self._receive()
+                if not isinstance(chunk, Chunk):
+                    raise LinkClosedError
+                await upload.accept(chunk)
+                if place.turn_is_over and not chunk.last:
+                    raise _turn_is_over()
+            update = await upload.tensors()
         await self._send(await self._service.take(self.device, report, update))
 
     # --- the wire -----------------------------------------------------------------------------
 
     async def _send(self, message: Message) -> None:
-        await self._link.send(self._connection.send(message))
+        data = self._connection.send(message)
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._link.send(data)
+        except TimeoutError:
+            raise LinkClosedError(f"the device took nothing for {SEND_TIMEOUT_S:g} s") from None
+        self._observe(Said(self.federation, self.device, message, len(data)))
 
     async def _receive(self) -> Message | None:
         """The device's next message; None when this session was told to stop between two."""
-        waiting = self._connection.state in (State.READY, State.WAITING)
+        timeout_s = self._patience_s()
         if self._incoming is None:
             self._incoming = asyncio.create_task(self._link.receive())
         uploading = self._connection.state is State.UPLOADING
@@ -165,19 +233,33 @@ class DeviceSession:
             awaited.add(self._stop)
         await asyncio.wait(
             awaited,
-            timeout=None if waiting else MESSAGE_TIMEOUT_S,
+            timeout=timeout_s,
             return_when=asyncio.FIRST_COMPLETED,
         )
         if self._incoming.done():
             task, self._incoming = self._incoming, None
-            return self._connection.receive(task.result())
+            message = self._connection.receive(task.result())
+            self._observe(Heard(self.federation, self.device, message, len(task.result())))
+            return message
         if not self._stop.done():
-            raise RefusedError(ErrorCode.TIMEOUT, f"nothing came for {MESSAGE_TIMEOUT_S:g} s")
+            raise RefusedError(ErrorCode.TIMEOUT, f"nothing came for {timeout_s:g} s")
         refusal = self._stop.result()
         if refusal is not None:
             raise refusal
         await self._send(Goodbye("the coordinator is stopping; come back later"))
         return None
+
+    def _patience_s(self) -> float | None:
+        """How long the device may be silent now; None while it waits for this side."""
+        match self._connection.state:
+            case State.WAITING:
+                return None
+            case State.READY:  # it trains, or sets itself up
+                return self._service.settings.rounds.deadline_s + SILENCE_GRACE_S
+            case State.UPLOADING:
+                return CHUNK_TIMEOUT_S
+            case _:
+                return GREETING_TIMEOUT_S
 
     async def _unless_left(self, answer: Coroutine[Any, Any, Message]) -> Message:
         """Wait for the service's answer, but no longer than the device is there."""
@@ -197,38 +279,55 @@ class DeviceSession:
         """Returns when the waiting device has left or this session must stop."""
         await self._receive()
 
-    async def _refuse(self, code: ErrorCode, reason: str) -> None:
-        log.warning("refused %s: %s: %s", self.device or "a device", code.value, reason)
+    async def _refuse(
+        self, code: ErrorCode, reason: str, retry_after_s: float = RETRY_AFTER_S
+    ) -> None:
+        about = {"federation": self.federation, "device": self.device, "code": code.value}
+        who = self.device or "a device"
+        log.warning("refused %s: %s: %s", who, code.value, reason, extra=about)
         if self._connection.state is State.CLOSED:
             return
         short = reason.encode()[:500].decode(errors="ignore")
         with contextlib.suppress(LinkClosedError):
-            await self._send(Refusal(code, short, RETRY_AFTER_S))
+            await self._send(Refusal(code, short, retry_after_s))
+
+
+def _turn_is_over() -> RefusedError:
+    return RefusedError(ErrorCode.BUSY, "others wait; go on later from here", RETRY_AFTER_S)
 
 
 class Roster:
-    """The joined sessions, one a device: a newer connection takes an older one's place."""
+    """The joined sessions, one a device and federation: a newer takes an older one's place.
 
-    def __init__(self) -> None:
-        self._sessions: dict[str, DeviceSession] = {}
+    They share the memory for transfers, and the count of how often each device connects.
+    """
+
+    def __init__(
+        self,
+        uploads_bytes_max: int = UPLOADS_BYTES_MAX,
+        downloads_bytes_max: int = DOWNLOADS_BYTES_MAX,
+        joins_s: float = 0.0,
+    ) -> None:
+        self._sessions: dict[tuple[str, str], DeviceSession] = {}
+        self.uploads = Room(uploads_bytes_max)
+        self.downloads = Room(downloads_bytes_max)
+        clock = asyncio.get_running_loop().time
+        self.joins = Buckets(joins_s, JOINS_BURST_S * joins_s, clock)
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def add(self, session: DeviceSession) -> None:
-        older = self._sessions.get(session.device)
-        self._sessions[session.device] = session
+        key = session.federation, session.device
+        older = self._sessions.get(key)
+        self._sessions[key] = session
         if older is not None:
             older.stop(RefusedError(ErrorCode.SUPERSEDED, "this device has connected anew"))
 
     def remove(self, session: DeviceSession) -> bool:
         """Forget a session; True if it was the device's present one."""
-        if self._sessions.get(session.device) is not session:
+        key = session.federation, session.device
+        if self._sessions.get(key) is not session:
             return False
-        del self._sessions[session.device]
+        del self._sessions[key]
         return True
-
-    def stop_all(self) -> None:
-        """Ask every session to say goodbye; an upload under way is finished first."""
-        for session in list(self._sessions.values()):
-            session.stop()

@@ -24,6 +24,8 @@ from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import Scheme
 
 _SCHEMES = [scheme.value for scheme in Scheme]
+_COMPUTE_DTYPES = ["float32", "bfloat16"]
+_COMPUTE_DTYPE_HELP = "of the products of 4- and 8-bit layers; default float32, on CUDA bfloat16"
 EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"
 
 
@@ -61,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     run.add_argument("--coordinator", required=True, help="ws://host:port")
     run.add_argument("--federation", default="", help="its name; none asks for the only one")
+    run.add_argument(
+        "--tell-accuracy",
+        action="store_true",
+        help="let the coordinator's operators see accuracy on held-out rows, and learned ranks",
+    )
     _add_device_flags(run)
 
     for name, function, about in (
@@ -115,11 +122,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     preflight.set_defaults(command=_preflight)
     preflight.add_argument("backbone", help="a folder, a name, or package:NAME/folder")
-    preflight.add_argument(
-        "--scheme", nargs="+", default=_SCHEMES, choices=_SCHEMES, help="default: all"
-    )
+    preflight.add_argument("--scheme", nargs="+", default=[], choices=_SCHEMES, help="default: all")
     preflight.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    preflight.add_argument("--compute-dtype", choices=_COMPUTE_DTYPES, help=_COMPUTE_DTYPE_HELP)
     preflight.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    quantize = commands.add_parser(
+        "quantize", help="write a quantised backbone, for devices to load without its float weights"
+    )
+    quantize.set_defaults(command=_quantize)
+    quantize.add_argument("backbone", help="a folder, a name, or package:NAME/folder")
+    quantize.add_argument("--scheme", required=True, choices=[s for s in _SCHEMES if s != "none"])
+    quantize.add_argument("--int8-embeddings", action="store_true", help="8 bits for embeddings")
+    quantize.add_argument("--out", required=True, type=Path, help="a folder to be made")
+    quantize.add_argument("--json", action="store_true", help="one JSON object")
 
     fingerprint = commands.add_parser("fingerprint", help="print a backbone's fingerprint")
     fingerprint.set_defaults(command=_fingerprint)
@@ -136,6 +152,7 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", default="torch", choices=BACKENDS, help="default torch")
     command.add_argument("--artifact", type=Path, help="the compiled backbone's folder, for ort")
     command.add_argument("--artifact-digest", default="", help="refuse any other artifact")
+    command.add_argument("--compute-dtype", choices=_COMPUTE_DTYPES, help=_COMPUTE_DTYPE_HELP)
     command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -153,8 +170,10 @@ def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> Edge
         backend=options.backend,
         artifact=options.artifact,
         artifact_digest=options.artifact_digest,
+        compute_dtype=options.compute_dtype,
         held_out=options.held_out,
         seed=options.seed,
+        tell_accuracy=getattr(options, "tell_accuracy", False),
         progress=lambda line: _say(options, {"progress": line}, line),
     )
 
@@ -327,6 +346,7 @@ def _read_federation(path: Path) -> tuple[dict[str, Any], Path]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
     server = table.pop("server", {})
+    table.pop("admin", None)  # the coordinator's alone
     if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
         raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
     return table, path.parent / str(server.get("start", "start.safetensors"))
@@ -363,16 +383,42 @@ def _write_start(path: Path, arrays: dict[str, Any], digest: str) -> None:
 
 def _preflight(options: argparse.Namespace) -> None:
     if not options.json:
-        print("scheme  step ms  peak MiB  (PF2LoRA, 8 rows of 64 tokens)")
+        print("scheme      step ms  peak MiB  (PF2LoRA, 8 rows of 64 tokens)")
     failed = []
-    for found in preflight(options.backbone, options.scheme, options.device):
-        text = f"{found.scheme:<6}  {found.step_ms:>7.0f}  {found.peak_mib:>8.0f}"
+    for found in preflight(options.backbone, options.scheme, options.device, options.compute_dtype):
+        text = f"{found.scheme:<10}  {found.step_ms:>7.0f}  {found.peak_mib:>8.0f}"
         if found.problem:
             failed.append(found.scheme)
-            text = f"{found.scheme:<6}  does not work here: {found.problem}"
+            text = f"{found.scheme:<10}  does not work here: {found.problem}"
         _say(options, asdict(found), text)
     if failed:
         raise ConfigurationError("--scheme", f"{', '.join(failed)} cannot be used", "another")
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from quantization.quantize import quantize
+
+    written = quantize(
+        options.backbone, options.scheme, options.out, int8_embeddings=options.int8_embeddings
+    )
+    tasks = [task.value for task in written.tasks]
+    facts: dict[str, Any] = {
+        "out": str(written.folder),
+        "scheme": written.scheme.value,
+        "fingerprint": written.fingerprint,
+        "tasks": tasks,
+        "codes_bytes": written.codes_bytes,
+        "absmax_bytes": written.absmax_bytes,
+        "other_bytes": written.other_bytes,
+    }
+    lines = [
+        f"wrote {written.folder}: {written.scheme.value}, for {', '.join(tasks)}",
+        f"tensors {written.total_bytes} bytes: codes {written.codes_bytes}, "
+        f"absmax {written.absmax_bytes}, not quantised {written.other_bytes}",
+        f"fingerprint {written.fingerprint}",
+    ]
+    lines += [f"not for {task.value}: {why}" for task, why in written.not_served.items()]
+    _say(options, facts, "\n".join(lines))
 
 
 def _fingerprint(options: argparse.Namespace) -> None:

@@ -52,9 +52,12 @@ class EdgeClient:
         federation: name of the federation; none asks for the coordinator's only one.
         backbone: folder or name to load the backbone from instead of the federation's own name for
             it; the fingerprint must agree in any case.
-        scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4" or "fp4"; none
-            given is "nf4". An artifact has its own.
+        scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4", "fp4",
+            "nf4-double" or "fp4-double"; none given is "nf4". A quantised folder must be of that
+            scheme. An artifact has its own.
         device: torch device, such as "cpu" or "cuda".
+        compute_dtype: what NF4, FP4 and INT8 layers multiply in, "float32" or "bfloat16"; none
+            takes float32 on a CPU and bfloat16 on CUDA.
         backend: "torch"; or "ort", which trains on onnxruntime and needs no torch.
         artifact: with "ort", the folder that holds the backbone, compiled for this federation's
             task and target modules by `pf2lora-client export`.
@@ -62,6 +65,9 @@ class EdgeClient:
             program: give it wherever artifacts come over a network.
         held_out: share of the rows kept apart for `evaluate`, in [0, 1).
         fields: the names of the data's fields.
+        tell_accuracy: send the coordinator, with each report, this device's accuracy on the rows it
+            holds out (with the common adapter alone, and with its personal one) and the range of
+            its learned ranks: four numbers for its operators to look at.
         seed: of the held-out choice, the batches and the personal adapter's start.
         progress: called with one line of text now and then, possibly from another thread.
 
@@ -80,12 +86,14 @@ class EdgeClient:
         backbone: str | None = None,
         scheme: str | None = None,
         device: str = "cpu",
+        compute_dtype: str | None = None,
         backend: str = "torch",
         artifact: str | Path | None = None,
         artifact_digest: str = "",
         held_out: float = 0.2,
         fields: FieldNames | None = None,
         seed: int = 0,
+        tell_accuracy: bool = False,
         progress: Progress = _silent,
     ) -> None:
         self._choice = choose(
@@ -93,6 +101,7 @@ class EdgeClient:
             backbone=backbone,
             scheme=scheme,
             device=device,
+            compute_dtype=compute_dtype,
             artifact=artifact,
             artifact_digest=artifact_digest,
         )
@@ -110,6 +119,7 @@ class EdgeClient:
             self._store,
             self._make_trainer,
             progress,
+            tell_accuracy,
         )
 
     def run(self) -> RunSummary:

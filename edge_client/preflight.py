@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from protocol.federation import (
     Backbone,
     FederationSettings,
-    PF2LoRA,
     Task,
     TaskKind,
     Training,
 )
+from protocol.methods import PF2LoRA
+from quantization.folder_manifest import is_quantized, read_manifest
+from quantization.schemes import Scheme
 
 BATCH_SIZE = 8
 LENGTH = 64
@@ -39,10 +42,13 @@ class Preflight:
     problem: str = ""
 
 
-def preflight(model: str, schemes: list[str], device: str) -> Iterator[Preflight]:
-    """Try each scheme, one after the other."""
-    for scheme in schemes:
+def preflight(
+    model: str, schemes: list[str], device: str, compute_dtype: str | None = None
+) -> Iterator[Preflight]:
+    """Try each scheme, one after the other; none named means all that the backbone allows."""
+    for scheme in schemes or _schemes(model):
         command = [sys.executable, "-m", "edge_client.preflight", model, scheme, device]
+        command += [compute_dtype] if compute_dtype else []
         try:
             done = subprocess.run(  # noqa: S603 - our own module
                 command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
@@ -57,7 +63,15 @@ def preflight(model: str, schemes: list[str], device: str) -> Iterator[Preflight
             yield Preflight(scheme, problem=lines[-1][:300])
 
 
-def _try(model: str, scheme: str, device: str) -> Preflight:
+def _schemes(model: str) -> list[str]:
+    """A quantised folder has one scheme; any other backbone can take each."""
+    folder = Path(model).expanduser()
+    if is_quantized(folder):
+        return [read_manifest(folder).scheme.value]
+    return [scheme.value for scheme in Scheme]
+
+
+def _try(model: str, scheme: str, device: str, compute_dtype: str | None = None) -> Preflight:
     from edge_client.backends.torch_backend import load_trainer
     from edge_client.data import Example
     from quantization.backbone import resolve_backbone
@@ -70,7 +84,14 @@ def _try(model: str, scheme: str, device: str) -> Preflight:
         training=Training(local_steps=1, batch_size=BATCH_SIZE),
         algorithm=PF2LoRA(),
     )
-    trainer = load_trainer(settings, backbone=None, scheme=scheme, device=device, personal_seed=0)
+    trainer = load_trainer(
+        settings,
+        backbone=None,
+        scheme=scheme,
+        device=device,
+        personal_seed=0,
+        compute_dtype=compute_dtype,
+    )
     rows = trainer.encode([Example("a word " * LENGTH, None, n % 2) for n in range(BATCH_SIZE)])
     before = trainer.common()
     trainer.train(rows, 0, 1)
@@ -100,4 +121,4 @@ def _peak_mib(device: str) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_try(*sys.argv[1:4]))))
+    print(json.dumps(asdict(_try(*sys.argv[1:5]))))

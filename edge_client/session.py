@@ -11,6 +11,7 @@ new connection after a jittered, growing pause, and on from where the last one s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable
@@ -20,7 +21,7 @@ from typing import Any, Final, Protocol, TypeVar, cast, overload
 from edge_client.errors import RefusedError, UnreachableError
 from edge_client.transport import Dial
 from protocol.connection import Connection, Role, default_hello
-from protocol.errors import ProtocolError, RemoteProtocolError
+from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.federation import FederationSettings
 from protocol.link import Link, LinkClosedError
 from protocol.messages import (
@@ -50,6 +51,9 @@ log = logging.getLogger("pf2lora.client")
 REPLY_TIMEOUT_S: Final = 90.0
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 60.0
+LAST_WORD_S: Final = 1.0
+# A coordinator that is busy says when to come back; it is there, so this is no failure to reach it.
+_BUSY: Final = (ErrorCode.BUSY, ErrorCode.DRAINING)
 # Before the first answer a wrong address is likelier than an outage: say so soon.
 FIRST_CONTACT_PATIENCE_S: Final = 15.0
 PATIENCE_S: Final = 24 * 3600.0
@@ -111,6 +115,15 @@ class Traffic:
 
     sent_bytes: int = 0
     received_bytes: int = 0
+
+
+class ComeBackError(LinkClosedError):
+    """The coordinator ended the session and says after how many seconds to come back."""
+
+    def __init__(self, code: ErrorCode, reason: str, retry_after_s: float) -> None:
+        super().__init__(f"the coordinator said: {reason}")
+        self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class Session:
@@ -234,6 +247,8 @@ class Session:
         self._failing_since = None
 
     async def _pause(self, error: Exception) -> None:
+        if isinstance(error, ComeBackError) and error.code in _BUSY:
+            self._progressed()
         now = asyncio.get_running_loop().time()
         if self._failing_since is None:
             self._failing_since = now
@@ -243,6 +258,9 @@ class Session:
             raise UnreachableError(str(error), self._failures) from error
         longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._failures, 10))
         pause_s = longest * (0.5 + 0.5 * self._rng.random())
+        if isinstance(error, ComeBackError):
+            # Spread over as long again, so that those who were sent away together do not return so.
+            pause_s = max(pause_s, error.retry_after_s * (1.0 + self._rng.random()))
         log.warning("connection failed (%s); next try in %.1f s", error, pause_s)
         await asyncio.sleep(pause_s)
 
@@ -259,7 +277,17 @@ class _Line:
     async def send(self, message: Message) -> None:
         data = self.connection.send(message)
         self._traffic.sent_bytes += len(data)
-        await self._in_time(self._link.send(data))
+        try:
+            await self._in_time(self._link.send(data))
+        except LinkClosedError:
+            await self._last_word()
+            raise
+
+    async def _last_word(self) -> None:
+        """Raise what the coordinator said before the link closed, such as when to return."""
+        with contextlib.suppress(TimeoutError, ProtocolError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._receive_any(())
 
     @overload
     async def ask(self, message: Message, a: type[A], /) -> A: ...
@@ -286,6 +314,8 @@ class _Line:
             return message
         if isinstance(message, Refusal) and not message.code.retryable:
             raise RefusedError(message.code.value, message.reason)
+        if isinstance(message, Refusal):
+            raise ComeBackError(message.code, message.reason, message.retry_after_s)
         reason = getattr(message, "reason", "") or type(message).__name__
         raise LinkClosedError(f"the coordinator said: {reason}")
 

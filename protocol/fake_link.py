@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from dataclasses import dataclass
 
@@ -60,7 +61,8 @@ class FakeLink:
     def _deliver(self, data: bytes | None) -> None:
         loop = asyncio.get_running_loop()
         arrival = loop.time() + self._rng.random() * self._faults.delay_s
-        self._last_arrival = max(self._last_arrival, arrival)
+        # Later than the last by the least there is: timers of one moment keep no order.
+        self._last_arrival = max(math.nextafter(self._last_arrival, math.inf), arrival)
         loop.call_at(self._last_arrival, self.other._inbox.put_nowait, data)
 
 

@@ -1,8 +1,7 @@
 """What a federation is: the settings that the coordinator holds and every device obeys.
 
 The same dataclasses are the sections of `federation.toml` and travel in the message `Joined`. The
-method is PF2LoRA (arXiv 2503.03920): the lower step trains the personal adapter, the upper step the
-common adapter. The others are what it is compared with, on the same devices and the same wire.
+methods are in methods.py, the coordinator's rules in aggregation.py.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from protocol import limits
+from protocol.aggregation import Aggregation, Average, Mean, MultiKrum, ServerStep
 from protocol.compression import quantized_size, topk_size
+from protocol.methods import Algorithm, FedDPA, HetLoRA, LearningRate, PF2LoRA
 from protocol.schema import Integer, Items, Real, SchemaError, Text, record_of
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -22,7 +23,6 @@ Label = Annotated[str, Text(limits.NAME_BYTES_MAX, 1)]
 ModuleName = Annotated[str, Text(limits.TENSOR_NAME_BYTES_MAX, 1)]
 Fingerprint = Annotated[str, Text(71, 71, r"sha256:[0-9a-f]{64}")]
 Seconds = Annotated[float, Real(0.0, limits.SECONDS_MAX)]
-LearningRate = Annotated[float, Real(1e-9, 100.0)]
 Seed = Annotated[int, Integer(0, 2**32 - 1)]
 
 
@@ -47,27 +47,18 @@ class Weighting(Enum):
     EXAMPLES = "examples"
 
 
+class Mode(Enum):
+    """Whether a round asks a cohort and waits for it, or devices report each in its own time."""
+
+    SYNCHRONOUS = "synchronous"
+    ASYNCHRONOUS = "asynchronous"
+
+
 class Selection(Enum):
     """Whom a round asks: anyone alike, or first those who were asked longest ago."""
 
     UNIFORM = "uniform"
     LEAST_RECENT = "least-recent"
-
-
-class Hypergradient(Enum):
-    """How the upper step's gradient is had; edge_client/algorithms/pf2lora.py has the formulas.
-
-    `exact` and `finite_difference` differentiate through the lower step; `secant` approximates that
-    for nothing, `first_order` leaves it out. `optimistic` takes both levels' steps from one
-    gradient, extrapolated from the last; `joint` does without the bilevel step at all.
-    """
-
-    EXACT = "exact"
-    FINITE_DIFFERENCE = "finite_difference"
-    SECANT = "secant"
-    FIRST_ORDER = "first_order"
-    OPTIMISTIC = "optimistic"
-    JOINT = "joint"
 
 
 class OptimizerState(Enum):
@@ -83,13 +74,6 @@ class Decay(Enum):
     CONSTANT = "constant"
     LINEAR = "linear"
     COSINE = "cosine"
-
-
-class LowerOptimizer(Enum):
-    """What takes the lower step: plain SGD (the paper's) or Adam with state kept on the device."""
-
-    SGD = "sgd"
-    ADAM = "adam"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,178 +144,6 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True)
-class PF2LoRA:
-    """Bilevel: `lower_steps` on the personal adapter, then one upper step on the common one.
-
-    A `lower_learning_rate` of 0 is a fifth of the upper one, so that what all devices share is
-    learned in common first; SGD below asks for a rate of its own.
-    With `separate_batches` the upper step sees rows that the lower step did not. Until
-    `common_warmup_rounds` are over only the common adapter learns. With a `personal_rank_max` each
-    device's r2 begins at the adapter's and follows its data, up to that, layer by layer.
-    """
-
-    NAME: ClassVar[str] = "pf2lora"
-    hypergradient: Hypergradient = Hypergradient.SECANT
-    lower_optimizer: LowerOptimizer = LowerOptimizer.ADAM
-    lower_learning_rate: Annotated[float, Real(0.0, 100.0)] = 0.0
-    lower_momentum: Annotated[float, Real(0.0, 0.999)] = 0.0
-    lower_steps: Annotated[int, Integer(1, 100)] = 1
-    separate_batches: bool = False
-    common_warmup_rounds: Annotated[int, Integer(0, limits.ROUNDS_MAX)] = 0
-    personal_rank_max: Annotated[int, Integer(0, limits.RANK_MAX)] = 0
-
-    def __post_init__(self) -> None:
-        if self.lower_momentum and self.lower_optimizer is not LowerOptimizer.SGD:
-            raise SchemaError("lower_momentum", "is SGD's; Adam has its own")
-        if not self.lower_learning_rate and self.lower_optimizer is LowerOptimizer.SGD:
-            raise SchemaError("lower_learning_rate", "must be given for SGD, such as 0.1")
-
-
-@dataclass(frozen=True, slots=True)
-class HomLoRA:
-    """HOMLoRA: one LoRA for all, FedAvg; the personal level is absent."""
-
-    NAME: ClassVar[str] = "homlora"
-
-
-@dataclass(frozen=True, slots=True)
-class LocalOnly:
-    """One LoRA a device, never sent: what federation has to beat."""
-
-    NAME: ClassVar[str] = "local"
-
-
-@dataclass(frozen=True, slots=True)
-class PerFedAvg:
-    """Per-FedAvg on LoRA: learns a common adapter from which few SGD steps make a good own one."""
-
-    NAME: ClassVar[str] = "per-fedavg"
-    hessian_free: bool = False
-    inner_learning_rate: LearningRate = 0.1
-    adaptation_steps: Annotated[int, Integer(1, 1000)] = 1
-
-
-@dataclass(frozen=True, slots=True)
-class HetLoRA:
-    """HETLoRA: devices of ranks from `rank_min` to the adapter's, each pruning its own.
-
-    Ranks above `rank_share` of the present one are penalised by `penalty` and cut off once they
-    have shrunk.
-    """
-
-    NAME: ClassVar[str] = "hetlora"
-    rank_min: Annotated[int, Integer(1, limits.RANK_MAX)] = 2
-    rank_share: Annotated[float, Real(0.01, 1.0)] = 0.99
-    penalty: Annotated[float, Real(0.0, 1e3)] = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class FFALoRA:
-    """FFA-LoRA: A stays as it was drawn, B is trained and sent."""
-
-    NAME: ClassVar[str] = "ffa-lora"
-
-
-@dataclass(frozen=True, slots=True)
-class FedSALoRA:
-    """FedSA-LoRA: A and B are trained, A is sent, B stays on its device."""
-
-    NAME: ClassVar[str] = "fedsa-lora"
-
-
-@dataclass(frozen=True, slots=True)
-class FedDPA:
-    """FedDPA: a global and a personal LoRA, trained in turn within a round."""
-
-    NAME: ClassVar[str] = "feddpa"
-
-
-Algorithm = PF2LoRA | HomLoRA | LocalOnly | PerFedAvg | HetLoRA | FFALoRA | FedSALoRA | FedDPA
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """Weighted mean of the updates (FedAvg)."""
-
-    NAME: ClassVar[str] = "mean"
-
-
-@dataclass(frozen=True, slots=True)
-class NormBound:
-    """Weighted mean of updates that are scaled down to `norm_max` where they are longer."""
-
-    NAME: ClassVar[str] = "norm-bound"
-    norm_max: Annotated[float, Real(1e-9, 1e9)] = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinateMedian:
-    """The median of every coordinate."""
-
-    NAME: ClassVar[str] = "median"
-
-
-@dataclass(frozen=True, slots=True)
-class TrimmedMean:
-    """The mean of every coordinate without the share of highest and of lowest values."""
-
-    NAME: ClassVar[str] = "trimmed-mean"
-    share: Annotated[float, Real(0.0, 0.49)] = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class MultiKrum:
-    """The mean of the updates that lie closest together, all but `hostile` of them."""
-
-    NAME: ClassVar[str] = "multi-krum"
-    hostile: Annotated[int, Integer(1, limits.COHORT_MAX)] = 1
-
-
-Aggregation = Mean | NormBound | CoordinateMedian | TrimmedMean | MultiKrum
-
-
-@dataclass(frozen=True, slots=True)
-class Average:
-    """The averaged update is the step."""
-
-    NAME: ClassVar[str] = "average"
-
-
-@dataclass(frozen=True, slots=True)
-class FedAvgM:
-    """Server momentum."""
-
-    NAME: ClassVar[str] = "fedavgm"
-    learning_rate: LearningRate = 1.0
-    momentum: Annotated[float, Real(0.0, 0.999)] = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class FedAdam:
-    """Adam on the server; `tau` bounds how much it adapts."""
-
-    NAME: ClassVar[str] = "fedadam"
-    learning_rate: LearningRate = 0.01
-    beta_1: Annotated[float, Real(0.0, 0.999)] = 0.9
-    beta_2: Annotated[float, Real(0.0, 0.99999)] = 0.99
-    tau: Annotated[float, Real(1e-9, 1.0)] = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class FedYogi:
-    """Yogi on the server: Adam whose second moment falls no faster than it rises."""
-
-    NAME: ClassVar[str] = "fedyogi"
-    learning_rate: LearningRate = 0.01
-    beta_1: Annotated[float, Real(0.0, 0.999)] = 0.9
-    beta_2: Annotated[float, Real(0.0, 0.99999)] = 0.99
-    tau: Annotated[float, Real(1e-9, 1.0)] = 1e-3
-
-
-ServerStep = Average | FedAvgM | FedAdam | FedYogi
-
-
-@dataclass(frozen=True, slots=True)
 class Rounds:
     """How rounds run.
 
@@ -340,6 +152,11 @@ class Rounds:
     otherwise it is abandoned and tried again from the same base. A cohort over the goal is how a
     round does without its slowest devices: their reports are late, and where they are still busy
     the next round begins without them.
+
+    Asynchronously (FedBuff) a device is asked as soon as it comes, if fewer than `cohort` are under
+    way; `report_goal` reports make the next base version, `count` is how many are made. A report
+    `s` base versions after its own counts `1 / sqrt(1 + s)`, up to `staleness_max`; `deadline_s` is
+    each assignment's own, and `minimum_reports` what a buffer needs when the federation is stopped.
     """
 
     count: Annotated[int, Integer(1, limits.ROUNDS_MAX)] = 10
@@ -350,9 +167,15 @@ class Rounds:
     report_goal: Annotated[int, Integer(0, limits.COHORT_MAX)] = 0
     minimum_examples: Annotated[int, Integer(1, limits.EXAMPLES_MAX)] = 1
     selection: Selection = Selection.UNIFORM
+    mode: Mode = Mode.SYNCHRONOUS
+    staleness_max: Annotated[int, Integer(0, limits.STALENESS_MAX)] = 20
 
     def __post_init__(self) -> None:
-        if self.report_goal > self.cohort:
+        if self.mode is Mode.ASYNCHRONOUS:
+            if not self.report_goal:
+                problem = "must be given: how many reports make the next base version"
+                raise SchemaError("report_goal", problem)
+        elif self.report_goal > self.cohort:
             raise SchemaError("report_goal", f"is over the cohort of {self.cohort}")
         if self.minimum_reports > self.goal:
             what = "report goal" if self.report_goal else "cohort"
@@ -362,6 +185,11 @@ class Rounds:
     def goal(self) -> int:
         """How many reports end a round before its deadline."""
         return self.report_goal or self.cohort
+
+    @property
+    def reports_max(self) -> int:
+        """How many reports a round can have."""
+        return self.goal if self.mode is Mode.ASYNCHRONOUS else self.cohort
 
 
 class WireDtype(Enum):
@@ -392,6 +220,18 @@ class WireDtype(Enum):
                 return topk_size(count)
 
 
+class DownloadDtype(Enum):
+    """How a base version's numbers travel; the coordinator keeps float32 whatever it is."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def wire(self) -> WireDtype:
+        return WireDtype(self.value)
+
+
 @dataclass(frozen=True, slots=True)
 class FederationSettings:
     """One shared adapter and everything that a device must know to train it."""
@@ -406,6 +246,7 @@ class FederationSettings:
     aggregation: Aggregation = field(default_factory=Mean)
     server_step: ServerStep = field(default_factory=Average)
     update_dtype: WireDtype = WireDtype.FLOAT32
+    download_dtype: DownloadDtype = DownloadDtype.FLOAT32
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -421,6 +262,9 @@ class FederationSettings:
             )
         if isinstance(self.algorithm, HetLoRA) and not isinstance(self.aggregation, Mean):
             raise SchemaError("aggregation.name", "must be 'mean': hetlora has weights of its own")
+        if isinstance(self.algorithm, HetLoRA) and self.rounds.mode is Mode.ASYNCHRONOUS:
+            problem = "must be 'synchronous': hetlora averages adapters of one base version"
+            raise SchemaError("rounds.mode", problem)
         if isinstance(self.algorithm, HetLoRA) and not self.update_dtype.is_plain:
             raise SchemaError(
                 "update_dtype",

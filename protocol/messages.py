@@ -105,10 +105,10 @@ class RetryWindow:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All rounds are done; the payload is the final common adapter."""
+    """No rounds are left, `rounds` were done; the payload is the final common adapter."""
 
     CODE: ClassVar[int] = 7
-    rounds: Round
+    rounds: Annotated[int, Integer(0, limits.ROUNDS_MAX)]
     base_version: Digest
     payload: Payload
 
@@ -181,7 +181,10 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The session cannot go on; the sender closes after this."""
+    """The session cannot go on; the sender closes after this.
+
+    A device that may come back does so at a moment chosen evenly in one to two `retry_after_s`.
+    """
 
     CODE: ClassVar[int] = 13
     code: ErrorCode

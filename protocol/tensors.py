@@ -11,7 +11,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -72,6 +72,8 @@ class NamedTensors:
 
     specs: tuple[TensorSpec, ...]
     buffer: Buffer
+    # Hashed once, however often it is asked for: a payload of a megabyte takes half a millisecond.
+    _digest: bytes | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         size = sum(spec.size_bytes for spec in self.specs)
@@ -97,6 +99,12 @@ class NamedTensors:
         ends = np.cumsum([spec.count for spec in specs])[:-1]
         return cls(specs, b"".join(_encode(part, dtype) for part in np.split(flat, ends)))
 
+    def cast(self, dtype: WireDtype) -> NamedTensors:
+        """The same tensors as another type; themselves where they are of it."""
+        if all(spec.dtype is dtype for spec in self.specs):
+            return self
+        return NamedTensors.from_arrays(self.arrays(), dtype)
+
     def flat(self) -> Array:
         """All elements as one float32 vector `[P]`, in order; a view where nothing changes."""
         dtypes = {spec.dtype for spec in self.specs}
@@ -116,9 +124,11 @@ class NamedTensors:
 
     def digest(self) -> bytes:
         """SHA-256 over the specs and the buffer, 32 bytes."""
-        hasher = specs_hasher(self.specs)
-        hasher.update(self.buffer)
-        return hasher.digest()
+        if self._digest is None:
+            hasher = specs_hasher(self.specs)
+            hasher.update(self.buffer)
+            object.__setattr__(self, "_digest", hasher.digest())
+        return self._digest  # type: ignore[return-value]  # set above
 
     def payload(self) -> Payload:
         """The description that goes ahead of the bytes."""

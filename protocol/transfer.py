@@ -56,9 +56,21 @@ class Receiver:
             )
         if not chunk.data and not chunk.last:
             raise RemoteProtocolError("an empty chunk before the end")
-        self._buffer += chunk.data
-        self._hasher.update(chunk.data)
-        self.offset = end
+        self._take(chunk.data)
+
+    def restore(self, data: Buffer) -> None:
+        """Take what had come before and was put by; what does not fit is left out."""
+        if self.offset + len(data) < self.payload.size_bytes:
+            self._take(data)
+
+    def received(self, begin: int) -> bytes:
+        """What has come from byte `begin` on."""
+        return bytes(memoryview(self._buffer)[begin:])
+
+    def _take(self, data: Buffer) -> None:
+        self._buffer += data
+        self._hasher.update(data)
+        self.offset += len(data)
 
     def tensors(self) -> NamedTensors:
         """The whole payload, once its last chunk has come.
@@ -69,4 +81,4 @@ class Receiver:
         if self._hasher.digest() != self.payload.digest:
             self.__init__(self.payload)  # type: ignore[misc]  # nothing of it can be trusted
             raise RemoteProtocolError("the payload does not match its digest", ErrorCode.DIGEST)
-        return NamedTensors(self.payload.tensors, self._buffer)
+        return NamedTensors(self.payload.tensors, self._buffer, self.payload.digest)

@@ -13,8 +13,8 @@ Inputs of the gradient graph, all of them always given:
     input_ids, attention_mask, ...   int64 [b, t]: those of `Manifest.batch_inputs`
     targets                          int64 [b], or [b, t] for a causal LM; IGNORED ones do not count
     scale                            float32 []: alpha / rank
-    LAYER.A, .B, .C, .D              float32 [r, n], [m, r], [r2, n], [m, r2]; r and r2 are the same
-                                     in all layers, and any; r + r2 is 1 or more
+    LAYER.A, .B, .C, .D              float32 [r, n], [m, r], [r2, n], [m, r2]; r and r2 are any,
+                                     from layer to layer, but r + r2 is 1 or more
     the head's tensors               float32, `Manifest.head`
 
 Its outputs: `loss`, float32 [], the mean over the targets that count (at least one must), and for
@@ -34,12 +34,13 @@ that `export` printed. Needs the standard library alone.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from quantization.errors import ArtifactError
-from quantization.graph_file import GraphOutline, read_outline
+from quantization.graph_file import read_outline
 from quantization.manifest import (
     EVALUATION_GRAPH,
     FILES,
@@ -52,6 +53,7 @@ from quantization.manifest import (
     manifest_bytes,
     read_manifest,
 )
+from quantization.tasks import TaskKind
 
 TARGETS: Final = "targets"
 SCALE: Final = "scale"
@@ -105,9 +107,9 @@ def load_artifact(folder: Path, digest: str = "") -> Artifact:
     """Check an artifact, and return what a device needs of it.
 
     Every file's size and digest must be the manifest's; nothing else may lie in the folder. Each
-    graph must have the inputs and outputs that the manifest calls for, use standard operators
-    alone, and name no data but whole parts of `weights.bin`. With `digest` the artifact must be
-    that one.
+    graph must have the inputs, in their shapes, and outputs that the manifest calls for, use
+    standard operators alone, and name no data but parts of `weights.bin`. With `digest` the
+    artifact must be that one.
 
     Raises:
         ArtifactError: naming the file and what is wrong with it.
@@ -121,10 +123,14 @@ def load_artifact(folder: Path, digest: str = "") -> Artifact:
     except ValueError as error:
         raise ArtifactError(f"{folder / MANIFEST}: {error}") from error
     _check_files(folder, manifest)
-    arrays = [*manifest.batch_inputs, SCALE, *manifest.trainable()]
-    gradients = [gradient_name(name) for name in manifest.trainable()]
-    _check_graph(folder, GRADIENT_GRAPH, [*arrays, TARGETS], [LOSS, *gradients])
-    _check_graph(folder, EVALUATION_GRAPH, arrays, [LOGITS])
+    # Ranks are open in the graphs, which stands as zero here and there.
+    arrays = manifest.trainable(rank=0, personal_rank=0)
+    batch = dict.fromkeys(manifest.batch_inputs, (0, 0))
+    targets = (0, 0) if manifest.task is TaskKind.CAUSAL_LM else (0,)
+    inputs = {**batch, SCALE: (), **arrays}
+    gradients = {gradient_name(name) for name in arrays}
+    _check_graph(folder, GRADIENT_GRAPH, {**inputs, TARGETS: targets}, {LOSS, *gradients})
+    _check_graph(folder, EVALUATION_GRAPH, inputs, {LOGITS})
     return Artifact(folder, manifest, found)
 
 
@@ -167,16 +173,15 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{path}: its digest is not the manifest's: damaged or replaced")
 
 
-def _check_graph(folder: Path, name: str, inputs: list[str], outputs: list[str]) -> None:
+def _check_graph(
+    folder: Path, name: str, inputs: Mapping[str, tuple[int, ...]], outputs: set[str]
+) -> None:
     path = folder / name
-    outline: GraphOutline = read_outline(path)
-    for what, found, wanted in (
-        ("inputs", outline.inputs, inputs),
-        ("outputs", outline.outputs, outputs),
-    ):
-        if sorted(found) != sorted(wanted):
-            differing = sorted(set(found) ^ set(wanted))[:3] or "some of them twice"
-            raise ArtifactError(f"{path}: its {what} are not the manifest's: {differing}")
+    outline = read_outline(path)
+    if differing := sorted(set(outline.inputs.items()) ^ set(inputs.items())):
+        raise ArtifactError(f"{path}: its inputs are not the manifest's: {differing[:3]}")
+    if others := sorted(outline.outputs ^ outputs):
+        raise ArtifactError(f"{path}: its outputs are not the manifest's: {others[:3]}")
     if strange := sorted(outline.domains - _STANDARD_DOMAINS):
         raise ArtifactError(f"{path}: uses operators of {strange[0]!r}; only ONNX's own may be")
     size_bytes = (folder / WEIGHTS).stat().st_size

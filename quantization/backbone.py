@@ -8,28 +8,20 @@ a seed draws depends on neither the platform nor the version of torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantization.bnb import output_embeddings, quantize_linears
+from quantization.bnb import is_below, parse_compute_dtype, quantize_embeddings, quantize_linears
+from quantization.checkpoint import output_embeddings, read_model
 from quantization.errors import BackboneError
 from quantization.fingerprint import fingerprint, resolve_backbone
-from quantization.names import is_below
+from quantization.folder_manifest import is_quantized
+from quantization.quantized_folder import read_quantized
 from quantization.schemes import Scheme
 from quantization.seeded import head_start
 from quantization.tasks import TaskKind
@@ -65,29 +57,47 @@ def load_backbone(
     label_count: int = 0,
     head_seed: int = 0,
     attention: str | None = None,
+    int8_embeddings: bool = False,
+    compute_dtype: str | None = None,
 ) -> Backbone:
     """Load the backbone that `name_or_path` stands for (see `resolve_backbone`).
 
     A classification head always starts from `head_seed`, also where the checkpoint brings one.
     `attention` is transformers' `attn_implementation`; double backward needs "eager". Whatever is
-    not a quantised layer is float32. The global torch generator is left as it was.
+    not quantised is float32. `compute_dtype`, "float32" or "bfloat16", is what NF4, FP4 and INT8
+    layers multiply in: by default float32 on a CPU, bfloat16 on CUDA (INT8: what comes in). The
+    global torch generator is left as it was.
+
+    A folder of `pf2lora-client quantize` is read as it is, never through float weights; its
+    embeddings are what they were written as, whatever `int8_embeddings` says.
 
     Raises:
         BackboneError: not found, incomplete, of a kind without that task, or the proof failed: one
             forward and backward must bring a finite, non-zero gradient to the input embeddings.
-        SchemeError: no such scheme, or nothing to quantise.
+        SchemeError: no such scheme or compute dtype, nothing to quantise, or the folder is
+            quantised in another scheme.
         MissingExtraError: the scheme needs bitsandbytes, and it is not installed.
     """
     scheme = Scheme.parse(scheme)
+    product = parse_compute_dtype(compute_dtype, scheme)
     kind, place = _task(task, label_count), _device(device)
     folder = resolve_backbone(name_or_path)
-    tokenizer = _read_tokenizer(folder)
     model: Any  # the methods of nn.Module lose their types in PreTrainedModel
-    model, head_modules = _read_model(folder, kind, label_count, attention)
+    if is_quantized(folder):
+        model, head_modules = read_quantized(
+            folder, kind, label_count, attention, scheme, place, product
+        )
+        _start_head(model, head_modules, head_seed)
+    else:
+        model, head_modules = read_model(folder, kind, label_count, attention)
+        _start_head(model, head_modules, head_seed)
+        model.float()
+        keep = (*head_modules, *output_embeddings(model))
+        quantize_linears(model, scheme, place, keep, product)
+        if int8_embeddings:
+            quantize_embeddings(model, product)
+    tokenizer = _read_tokenizer(folder)
     model.config.pad_token_id = tokenizer.pad_token_id
-    _start_head(model, head_modules, head_seed)
-    model.float()
-    quantize_linears(model, scheme, place, keep=(*head_modules, *output_embeddings(model)))
     model.to(place).requires_grad_(False).eval()
     _prove(model, tokenizer, f"{name_or_path!r}, scheme {scheme.value}, device {place}")
     return Backbone(model, tokenizer, fingerprint(folder), scheme, kind, head_modules, place)
@@ -128,89 +138,12 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_model(
-    folder: Path, kind: TaskKind, label_count: int, attention: str | None
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model with its head as transformers left it, and the names of the head's modules."""
-    classify = kind is TaskKind.SEQUENCE_CLASSIFICATION
-    reader: Any = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if getattr(config, "quantization_config", None) is not None:
-            raise BackboneError(f"{folder}: already quantised; give the checkpoint before that")
-        _switch_off_dropout(config)
-        if classify:
-            config.num_labels = label_count
-        with _quiet_transformers(), torch.random.fork_rng(devices=[]):
-            model, report = reader.from_pretrained(
-                folder,
-                config=config,
-                attn_implementation=attention,
-                dtype="auto",
-                ignore_mismatched_sizes=True,  # a checkpoint's own head; others are refused below
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except BackboneError:
-        raise
-    except Exception as error:  # as many kinds as there are architectures
-        raise BackboneError(f"{folder}: no {kind.value} model can be read: {error}") from error
-    head_modules = _head_modules(model) if classify else ()
-    _forbid_gaps(folder, report, head_modules)
-    return model, head_modules
-
-
-def _switch_off_dropout(config: Any) -> None:
-    """Zero every dropout rate, so that even a model set to train mode stays deterministic."""
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and "drop" in key:
-            setattr(config, key, 0.0)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the progress bar and the table of fresh parameters: `_forbid_gaps` judges those."""
-    reports: Any = transformers_logging  # untyped
-    verbosity, had_bar = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity_error()
-    reports.disable_progress_bar()
-    try:
-        yield
-    finally:
-        reports.set_verbosity(verbosity)
-        if had_bar:
-            reports.enable_progress_bar()
-
-
-def _head_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """Top-level modules with parameters beside the base model."""
-    return tuple(
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    )
-
-
-def _forbid_gaps(folder: Path, report: Mapping[str, Any], head_modules: tuple[str, ...]) -> None:
-    """Refuse a checkpoint that lacks weights of the backbone: transformers would invent them."""
-    mismatched = [entry[0] for entry in report["mismatched_keys"]]
-    absent = [
-        name for name in (*report["missing_keys"], *mismatched) if not is_below(name, head_modules)
-    ]
-    if absent or report["error_msgs"]:
-        shown = ", ".join(sorted(absent)[:8])
-        raise BackboneError(
-            f"{folder}: {len(absent)} weights are absent or of another shape: {shown} "
-            f"{' '.join(report['error_msgs'])}".rstrip()
-        )
-
-
 def _start_head(model: nn.Module, head_modules: tuple[str, ...], seed: int) -> None:
     """Give the head the values that every device starts from, as seeded.head_start has them."""
     for name, parameter in model.named_parameters():
-        if not is_below(name, head_modules):
-            continue
-        parameter.data = torch.from_numpy(head_start(name, tuple(parameter.shape), seed))
+        if is_below(name, head_modules):
+            start = head_start(name, tuple(parameter.shape), seed)
+            parameter.data = torch.from_numpy(start)
 
 
 def _prove(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
@@ -225,13 +158,25 @@ def _prove(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str
         raise BackboneError(f"{what}: the gradient of the input embeddings is zero")
 
 
+def proof_logits(backbone: Backbone) -> Tensor:
+    """The logits of two short texts, for comparing backbones bit by bit."""
+    with torch.no_grad():
+        logits: Tensor = backbone.model(**_proof_batch(backbone.model, backbone.tokenizer)).logits
+    return logits
+
+
+def _proof_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    batch = tokenizer(list(_PROOF_TEXTS), padding=True, return_tensors="pt")
+    return batch.to(model.device)
+
+
 def _embedding_gradient(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     embedded: list[Tensor] = []
 
     def want_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         embedded.append(output.requires_grad_())
 
-    batch = tokenizer(list(_PROOF_TEXTS), padding=True, return_tensors="pt").to(model.device)
+    batch = _proof_batch(model, tokenizer)
     handle = model.get_input_embeddings().register_forward_hook(want_gradient)
     try:
         with torch.enable_grad():

@@ -1,38 +1,45 @@
-"""Frozen linear layers in fewer bits, most of them through bitsandbytes, on CPU and CUDA alike.
+"""Quantise the frozen layers of a model, most of them through bitsandbytes, on CPU and CUDA alike.
 
-BF16 is torch's own: a CPU with bfloat16 instructions multiplies so in half of float32's time. NF4
-and FP4 are `bitsandbytes.nn.Linear4bit`. INT8 is this module's own `FrozenLinear8bit`, because
-`bitsandbytes.nn.Linear8bitLt` computes another function in evaluation than in training on a CPU.
-bitsandbytes is imported here alone, and only when a scheme needs it.
+BF16 is torch's own. NF4 and FP4 are `bitsandbytes.nn.Linear4bit`, with a product of our own on a
+CPU. INT8 has bitsandbytes' codes in a layer of ours, because `bitsandbytes.nn.Linear8bitLt`
+computes another function in evaluation than in training on a CPU. bitsandbytes is imported here
+alone, and only when a scheme needs it.
 
 A federation mixes CPU and CUDA devices, so a layer must be one function everywhere: the stored
-codes are the same on both, and only the product's rounding differs.
+codes are the same on both, and only the product's rounding differs. The rounding is that of the
+compute dtype: float32 on a CPU and bfloat16 on CUDA unless one is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from functools import cache
+from math import ceil, gcd
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from quantization.errors import MissingExtraError, SchemeError
-from quantization.names import is_below
+from quantization.layers import FrozenEmbedding8bit, FrozenLinear8bit, FrozenLinear16bit
+from quantization.names import is_below as is_below
+from quantization.product import frozen_product, room
 from quantization.schemes import Scheme
 
+COMPUTE_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BLOCK_SIZE: Final = 64  # weights that share an absmax in NF4 and FP4
+_NESTED_BLOCK_SIZE: Final = 256  # absmaxes that share one, where they are quantised again
+_EXPANDED_AT_ONCE: Final = 1 << 16  # weights: small enough for a core's own cache
 _TRANSPOSED_MARK = "pf2lora_from_conv1d"
-NF4_BLOCK: Final = 64
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return `(m, n)`, outputs and inputs, of a linear layer of any kind; None for other modules.
 
-    Known are nn.Linear and what derives from it (bitsandbytes' layers do), this module's own, and
+    Known are nn.Linear and what derives from it (bitsandbytes' layers do), this package's own, and
     the transposed `Conv1D` of GPT-2.
     """
     match module:
@@ -50,8 +57,49 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or hasattr(module, _TRANSPOSED_MARK)
 
 
+def parse_compute_dtype(name: str | None, scheme: Scheme) -> torch.dtype | None:
+    """The dtype called `name`; None leaves the choice to the layers.
+
+    Raises:
+        SchemeError: no such dtype, or the scheme leaves no choice.
+    """
+    if name is None:
+        return None
+    if name not in COMPUTE_DTYPES:
+        raise SchemeError(f"no compute dtype {name!r}; there are: {', '.join(COMPUTE_DTYPES)}")
+    fixed = {Scheme.NONE: torch.float32, Scheme.BF16: torch.bfloat16}.get(scheme)
+    if fixed not in (None, COMPUTE_DTYPES[name]):
+        raise SchemeError(
+            f"compute dtype {name!r}: scheme {scheme.value} multiplies in "
+            f"{str(fixed).removeprefix('torch.')}; nf4, fp4 and int8 leave the choice"
+        )
+    return COMPUTE_DTYPES[name]
+
+
+def linears(model: nn.Module, scheme: Scheme, keep: Collection[str]) -> list[str]:
+    """Names of the linear layers that `scheme` quantises: all but those below `keep`.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    if scheme is Scheme.NONE:
+        return []
+    found = [
+        name
+        for name, module in model.named_modules()
+        if linear_shape(module) and not is_below(name, keep)
+    ]
+    if not found:
+        raise SchemeError(f"scheme {scheme.value}: the model has no linear layer to quantise")
+    return found
+
+
 def quantize_linears(
-    model: nn.Module, scheme: Scheme, device: torch.device, keep: Collection[str]
+    model: nn.Module,
+    scheme: Scheme,
+    device: torch.device,
+    keep: Collection[str],
+    compute_dtype: torch.dtype | None = None,
 ) -> int:
     """Replace the linear layers of `model`, in place, by frozen ones of `scheme` on `device`.
 
@@ -62,37 +110,104 @@ def quantize_linears(
         SchemeError: the model has no linear layer to quantise.
         MissingExtraError: bitsandbytes is not installed.
     """
-    if scheme is Scheme.NONE:
-        return 0
+    names = linears(model, scheme, keep)
+    for name in names:
+        weight, bias = dense_weight(model.get_submodule(name))
+        replace_linear(model, name, _quantized(weight, bias, scheme, device, compute_dtype))
+    return len(names)
+
+
+def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` into the place of the one called `name`."""
+    if is_transposed(model.get_submodule(name)):
+        setattr(layer, _TRANSPOSED_MARK, True)
+    model.set_submodule(name, layer)
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    """Names of the embeddings that can be quantised: plain tables, no kind with rules of its own.
+
+    Raises:
+        SchemeError: there is none.
+    """
     found = [
         name
         for name, module in model.named_modules()
-        if linear_shape(module) and not is_below(name, keep)
+        if type(module) is nn.Embedding and module.max_norm is None
     ]
     if not found:
-        raise SchemeError(f"scheme {scheme.value}: the model has no linear layer to quantise")
-    for name in found:
-        layer = model.get_submodule(name)
-        quantized = _quantized(layer, scheme, device)
-        if is_transposed(layer):
-            setattr(quantized, _TRANSPOSED_MARK, True)
-        model.set_submodule(name, quantized)
-    return len(found)
+        raise SchemeError("int8 embeddings: the model has no plain embedding to quantise")
+    return found
 
 
-def output_embeddings(model: Any) -> list[str]:
-    """Name the language model's head: often tied to the input embeddings, so it stays as it is."""
-    output = model.get_output_embeddings()
-    return [] if output is None else [n for n, module in model.named_modules() if module is output]
+def quantize_embeddings(model: nn.Module, compute_dtype: torch.dtype | None = None) -> int:
+    """Replace the embeddings of `model`, in place, by INT8 ones; returns how many.
+
+    Output embeddings that are tied to one share its codes, as a frozen INT8 linear layer: else the
+    float table would have to stay.
+
+    Raises:
+        SchemeError: the model has no plain embedding.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    names = embeddings(model)
+    for name in names:
+        table = cast(nn.Embedding, model.get_submodule(name))
+        codes, absmax = int8_codes(table.weight.detach())
+        replace_embedding(model, name, codes, absmax, compute_dtype)
+    return len(names)
 
 
-def _quantized(layer: nn.Module, scheme: Scheme, device: torch.device) -> nn.Module:
-    weight, bias = dense_weight(layer)
+def replace_embedding(
+    model: nn.Module, name: str, codes: Tensor, absmax: Tensor, compute_dtype: torch.dtype | None
+) -> None:
+    """Put INT8 codes [v, n] and absmax [v] in the place of an embedding and what is tied to it."""
+    table = cast(nn.Embedding, model.get_submodule(name))
+    layer = FrozenEmbedding8bit(codes, absmax, table.padding_idx)
+    output = cast(Any, model).get_output_embeddings()
+    tied = [
+        other
+        for other, module in model.named_modules()
+        if module is output and module.weight is table.weight
+    ]
+    model.set_submodule(name, layer)
+    for other in tied:
+        head = FrozenLinear8bit(layer.weight, layer.absmax, output.bias, compute_dtype)
+        model.set_submodule(other, head)
+
+
+def _quantized(
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: Scheme,
+    device: torch.device,
+    compute_dtype: torch.dtype | None,
+) -> nn.Module:
     if scheme is Scheme.BF16:
         return FrozenLinear16bit(weight, bias).to(device)
     if scheme is Scheme.INT8:
-        return FrozenLinear8bit(weight.to(device), None if bias is None else bias.to(device))
-    return _linear_4bit(weight, bias, scheme, device)
+        codes, absmax = int8_codes(weight.to(device))
+        return FrozenLinear8bit(codes, absmax, bias, compute_dtype).to(device)
+    codes, state = _bitsandbytes().functional.quantize_4bit(
+        weight.to(device),
+        blocksize=BLOCK_SIZE,
+        compress_statistics=scheme.is_double,
+        quant_type=scheme.value[:3],
+    )
+    return linear_4bit(codes, state, bias, compute_dtype)
+
+
+def nf4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """NF4 codes, two in a byte, and the absmax of each BLOCK_SIZE numbers, in the order of rows."""
+    codes, state = _bitsandbytes().functional.quantize_4bit(
+        weight, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"
+    )
+    return codes, state.absmax
+
+
+def nf4_table() -> Tensor:
+    """The numbers that the sixteen codes of NF4 stand for."""
+    return cast(Tensor, _bitsandbytes().functional.get_4bit_type("nf4", device="cpu"))
 
 
 def dense_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -102,35 +217,137 @@ def dense_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.contiguous(), bias.detach() if isinstance(bias, Tensor) else None
 
 
-def _linear_4bit(
-    weight: Tensor, bias: Tensor | None, scheme: Scheme, device: torch.device
+def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 codes [m, n] and float32 absmax [m] of a float `weight` [m, n]."""
+    # float16 is what bitsandbytes' kernels take, on CUDA as on CPU.
+    codes, absmax, _ = _bitsandbytes().functional.int8_vectorwise_quant(weight.half())
+    codes[absmax == 0] = 0  # a row of zeros, such as a padding token's, is divided by zero there
+    return codes, absmax.float()
+
+
+def linear_4bit(
+    codes: Tensor, state: Any, bias: Tensor | None, compute_dtype: torch.dtype | None
 ) -> nn.Module:
-    library = _bitsandbytes()
-    outputs, inputs = weight.shape
-    layer: nn.Module = library.nn.Linear4bit(
+    """A `Linear4bit` of packed codes [m n / 2, 1] and their QuantState, on the device of both."""
+    library, (outputs, inputs) = _bitsandbytes(), state.shape
+    compute_dtype = compute_dtype or _default_compute_dtype(codes.device)
+    layer: nn.Module = _linear_4bit_class()(
         inputs,
         outputs,
         bias=bias is not None,
-        compute_dtype=_compute_dtype(device),
-        quant_type=scheme.value,
+        compute_dtype=compute_dtype,
+        quant_type=state.quant_type,
         device="meta",  # no throw-away weights, and nothing drawn from the global generator
     )
+    state.dtype = compute_dtype  # what the backward pass expands to
     layer.weight = library.nn.Params4bit(
-        weight,
+        codes,
         requires_grad=False,
-        compress_statistics=False,
-        quant_type=scheme.value,
+        quant_state=state,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        bnb_quantized=True,
         module=layer,
     )
+    layer.quant_state = state
     if bias is not None:
-        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
-    # On a CPU with AVX512-BF16 the first evaluation without gradient would repack the weight in
-    # place for a bfloat16 kernel; from then on the layer has no input gradient (bitsandbytes 0.50).
-    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return layer.to(device)
+        layer.bias = nn.Parameter(bias.float().to(codes.device), requires_grad=False)
+    return layer
 
 
-def _compute_dtype(device: torch.device) -> torch.dtype:
+@cache
+def _linear_4bit_class() -> Any:
+    class FrozenLinear4bit(_bitsandbytes().nn.Linear4bit):  # type: ignore[misc]
+        """bitsandbytes' layer; on a CPU its weight is expanded into the room for all weights.
+
+        There bitsandbytes takes new memory for every expanded weight, and on a CPU with AVX512-BF16
+        the first evaluation without gradient would repack the codes in place for a bfloat16 kernel,
+        after which its layer has no input gradient (0.50).
+        """
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Map `x` [..., n] to [..., m] in the dtype of `x`."""
+            if x.device.type != "cpu":
+                return cast(Tensor, super().forward(x))
+            inner = x.to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(inner.dtype)
+            return frozen_product(inner, bias, self.expand).to(x.dtype)
+
+        def expand(self, dtype: torch.dtype) -> Tensor:
+            """The weight [m, n], for use until the next weight is expanded."""
+            return _expand_4bit(self.weight.detach(), self.quant_state, dtype)
+
+    return FrozenLinear4bit
+
+
+def _expand_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """bitsandbytes' dequantised weight; a few rows at a time, as it gives new memory on a CPU."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = _bitsandbytes().functional.dequantize_blockwise(absmax, state.state2)
+        absmax += state.offset
+    outputs, inputs = state.shape
+    weight, codes = room(state.shape, dtype, codes.device), codes.view(-1)
+    step = BLOCK_SIZE // gcd(inputs, BLOCK_SIZE)  # rows that begin with a block of their own
+    step *= max(1, _EXPANDED_AT_ONCE // (step * inputs))
+    for top in range(0, outputs, step):
+        end = min(top + step, outputs)
+        weight[top:end] = torch.ops.bitsandbytes.dequantize_4bit(
+            codes[top * inputs // 2 : ceil(end * inputs / 2)],
+            absmax[top * inputs // BLOCK_SIZE : ceil(end * inputs / BLOCK_SIZE)],
+            BLOCK_SIZE,
+            state.quant_type,
+            (end - top, inputs),
+            dtype,
+        )
+    return weight
+
+
+def pieces_4bit(layer: nn.Module) -> dict[str, Tensor]:
+    """What a `Linear4bit` keeps beside its codes, by bitsandbytes' names; none for other layers."""
+    state = getattr(layer, "quant_state", None)
+    if state is None:
+        return {}
+    if not state.nested:
+        return {"absmax": state.absmax}
+    return {
+        "absmax": state.absmax,
+        "nested_absmax": state.state2.absmax,
+        "nested_offset": state.offset,
+    }
+
+
+def state_4bit(scheme: Scheme, shape: tuple[int, int], pieces: dict[str, Tensor]) -> Any:
+    """The QuantState of a weight [m, n] from what `pieces_4bit` gave, on the pieces' device."""
+    functional, device = _bitsandbytes().functional, pieces["absmax"].device
+    nested = None
+    if scheme.is_double:
+        nested = functional.QuantState(
+            absmax=pieces["nested_absmax"],
+            blocksize=_NESTED_BLOCK_SIZE,
+            code=_dynamic_map(device),
+            dtype=torch.float32,
+        )
+    quant_type = scheme.value[:3]
+    return functional.QuantState(
+        absmax=pieces["absmax"],
+        shape=torch.Size(shape),
+        code=functional.get_4bit_type(quant_type, device=device),
+        blocksize=BLOCK_SIZE,
+        quant_type=quant_type,
+        dtype=torch.float32,
+        offset=pieces.get("nested_offset"),
+        state2=nested,
+    )
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """bitsandbytes' 256 values of an 8-bit absmax, once for all layers: 1 KiB."""
+    return cast(Tensor, _bitsandbytes().functional.create_dynamic_map().to(device))
+
+
+def _default_compute_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -147,102 +364,3 @@ def _bitsandbytes() -> Any:
         raise MissingExtraError("bitsandbytes", "torch") from error
     finally:
         backend.setLevel(before)
-
-
-def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """INT8 codes [m, n] and absmax [m] of a weight: `W ~ codes * absmax / 127`."""
-    # float16 is what bitsandbytes' kernels take, on CUDA as on CPU.
-    codes, absmax, _ = _bitsandbytes().functional.int8_vectorwise_quant(weight.half())
-    return codes, absmax.float()
-
-
-def nf4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """NF4 codes, two in a byte, and the absmax of each NF4_BLOCK numbers, in the order of rows."""
-    codes, state = _bitsandbytes().functional.quantize_4bit(
-        weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
-    )
-    return codes, state.absmax
-
-
-def nf4_table() -> Tensor:
-    """The numbers that the sixteen codes stand for."""
-    return cast(Tensor, _bitsandbytes().functional.get_4bit_type("nf4", device="cpu"))
-
-
-class FrozenLinear16bit(nn.Module):
-    """`y = W x + b` with W [m, n] in bfloat16; the product too, with float32's sums inside.
-
-    What comes in and goes out keeps its own dtype.
-    """
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Round `weight` [m, n] and `bias` [m] or None."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
-        frozen_bias = None if bias is None else nn.Parameter(bias.bfloat16(), requires_grad=False)
-        self.register_parameter("bias", frozen_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., n] to [..., m] in the dtype of `x`."""
-        return functional.linear(x.bfloat16(), self.weight, self.bias).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-class FrozenLinear8bit(nn.Module):
-    """`y = W x + b` with W [m, n] stored as INT8 codes and one float32 absmax a row.
-
-    The codes are bitsandbytes' vector-wise ones, `W ~ codes * absmax / 127`. Only the weight is
-    quantised: the product runs in the input's dtype with the weight expanded for its duration, in
-    forward and again in backward, so no expanded weight is kept. `Linear8bitLt` on a CPU does the
-    same while training, but rounds the activations too in evaluation (twice the error on a layer
-    of MiniLM), which would train one function and test another.
-    """
-
-    weight: nn.Parameter
-    absmax: Tensor
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Quantise `weight` [m, n]; `bias` is [m] or None."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        codes, absmax = int8_codes(weight)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("absmax", absmax)
-        frozen_bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        self.register_parameter("bias", frozen_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., n] to [..., m] in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return cast(Tensor, _int8_linear(x, self.weight, self.absmax, bias))
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-class _Int8Linear(torch.autograd.Function):
-    """`W x + b`, differentiable any number of times in x; the expanded W is never saved."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, absmax)
-        return functional.linear(x, _expand(codes, absmax, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        codes, absmax = ctx.saved_tensors
-        return gradients[0] @ _expand(codes, absmax, gradients[0].dtype), None, None, None
-
-
-_int8_linear: Callable[..., Any] = _Int8Linear.apply
-
-
-def _expand(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype) * (absmax / 127).to(dtype).unsqueeze(1)

@@ -1,6 +1,6 @@
 """Where a backbone lies, and the digest that says which one it is. Needs neither torch nor NumPy.
 
-The digest covers the configuration and every weight as they lie in the folder, before any
+The digest covers the configuration and every weight as they lay in the folder before any
 quantisation: devices that hold the same backbone agree on it whatever their scheme or device.
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from quantization.errors import BackboneError, MissingExtraError
+from quantization.folder_manifest import is_quantized, read_manifest
+from quantization.tensor_file import read_entries
 
 _PACKAGE_PREFIX: Final = "package:"
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_TEXT_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
 _HUB_WEIGHT_FILES: Final = "model*.safetensors"
 _SAFETENSORS: Final = "model.safetensors"
-_SAFETENSORS_HEADER_BYTES_MAX: Final = 100_000_000  # the limit of the format's own library
 
 _VOLATILE_CONFIG_KEYS: Final = frozenset(
     {
@@ -116,11 +116,14 @@ def fingerprint(folder: Path) -> str:
     Digested are the configuration less what does not change the backbone (labels, library version,
     cache and output switches), and of each tensor, in the order of names, its name, dtype, shape
     and bytes. How the tensors are spread over safetensors files does not matter. A folder with
-    `.bin` weights only is digested file by file, since reading those needs torch.
+    `.bin` weights only is digested file by file, since reading those needs torch. A folder written
+    by `pf2lora-client quantize` says what it was made from: its fingerprint is that backbone's.
 
     Raises:
         BackboneError: configuration or weights are absent or damaged.
     """
+    if is_quantized(folder):
+        return read_manifest(folder).fingerprint
     record = {"format": 1, "config": _canonical_config(folder), "weights": sorted(_weights(folder))}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -162,31 +165,17 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _tensors(shard: Path) -> Iterator[tuple[str, str, list[int], str]]:
-    """Yield name, dtype, shape and digest of each tensor.
-
-    The header is read by hand (safetensors format: u64 length, JSON, bytes): no array type that
-    is at hand without torch knows bfloat16 or the 8-bit floats.
-    """
+def _tensors(shard: Path) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """Yield name, dtype, shape and digest of each tensor."""
     try:
-        with (
-            shard.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-        ):
-            start = 8 + int.from_bytes(view[:8], "little")
-            if start > min(len(view), _SAFETENSORS_HEADER_BYTES_MAX):
-                raise ValueError(f"a header of {start} bytes in a file of {len(view)}")
-            header = json.loads(bytes(view[8:start]))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                if not 0 <= begin <= end <= len(view) - start:
-                    raise ValueError(f"tensor {name!r} lies outside the file")
-                with view[start + begin : start + end] as data:
-                    digest = hashlib.sha256(data).hexdigest()
-                yield name, entry["dtype"], entry["shape"], digest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with shard.open("rb") as stream:
+            for entry in read_entries(stream):
+                digest = hashlib.sha256()
+                stream.seek(entry.begin)
+                for size in entry.pieces():
+                    digest.update(stream.read(size))
+                yield entry.name, entry.dtype, entry.shape, digest.hexdigest()
+    except (OSError, ValueError) as error:
         raise BackboneError(f"{shard}: not a whole safetensors file: {error}") from error
 
 

@@ -44,10 +44,13 @@ class ExternalData:
 
 @dataclass(slots=True)
 class GraphOutline:
-    """Names of the inputs and outputs of the graph, data in other files, operator domains."""
+    """What goes in and out of the graph, data in other files, operator domains.
 
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
+    Shapes have a zero for each size that is open.
+    """
+
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: set[str] = field(default_factory=set)
     external: list[ExternalData] = field(default_factory=list)
     domains: set[str] = field(default_factory=set)
 
@@ -83,8 +86,7 @@ def _walk(kind: str, message: memoryview, outline: GraphOutline, depth: int) -> 
         match child:
             case "input" | "output":
                 if depth == 1:  # those of the main graph, not of a graph inside an operator
-                    names = outline.inputs if child == "input" else outline.outputs
-                    names.append(_text(content, 1))
+                    _gather_value(child, content, outline)
             case "opset":
                 outline.domains.add(_text(content, 1))
             case "domain":
@@ -95,6 +97,31 @@ def _walk(kind: str, message: memoryview, outline: GraphOutline, depth: int) -> 
                 _walk(child, content, outline, depth + 1)
     if kind == "tensor":
         _gather_external(message, outline)
+
+
+def _gather_value(kind: str, value: memoryview, outline: GraphOutline) -> None:
+    """An input or output of the graph: its name and, of an input, its shape."""
+    name = _text(value, 1)
+    if name in outline.outputs or name in outline.inputs:
+        raise ValueError(f"{name!r} goes in or out twice")
+    if kind == "output":
+        outline.outputs.add(name)
+        return
+    sizes = []
+    for dimension in _inside(value, 2, 1, 2, 1):  # type, tensor type, shape, dimensions
+        known = [size for number, size in _fields(dimension) if number == 1]
+        sizes.append(known[0] if known and isinstance(known[0], int) else 0)
+    outline.inputs[name] = tuple(sizes)
+
+
+def _inside(message: memoryview, *path: int) -> Iterator[memoryview]:
+    """The messages that lie at a path of field numbers."""
+    for number, content in _fields(message):
+        if number == path[0] and isinstance(content, memoryview):
+            if len(path) == 1:
+                yield content
+            else:
+                yield from _inside(content, *path[1:])
 
 
 def _gather_external(tensor: memoryview, outline: GraphOutline) -> None:
@@ -126,15 +153,15 @@ def _text(message: memoryview, wanted: int) -> str:
     return str(found[0], "utf-8")
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | None]]:
-    """Field numbers and contents of a message, None for numbers."""
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Field numbers and contents of a message; numbers of fixed width are passed over."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         number, wire_type = key >> 3, key & 7
         if wire_type == _VARINT:
-            _, at = _varint(message, at)
-            yield number, None
+            value, at = _varint(message, at)
+            yield number, value
             continue
         if wire_type == _BYTES:
             size, at = _varint(message, at)
@@ -144,7 +171,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | None]]:
             raise ValueError(f"wire type {wire_type} at byte {at}")
         if size > len(message) - at:
             raise ValueError("is cut off")
-        yield number, message[at : at + size] if wire_type == _BYTES else None
+        if wire_type == _BYTES:
+            yield number, message[at : at + size]
         at += size
 
 

@@ -8,13 +8,27 @@ from quantization.errors import SchemeError
 
 
 class Scheme(Enum):
-    """How the frozen linear layers are stored. The value is what settings say."""
+    """How the frozen linear layers are stored. The value is what settings say.
+
+    "double" quantises the absmax of NF4 and FP4 once more, to 8 bits (QLoRA, arXiv 2305.14314):
+    4.127 bits a weight instead of 4.5.
+    """
 
     NONE = "none"
     BF16 = "bf16"
     NF4 = "nf4"
+    NF4_DOUBLE = "nf4-double"
     FP4 = "fp4"
+    FP4_DOUBLE = "fp4-double"
     INT8 = "int8"
+
+    @property
+    def is_4bit(self) -> bool:
+        return self.value.startswith(("nf4", "fp4"))
+
+    @property
+    def is_double(self) -> bool:
+        return self.value.endswith("-double")
 
     @classmethod
     def parse(cls, value: Scheme | str) -> Scheme:

@@ -6,26 +6,25 @@ from coordinator.aggregation.base import Aggregation
 from coordinator.aggregation.fedavg import FedAvg
 from coordinator.aggregation.hetlora import HetLoRA
 from coordinator.aggregation.robust import Robust
-from protocol import federation
-from protocol.federation import (
+from protocol import methods
+from protocol.aggregation import (
     CoordinateMedian,
-    FederationSettings,
     Mean,
     MultiKrum,
     NormBound,
     TrimmedMean,
-    Weighting,
 )
+from protocol.federation import FederationSettings, Weighting
 from protocol.limits import EXAMPLES_MAX
 from protocol.tensors import NamedTensors
 
 
 def aggregation_for(settings: FederationSettings, base: NamedTensors) -> Aggregation:
     """An empty aggregate of the federation's kind on a base version."""
-    cohort = settings.rounds.cohort
-    bound = cohort * report_weight(settings, EXAMPLES_MAX)
-    if isinstance(settings.algorithm, federation.HetLoRA):
-        return HetLoRA(base, bound, cohort)
+    reports_max = settings.rounds.reports_max
+    bound = reports_max * report_weight(settings, EXAMPLES_MAX)
+    if isinstance(settings.algorithm, methods.HetLoRA):
+        return HetLoRA(base, bound, reports_max)
     match settings.aggregation:
         case Mean():
             return FedAvg(base, bound)

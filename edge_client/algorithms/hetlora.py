@@ -24,7 +24,8 @@ from edge_client.algorithms.base import (
     descend,
 )
 from edge_client.algorithms.optimizers import norm
-from protocol.federation import Adapter, Group, HetLoRA
+from protocol.federation import Adapter, Group
+from protocol.methods import HetLoRA
 
 
 class HetLoRAStep(Algorithm):

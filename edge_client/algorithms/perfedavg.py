@@ -26,7 +26,8 @@ from edge_client.algorithms.base import (
 )
 from edge_client.algorithms.optimizers import norm
 from edge_client.algorithms.pf2lora import DIFFERENCE_NORM
-from protocol.federation import Adapter, Group, PerFedAvg
+from protocol.federation import Adapter, Group
+from protocol.methods import PerFedAvg
 
 
 class PerFedAvgStep(Algorithm):

@@ -44,7 +44,8 @@ from edge_client.algorithms.base import (
     descend,
 )
 from edge_client.algorithms.optimizers import adam_derivative, adamw_step, clipped, norm, sgd_step
-from protocol.federation import Adapter, Hypergradient, LowerOptimizer, PF2LoRA
+from protocol.federation import Adapter
+from protocol.methods import Hypergradient, LowerOptimizer, PF2LoRA
 
 # Length of the finite difference's step: that of DARTS (arXiv 1806.09055, section 2.3).
 DIFFERENCE_NORM: Final = 0.01

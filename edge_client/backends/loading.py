@@ -9,6 +9,7 @@ from typing import Final
 from edge_client.backends.base import Trainer
 from edge_client.errors import ConfigurationError, MissingExtraError
 from protocol.federation import FederationSettings
+from quantization.folder_manifest import is_quantized, read_manifest
 
 BACKENDS: Final = ("torch", "ort")
 
@@ -18,8 +19,9 @@ class TorchChoice:
     """A backbone loaded and quantised here; `backbone` None is the federation's own name for it."""
 
     backbone: str | None
-    scheme: str
-    device: str
+    scheme: str = "nf4"
+    device: str = "cpu"
+    compute_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ def choose(
     backbone: str | None,
     scheme: str | None,
     device: str,
+    compute_dtype: str | None,
     artifact: str | Path | None,
     artifact_digest: str,
 ) -> TorchChoice | OrtChoice:
@@ -52,12 +55,15 @@ def choose(
     if backend == "torch":
         if artifact is not None or artifact_digest:
             raise ConfigurationError("artifact", "the torch backend takes none", 'backend "ort"')
-        return TorchChoice(backbone, scheme or "nf4", device)
+        choice = TorchChoice(backbone, scheme or "nf4", device, compute_dtype)
+        _check_scheme(backbone, choice.scheme)
+        return choice
     if artifact is None:
         raise ConfigurationError(
             "artifact", "the ort backend needs one", "a folder that `pf2lora-client export` wrote"
         )
-    for field, given in (("backbone", backbone), ("scheme", scheme)):
+    own = (("backbone", backbone), ("scheme", scheme), ("compute_dtype", compute_dtype))
+    for field, given in own:
         if given is not None:
             raise ConfigurationError(field, f"{given!r}: the artifact has its own", "none")
     if device != "cpu":
@@ -76,7 +82,7 @@ def load_trainer(
     """
     # Imports are here and not above: a process that never trains need not have either runtime.
     match choice:
-        case TorchChoice(backbone, scheme, device):
+        case TorchChoice(backbone, scheme, device, compute_dtype):
             try:
                 from edge_client.backends import torch_backend
             except ModuleNotFoundError as error:
@@ -87,6 +93,7 @@ def load_trainer(
                 scheme=scheme,
                 device=device,
                 personal_seed=personal_seed,
+                compute_dtype=compute_dtype,
             )
         case OrtChoice(artifact, digest):
             from edge_client.backends import ort
@@ -94,3 +101,15 @@ def load_trainer(
             return ort.load_trainer(
                 settings, artifact=artifact, digest=digest, personal_seed=personal_seed
             )
+
+
+def _check_scheme(backbone: str | None, scheme: str) -> None:
+    """A quantised folder of another scheme is known before any coordinator is asked."""
+    folder = Path(backbone or "").expanduser()
+    if backbone is None or not is_quantized(folder):
+        return
+    held = read_manifest(folder).scheme.value
+    if held != scheme:
+        raise ConfigurationError(
+            "scheme", f"is {scheme!r}, and {backbone} is quantised as {held!r}", repr(held)
+        )

@@ -25,7 +25,8 @@ from edge_client.backends.ort_graphs import EvaluationGraph, GradientGraph
 from edge_client.backends.trainer import FlatTrainer, Score, Shape, start_of
 from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
-from protocol.federation import FederationSettings, Group, Hypergradient, PF2LoRA, TaskKind
+from protocol.federation import FederationSettings, Group, TaskKind
+from protocol.methods import Hypergradient, PF2LoRA
 from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
 

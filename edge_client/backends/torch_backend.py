@@ -23,7 +23,8 @@ from edge_client.backends.flat import FlatGroup
 from edge_client.backends.trainer import FlatTrainer, Score, Shape
 from edge_client.factors import Factor
 from edge_client.lora import active_level, inject
-from protocol.federation import FederationSettings, Hypergradient, PF2LoRA, TaskKind
+from protocol.federation import FederationSettings, TaskKind
+from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
@@ -195,6 +196,7 @@ def load_trainer(
     scheme: str,
     device: str,
     personal_seed: int,
+    compute_dtype: str | None = None,
 ) -> TorchTrainer:
     """The trainer of a federation, its backbone loaded from its own name or from `backbone`."""
     algorithm = settings.algorithm
@@ -209,5 +211,6 @@ def load_trainer(
             head_seed=settings.seed,
             # Fused attention has no double backward.
             attention="eager" if twice else None,
+            compute_dtype=compute_dtype,
         )
     return TorchTrainer(settings, loaded, personal_seed=personal_seed)

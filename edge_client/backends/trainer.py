@@ -29,7 +29,8 @@ from edge_client.errors import AdapterError
 from edge_client.factors import Factor
 from edge_client.peft_export import TrainedAdapter, save_pretrained
 from edge_client.splits import batch_indices
-from protocol.federation import FederationSettings, HetLoRA, OptimizerState, TaskKind, WireDtype
+from protocol.federation import FederationSettings, OptimizerState, TaskKind, WireDtype
+from protocol.methods import HetLoRA
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
 from quantization.seeded import factor_start, head_start

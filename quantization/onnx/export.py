@@ -34,6 +34,7 @@ from quantization.manifest import (
 from quantization.names import is_below
 from quantization.onnx.forward import build_forward
 from quantization.onnx.gradient import evaluation_graph, gradient_graph
+from quantization.onnx.proof import prove
 from quantization.onnx.weights import give_weights, store_weights
 
 
@@ -80,6 +81,7 @@ def export_artifact(
         GRADIENT_GRAPH: gradient_graph(forward, layers),
         EVALUATION_GRAPH: evaluation_graph(forward, layers),
     }
+    prove(forward, graphs[GRADIENT_GRAPH], graphs[EVALUATION_GRAPH], manifest)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         weights = store_weights(folder / WEIGHTS, forward, scheme, embeddings)

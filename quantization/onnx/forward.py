@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,9 +30,9 @@ from torch.nn import functional
 
 from quantization.artifact import IGNORED, LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone
-from quantization.bnb import dense_weight, is_transposed, linear_shape, output_embeddings
+from quantization.bnb import dense_weight, is_below, is_transposed, linear_shape
+from quantization.checkpoint import output_embeddings
 from quantization.errors import ArtifactError
-from quantization.names import is_below
 from quantization.onnx.editing import drop_unused, fold_constants, rename
 from quantization.onnx.shapes import with_shapes
 from quantization.tasks import TaskKind
@@ -49,7 +49,8 @@ class Forward:
 
     `linear` names those that are the weight [m, n] of a linear layer of the backbone, `embeddings`
     the table of input embeddings, if it is no more than that; the rest stay as they are. `trained`
-    are the graph inputs to have gradients for.
+    are the graph inputs to have gradients for. `by_torch` computes what the graph should, from all
+    its inputs but the frozen ones: loss, logits, and gradients under the names of their inputs.
     """
 
     model: onnx.ModelProto
@@ -58,6 +59,7 @@ class Forward:
     embeddings: frozenset[str]
     trained: tuple[str, ...]
     batch_inputs: tuple[str, ...]
+    by_torch: Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 
 
 class _RowLinear(nn.Module):
@@ -106,6 +108,21 @@ class _Model(nn.Module):
         rows = logits.flatten(0, -2)
         return functional.cross_entropy(rows, targets, ignore_index=IGNORED), logits
 
+    def by_torch(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """See Forward. The head's parameters keep the values given."""
+        given = [torch.from_numpy(arrays[name].copy()) for name in self._names]
+        trained = {n: t for n, t in zip(self._names, given, strict=True) if _is_factor(n)}
+        for name, parameter in self.model.named_parameters():
+            if name in arrays:
+                parameter.data = torch.from_numpy(arrays[name].copy())
+                trained[name] = parameter
+        for tensor in trained.values():
+            tensor.requires_grad_(True)
+        loss, logits = self(*given)
+        found = torch.autograd.grad(loss, list(trained.values()))
+        gradients = {name: g.numpy() for name, g in zip(trained, found, strict=True)}
+        return {LOSS: loss.detach().numpy(), LOGITS: logits.detach().numpy()} | gradients
+
     def _settings(self) -> dict[str, Any]:
         return {"use_cache": False} if self._is_causal else {}
 
@@ -131,7 +148,7 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
         for name, tensor in (*wrapper.named_parameters(), *wrapper.named_buffers())
     }
     given = {value.name for value in model.graph.input}
-    trained = [name for name in names if name.endswith((".down", ".up"))]
+    trained = [name for name in names if _is_factor(name)]
     trained += [name.removeprefix(_PREFIX) for name in head]
     frozen = {name: tensors[name] for name in given - {*names, *trained}}
     return Forward(
@@ -141,6 +158,7 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
         frozenset(_embeddings(backbone) & frozen.keys()),
         tuple(trained),
         tuple(names[: names.index(TARGETS)]),
+        wrapper.by_torch,
     )
 
 
@@ -209,6 +227,10 @@ def _dynamic_axes(name: str, value: Tensor) -> dict[int, str]:
     if name.endswith(".up"):
         return {1: "k"}
     return dict(zip(range(value.dim()), "bt", strict=False))
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".down", ".up"))
 
 
 def _is_head(name: str, backbone: Backbone) -> bool:

@@ -41,6 +41,9 @@ def gradient_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto:
     except Exception as error:  # the runtime's own kinds, which have no common base
         raise ArtifactError(f"no gradient graph can be built: {error}") from error
     outputs = [LOSS, *(f"{name}_grad" for name in forward.trained)]
+    found = {output.name for output in model.graph.output}
+    if without := sorted(set(outputs) - found):
+        raise ArtifactError(f"no gradient comes back to {without[0].removesuffix('_grad')}")
     _keep_outputs(model, outputs)
     lower(model)
     recompute_late(model.graph, f"{LOSS}_grad")

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from quantization.bnb import NF4_BLOCK, int8_codes, nf4_codes, nf4_table
+from quantization.bnb import BLOCK_SIZE, int8_codes, nf4_codes, nf4_table
 from quantization.manifest import WEIGHTS, ArtifactScheme, EmbeddingScheme
 from quantization.onnx.editing import Writer, zero_of
 from quantization.onnx.forward import Forward
@@ -200,7 +200,7 @@ def _store_int4(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
 
 def _store_nf4(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
     codes, absmax = (t.numpy().reshape(-1) for t in nf4_codes(weight))
-    padding = absmax.size * NF4_BLOCK // 2 - codes.size
+    padding = absmax.size * BLOCK_SIZE // 2 - codes.size
     stored = file.add(f"{name}.codes", np.append(codes, np.zeros(padding, np.uint8)))
     scales = file.add(f"{name}.scales", absmax.reshape(-1, 1))
     table = nf4_table().numpy()
@@ -212,9 +212,9 @@ def _store_nf4(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
         late = writer.add("Add", writer.constant(pairs), zero)
         index = writer.add("Cast", stored, to=TensorProto.INT32)
         numbers = writer.add("Gather", late, index, axis=0)
-        rows = writer.add("Reshape", numbers, writer.integers(-1, NF4_BLOCK))
+        rows = writer.add("Reshape", numbers, writer.integers(-1, BLOCK_SIZE))
         found = writer.add("Mul", rows, scales)
-        if count % NF4_BLOCK:
+        if count % BLOCK_SIZE:
             found = writer.add("Reshape", found, writer.integers(-1))
             found = writer.add("Slice", found, writer.integers(0), writer.integers(count))
         return writer.add("Reshape", found, writer.integers(*shape))

@@ -14,7 +14,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy import METHODS, _key, best_learning_rate, run_cell, settings_of
 from benchmarks.simulation import scores
 from benchmarks.tasks import DATA, TASKS, DeviceRows, deal
-from protocol.federation import PF2LoRA
+from protocol.methods import PF2LoRA
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"no data at {DATA}")
 CELL = {
@@ -98,6 +98,13 @@ def test_what_a_cell_sets_reaches_the_federation() -> None:
         settings = settings_of({**CELL, "method": method, "set": []}, 8, ("a", "b"))
         assert settings.rounds.cohort * settings.training.local_steps == 80
         assert settings.rounds.cohort == (1 if central else 8)
+
+
+def test_a_data_set_stands_for_its_first_task() -> None:
+    parser = accuracy._parser()
+    assert parser.parse_args(["--tasks", "sst2", "sst2-s0.9"]).tasks == ["sst2-s0.5", "sst2-s0.9"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--tasks", "sst3"])
 
 
 def test_finished_cells_are_not_run_again(

@@ -8,8 +8,14 @@ import pytest
 
 from coordinator import cli, config
 from coordinator.errors import ConfigurationError
-from protocol.federation import HomLoRA, PF2LoRA, Weighting
+from protocol.federation import Weighting
+from protocol.methods import HomLoRA, PF2LoRA
 from tests.coordinator.federation_file import FINGERPRINT, TOML, write_federation
+
+
+def _only(loaded: config.Configuration) -> config.Federation:
+    (federation,) = loaded.federations
+    return federation
 
 
 @pytest.fixture
@@ -19,10 +25,10 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_file_gives_settings_defaults_and_the_start_in_its_order(path: Path) -> None:
     loaded = config.load(path, {}, {})
-    assert loaded.federation.rounds.cohort == 3
-    assert loaded.federation.backbone.fingerprint == FINGERPRINT
-    assert isinstance(loaded.federation.algorithm, PF2LoRA)
-    assert [spec.name for spec in loaded.start.specs] == ["z.A", "a.A"]
+    assert _only(loaded).settings.rounds.cohort == 3
+    assert _only(loaded).settings.backbone.fingerprint == FINGERPRINT
+    assert isinstance(_only(loaded).settings.algorithm, PF2LoRA)
+    assert [spec.name for spec in _only(loaded).start.specs] == ["z.A", "a.A"]
     assert loaded.server.store == f"sqlite:///{path.parent.resolve()}/pf2lora.sqlite"
 
 
@@ -35,8 +41,8 @@ def test_flags_win_over_environment_over_file(path: Path) -> None:
         "HOME": "/",
     }
     loaded = config.load(path, {"rounds.cohort": "6", "server.port": "0"}, environ)
-    assert (loaded.federation.rounds.cohort, loaded.federation.rounds.count) == (6, 7)
-    assert loaded.federation.rounds.weighting is Weighting.UNIFORM
+    assert (_only(loaded).settings.rounds.cohort, _only(loaded).settings.rounds.count) == (6, 7)
+    assert _only(loaded).settings.rounds.weighting is Weighting.UNIFORM
     assert loaded.server.exit_when_finished
     assert loaded.server.port == 0
 
@@ -44,8 +50,8 @@ def test_flags_win_over_environment_over_file(path: Path) -> None:
 def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
     flags = {"adapter.target_modules": "query,key", "algorithm.name": "homlora"}
     loaded = config.load(path, flags, {})
-    assert loaded.federation.adapter.target_modules == ("query", "key")
-    assert loaded.federation.algorithm == HomLoRA()
+    assert _only(loaded).settings.adapter.target_modules == ("query", "key")
+    assert _only(loaded).settings.algorithm == HomLoRA()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,9 @@ def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
         ("\n[algorithm]\nname = 'sgd'", r"algorithm\.name: expected one of 'pf2lora'"),
         ("\n[algorithm]\nrank = 1", r"algorithm\.name: is missing"),
         ("\n[server]\nport = 70000", r"server\.port: expected 0 to 65535"),
-        ("\n[sever]\nport = 7", r"sever: is unknown"),
+        ("\n[sever]\nport = 7", r"sever: is unknown; did you mean 'server'"),
+        ("\n[admin]\nprot = 7", r"admin\.prot: is unknown; did you mean 'port'"),
+        ("\n[admn]\nport = 7", r"admn: is unknown; did you mean 'admin'"),
         ("\n[adapter]\npersonal_rank = 0", r"personal_rank: pf2lora needs"),
         ("minimum_reports = 9", r"rounds\.minimum_reports: is over the cohort of 3"),
         ("\n[rounds", "is not TOML"),

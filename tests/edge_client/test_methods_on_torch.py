@@ -17,26 +17,28 @@ from edge_client.backends.torch_backend import TorchTrainer, load_trainer
 from edge_client.data import Example
 from protocol.federation import (
     Adapter,
-    Algorithm,
     Backbone,
-    FedDPA,
     FederationSettings,
-    FedSALoRA,
-    FFALoRA,
     Group,
-    HetLoRA,
-    HomLoRA,
-    Hypergradient,
-    LocalOnly,
-    LowerOptimizer,
     OptimizerState,
-    PerFedAvg,
-    PF2LoRA,
     Rounds,
     Task,
     TaskKind,
     Training,
     WireDtype,
+)
+from protocol.methods import (
+    Algorithm,
+    FedDPA,
+    FedSALoRA,
+    FFALoRA,
+    HetLoRA,
+    HomLoRA,
+    Hypergradient,
+    LocalOnly,
+    LowerOptimizer,
+    PerFedAvg,
+    PF2LoRA,
 )
 from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint

@@ -14,7 +14,8 @@ import torch
 from edge_client.algorithms import algorithm_for, rank_rule
 from edge_client.algorithms.base import AlgorithmState, Gradients, train
 from edge_client.algorithms.schedule import plans
-from protocol.federation import Adapter, PF2LoRA, Rounds, Training
+from protocol.federation import Adapter, Rounds, Training
+from protocol.methods import PF2LoRA
 from protocol.schema import SchemaError
 from tests.protocol.samples import SETTINGS
 

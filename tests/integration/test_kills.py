@@ -18,12 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from safetensors.numpy import save_file
 
+from coordinator.base_version import BaseVersion
 from coordinator.config import START_FORMAT
+from coordinator.store.base import ReportRecord, StoredReports
+from coordinator.store.memory import MemoryStore
+from coordinator.store.schema import members, reports
 from coordinator.store.sql import SqlStore
 from edge_client.session import Session
 from edge_client.transport import websocket_dial
+from protocol.federation import Mode
 from protocol.messages import ReceiptStatus
 from protocol.virtual_time import simulate
 from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
@@ -38,9 +44,9 @@ kind = "sequence-classification"
 labels = ["a", "b"]
 [rounds]
 count = {rounds}
-cohort = {devices}
-minimum_reports = {devices}
+cohort = {cohort}
 deadline_s = 100000.0
+{more}
 [server]
 hold_s = 5.0
 """
@@ -54,7 +60,8 @@ def test_kills_at_random_points_lose_nothing_and_count_nothing_twice(
 ) -> None:
     seed = 20 + kills
     print(f"seed {seed}")
-    harness = Harness(tmp_path, rounds=2 * kills, kills=kills, rng=random.Random(seed))
+    more = f"minimum_reports = {DEVICES}"
+    harness = Harness(tmp_path, 2 * kills, kills, random.Random(seed), more=more)
     asyncio.run(harness.run())
     print(f"killed the coordinator {harness.killed} times, devices {harness.cut} times")
     assert harness.killed == kills
@@ -74,6 +81,79 @@ def test_kills_at_random_points_lose_nothing_and_count_nothing_twice(
     assert [(o.number, o.outcome.value, o.reports) for o in history] == [
         (number, "aggregated", DEVICES) for number in range(1, harness.rounds + 1)
     ]
+
+
+@pytest.mark.parametrize(
+    "kills", [8, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+)
+def test_an_asynchronous_federation_is_what_was_in_its_buffers_however_often_killed(
+    tmp_path: Path, kills: int
+) -> None:
+    seed = 40 + kills
+    print(f"seed {seed}")
+    goal, cohort = 4, DEVICES - 1
+    more = f'mode = "asynchronous"\nreport_goal = {goal}'
+    rounds = 6 * kills
+    harness = Harness(tmp_path, rounds, kills, random.Random(seed), more=more, cohort=cohort)
+    for number, device in enumerate(harness.devices):
+        device.training_s = 0.02 * 3**number  # the slowest a hundred times slower than the first
+    asyncio.run(harness.run())
+    print(f"killed the coordinator {harness.killed} times, devices {harness.cut} times")
+    assert harness.killed == kills
+    with contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/pf2lora.sqlite")) as store:
+        history = store.history("sim")
+        kept = _kept(store)
+    counted = [assignment for buffer in kept.values() for assignment, _, _ in buffer]
+    assert len(set(counted)) == len(counted) == rounds * goal
+    for device in harness.devices:
+        assert device.final is not None
+        for receipt in device.receipts:
+            is_kept = receipt.status in (ReceiptStatus.ACCEPTED, ReceiptStatus.DUPLICATE)
+            assert (receipt.assignment in counted) == is_kept, receipt
+    assert {outcome.reports for outcome in history} == {goal}
+    versions = _made_again(harness.devices, kept, cohort, goal)
+    assert [outcome.new_version for outcome in history] == versions
+    assert {device.final.digest() for device in harness.devices if device.final} == {versions[-1]}
+    stale = sum(given_in < number for number, rows in kept.items() for _, _, given_in in rows)
+    print(f"{stale} of {len(counted)} reports were stale")
+    assert stale
+
+
+def _kept(store: SqlStore) -> dict[int, list[tuple[str, str, int]]]:
+    """By round: assignment, device and the round it was given in, of each report that counts."""
+    found: dict[int, list[tuple[str, str, int]]] = {}
+    given = sa.select(reports.c.number, members).select_from(reports.join(members))
+    with store.database.begin() as db:
+        for number, assignment, _, given_in, _, device, _ in db.execute(given):
+            found.setdefault(number, []).append((assignment, device, given_in))
+    return found
+
+
+def _made_again(
+    devices: list[FakeDevice], kept: dict[int, list[tuple[str, str, int]]], cohort: int, goal: int
+) -> list[bytes]:
+    """The base versions that these buffers make, without a coordinator."""
+    rules = settings(
+        mode=Mode.ASYNCHRONOUS, count=len(kept), cohort=cohort, report_goal=goal, deadline_s=1e5
+    )
+    by_name = {device.name: device for device in devices}
+    bases = [START]
+    for number in sorted(kept):
+        current = BaseVersion(rules, bases[-1], None)
+        for assignment, name, given_in in kept[number]:
+            device = by_name[name]
+            update = device.update(given_in, bases[given_in - 1])
+            staleness = number - given_in
+            current.add(
+                ReportRecord(
+                    assignment, name, number, 1, device.examples, (), 0.0, update, staleness
+                )
+            )
+        store = MemoryStore()
+        store.create(rules, START)
+        base, _ = current.following(StoredReports(store, rules, number, 1))
+        bases.append(base)
+    return [base.digest() for base in bases[1:]]
 
 
 def _devices() -> list[FakeDevice]:
@@ -103,6 +183,8 @@ class Harness:
     rounds: int
     kills: int
     rng: random.Random
+    cohort: int = DEVICES
+    more: str = ""  # lines of [rounds]
     killed: int = 0
     cut: int = 0
     devices: list[FakeDevice] = field(default_factory=_devices)
@@ -170,5 +252,5 @@ class Harness:
             "names": json.dumps(list(arrays)),
         }
         save_file(arrays, self.folder / "start.safetensors", metadata)
-        text = TOML.format(rounds=self.rounds, devices=DEVICES)
+        text = TOML.format(rounds=self.rounds, cohort=self.cohort, more=self.more)
         (self.folder / "federation.toml").write_text(text)

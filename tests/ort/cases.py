@@ -16,8 +16,13 @@ from edge_client.splits import seeded
 from protocol.federation import (
     Adapter,
     Backbone,
-    FedDPA,
     FederationSettings,
+    Task,
+    TaskKind,
+    Training,
+)
+from protocol.methods import (
+    FedDPA,
     FedSALoRA,
     FFALoRA,
     HetLoRA,
@@ -27,9 +32,6 @@ from protocol.federation import (
     LowerOptimizer,
     PerFedAvg,
     PF2LoRA,
-    Task,
-    TaskKind,
-    Training,
 )
 from protocol.tensors import NamedTensors
 

@@ -19,7 +19,8 @@ from edge_client.backends import ort
 from edge_client.backends.base import Level
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError
-from protocol.federation import Hypergradient, PF2LoRA, Task, TaskKind
+from protocol.federation import Task, TaskKind
+from protocol.methods import Hypergradient, PF2LoRA
 from quantization.artifact import load_artifact
 from quantization.errors import ArtifactError
 from tests.integration.test_federation import _coordinator, _run_all, _write_data
@@ -125,6 +126,7 @@ def test_a_device_killed_while_it_trains_comes_back_and_finishes(
         ({"backend": "ort", "artifact": "a", "scheme": "nf4"}, "scheme"),
         ({"backend": "ort", "artifact": "a", "backbone": "b"}, "backbone"),
         ({"backend": "ort", "artifact": "a", "device": "cuda"}, "device"),
+        ({"backend": "ort", "artifact": "a", "compute_dtype": "bfloat16"}, "compute_dtype"),
     ],
     ids=str,
 )

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from protocol.errors import ErrorCode
-from protocol.federation import Backbone, FederationSettings, Task, TaskKind
+from protocol.federation import (
+    Backbone,
+    FederationSettings,
+    Task,
+    TaskKind,
+)
 from protocol.messages import (
     Assignment,
     CheckIn,

@@ -10,20 +10,18 @@ from typing import Any
 from hypothesis import strategies as st
 
 from protocol import schema
+from protocol.aggregation import Mean, MultiKrum
 from protocol.federation import (
     Adapter,
     FederationSettings,
-    HetLoRA,
-    LowerOptimizer,
-    Mean,
-    MultiKrum,
-    PF2LoRA,
+    Mode,
     Rounds,
     Task,
     TaskKind,
     WireDtype,
 )
 from protocol.messages import Message
+from protocol.methods import HetLoRA, LowerOptimizer, PF2LoRA
 from protocol.tensors import Payload, TensorSpec
 
 MESSAGES = typing.get_args(Message)
@@ -95,10 +93,12 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
             algorithm = replace(algorithm, personal_rank_max=adapter.personal_rank)
         if isinstance(algorithm, HetLoRA):
             algorithm = replace(algorithm, rank_min=min(algorithm.rank_min, adapter.rank))
-        *rest, update_dtype, seed = values[8:]
+            rounds = replace(rounds, mode=Mode.SYNCHRONOUS)
+        *rest, update_dtype, download_dtype, seed = values[8:]
         if isinstance(algorithm, HetLoRA) and not update_dtype.is_plain:
             update_dtype = WireDtype.FLOAT32
-        values = (*values[:5], algorithm, rounds, aggregation, *rest, update_dtype, seed)
+        dtypes = update_dtype, download_dtype
+        values = (*values[:5], algorithm, rounds, aggregation, *rest, *dtypes, seed)
     return cls(*values)
 
 

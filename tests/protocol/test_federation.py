@@ -9,11 +9,11 @@ from hypothesis import given, settings
 
 from protocol.federation import (
     FederationSettings,
-    PF2LoRA,
     Rounds,
     settings_from_json,
     settings_to_json,
 )
+from protocol.methods import PF2LoRA
 from protocol.schema import SchemaError
 from tests.protocol.samples import SETTINGS
 from tests.protocol.strategies import of_class
@@ -38,6 +38,14 @@ def test_settings_that_the_writer_did_not_know_take_their_defaults() -> None:
     [
         ({"rounds": {"cohrot": 4}}, r"rounds\.cohrot: is unknown; did you mean 'cohort'"),
         ({"rounds": {"cohort": 4, "report_goal": 5}}, r"report_goal: is over the cohort of 4"),
+        ({"rounds": {"mode": "asynchronous"}}, r"report_goal: must be given: how many reports"),
+        (
+            {
+                "rounds": {"mode": "asynchronous", "report_goal": 2},
+                "algorithm": {"name": "hetlora"},
+            },
+            r"rounds.mode: must be 'synchronous': hetlora",
+        ),
         (
             {"rounds": {"cohort": 4, "report_goal": 2, "minimum_reports": 3}},
             r"minimum_reports: is over the report goal of 2",

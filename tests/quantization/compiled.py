@@ -136,7 +136,8 @@ def _dequantize(loaded: Any, manifest: Manifest) -> None:
     """Give torch's model the weights that the artifact has and no torch scheme holds."""
     import torch
 
-    from quantization.bnb import int8_codes, is_below, linear_shape, output_embeddings
+    from quantization.bnb import int8_codes, is_below, linear_shape
+    from quantization.checkpoint import output_embeddings
 
     if manifest.embeddings is EmbeddingScheme.INT8:
         table = loaded.model.get_input_embeddings().weight
@@ -155,7 +156,7 @@ def _rounded(weight: Array, scheme: ArtifactScheme) -> Array:
     """A weight [m, n] as INT4 or NF4 keeps it."""
     import torch
 
-    from quantization.bnb import NF4_BLOCK, nf4_codes, nf4_table
+    from quantization.bnb import BLOCK_SIZE, nf4_codes, nf4_table
     from quantization.onnx.weights import INT4_BLOCK, int4_codes
 
     if scheme is ArtifactScheme.INT4:
@@ -163,7 +164,7 @@ def _rounded(weight: Array, scheme: ArtifactScheme) -> Array:
         return codes * np.repeat(scales, INT4_BLOCK, axis=1)[:, : weight.shape[1]]
     packed, absmax = (t.numpy().reshape(-1) for t in nf4_codes(torch.from_numpy(weight)))
     numbers = nf4_table().numpy()[np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)]
-    scales = np.repeat(absmax, NF4_BLOCK)[: weight.size]
+    scales = np.repeat(absmax, BLOCK_SIZE)[: weight.size]
     return (numbers[: weight.size] * scales).reshape(weight.shape)
 
 

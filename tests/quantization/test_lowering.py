@@ -37,6 +37,7 @@ def model_of(nodes, inputs, outputs, constants=None):
 def run(model, inputs):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

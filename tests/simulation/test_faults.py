@@ -15,7 +15,7 @@ from protocol.federation import Selection, WireDtype
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
-from tests.simulation.world import FakeDevice, World, settings
+from tests.simulation.world import START, FakeDevice, World, settings
 
 FAULTY = Faults(drop=0.02, duplicate=0.02, cut=0.02, delay_s=2.0)
 
@@ -202,7 +202,7 @@ def test_a_round_ends_at_its_goal_and_the_slowest_are_late() -> None:
     assert len(_finals([*devices, slow])) == 1
 
 
-def _operated(killed: bool) -> tuple[World, list[FakeDevice], list[int]]:
+def _operated(killed: str) -> tuple[World, list[FakeDevice], list[int]]:
     """Ten rounds of seconds: paused after some, rolled back to round 2, and let go on."""
     devices = _devices(3)
     world = World(settings(count=10, cohort=3, minimum_reports=3, deadline_s=1e4))
@@ -215,7 +215,7 @@ def _operated(killed: bool) -> tuple[World, list[FakeDevice], list[int]]:
 
     async def wish(control: Control) -> None:
         world.store.set_control("sim", control)
-        if killed:
+        if killed == "always" or (killed == "going back" and control.roll_back_to):
             await world.kill()
             await world.start()
         else:
@@ -241,8 +241,8 @@ def _operated(killed: bool) -> tuple[World, list[FakeDevice], list[int]]:
     return world, devices, seen
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_federation_is_paused_rolled_back_and_let_go_on(killed: bool) -> None:
+@pytest.mark.parametrize("killed", ["never", "always", "going back"])
+def test_a_federation_is_paused_rolled_back_and_let_go_on(killed: str) -> None:
     world, devices, seen = _operated(killed)
     paused_at = seen[0]
     assert 3 <= paused_at <= 6
@@ -277,6 +277,23 @@ def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
     assert 3 <= stopped_at <= 6
     assert ended_at == 10
     assert len(_finals(devices)) == 1
+
+
+def test_a_federation_stopped_before_its_first_round_tells_so_too() -> None:
+    device = FakeDevice("device")
+
+    async def scenario() -> None:
+        world = World(settings(count=3, cohort=1))
+        await world.start()
+        world.store.set_control("sim", Control(Wish.STOP))
+        assert world.service is not None
+        await world.service.look_at_control()
+        await world.take_part(device)
+
+    simulate(scenario)
+    assert device.trained == []
+    assert device.final is not None
+    assert device.final.digest() == START.digest()
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -14,10 +14,12 @@ import pytest
 from edge_client.errors import RefusedError
 from protocol import codec
 from protocol.connection import Connection, Role, default_hello
+from protocol.federation import FederationSettings, Mode
 from protocol.link import Link, LinkClosedError
 from protocol.messages import CheckIn, Chunk, Join, Message, Report
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
+from tests.simulation.laws import Outcome, WatchedStore, hold_in_every_round
 from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
 
 HONEST = 9
@@ -29,14 +31,22 @@ def _finals(devices: list[FakeDevice]) -> set[bytes]:
 
 
 def _federation(hostile: Callable[[World], Awaitable[None]] | None) -> list[FakeDevice]:
-    devices = [FakeDevice(f"device-{i}", training_s=2.0) for i in range(HONEST)]
     cohort = HONEST + (hostile is not None)
     rules = settings(
         count=ROUNDS, cohort=cohort, report_goal=HONEST, minimum_reports=HONEST, deadline_s=1e4
     )
+    return _run(rules, hostile)
+
+
+def _run(
+    rules: FederationSettings,
+    hostile: Callable[[World], Awaitable[None]] | None,
+    store: WatchedStore | None = None,
+) -> list[FakeDevice]:
+    devices = [FakeDevice(f"device-{i}", training_s=2.0) for i in range(HONEST)]
 
     async def scenario() -> None:
-        world = World(rules)
+        world = World(rules, store=store)
         await world.start()
         tasks = [asyncio.create_task(hostile(world))] if hostile else []
         try:
@@ -145,6 +155,19 @@ def test_an_attack_changes_no_byte_of_the_others_adapter(name: str) -> None:
     attacked = _finals(_federation(lambda world: _again(ATTACKS[name], world)))
     assert len(alone) == 1
     assert attacked == alone
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_counts_for_nothing_in_asynchronous_rounds_either(name: str) -> None:
+    rules = settings(
+        mode=Mode.ASYNCHRONOUS, count=ROUNDS, cohort=HONEST + 1, report_goal=5, deadline_s=1e4
+    )
+    store = WatchedStore()
+    outcome = Outcome(rules, [], store)
+    outcome.devices = _run(rules, lambda world: _again(ATTACKS[name], world), store)
+    outcome.finals = _finals(outcome.devices)
+    hold_in_every_round(outcome)  # every report that counts is one of theirs
+    assert all(device.final for device in outcome.devices)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from coordinator.errors import StoreError
+from coordinator.federations import Federations
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.base import Store
@@ -31,6 +34,7 @@ from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
 from protocol.virtual_time import at_once
 
+Result = TypeVar("Result")
 FINGERPRINT = "sha256:" + "a" * 64
 START = NamedTensors.from_arrays(
     {
@@ -86,18 +90,22 @@ class FakeDevice:
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         self.trained.append(assignment.round)
         await asyncio.sleep(self.training_s)
-        flat = base.flat()
-        noise = seeded(self.name, assignment.round).standard_normal(len(flat))
-        update = (0.01 * noise - 0.1 * flat).astype(np.float32)
-        specs = [TensorSpec(s.name, self.dtype, s.shape) for s in base.specs]
         self.report = FinishedReport(
             assignment.assignment,
             assignment.base_version,
             self.examples,
             (Metric("loss", 1.0),),
-            self.damage(NamedTensors.from_flat(specs, update, self.dtype)),
+            self.damage(self.update(assignment.round, base)),
         )
         return self.report
+
+    def update(self, round_number: int, base: NamedTensors) -> NamedTensors:
+        """What training this base version in this round gives."""
+        flat = base.flat()
+        noise = seeded(self.name, round_number).standard_normal(len(flat))
+        update = (0.01 * noise - 0.1 * flat).astype(np.float32)
+        specs = [TensorSpec(s.name, self.dtype, s.shape) for s in base.specs]
+        return NamedTensors.from_flat(specs, update, self.dtype)
 
     async def settled(self, receipt: Receipt) -> None:
         self.receipts.append(receipt)
@@ -105,6 +113,61 @@ class FakeDevice:
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         self.final = base
+
+
+class Crash(StoreError):
+    """The coordinator dies here."""
+
+
+class CrashingStore(MemoryStore):
+    """Dies before or after writes, as a seed tells; what it has written stays."""
+
+    def __init__(self, seed: int, probability: float) -> None:
+        super().__init__()
+        self._crash_rng = random.Random(seed)
+        self._probability = probability
+        self.crashes = 0
+
+    def _maybe_crash(self) -> None:
+        if self._crash_rng.random() < self._probability:
+            self.crashes += 1
+            raise Crash("here")
+
+    def open_round(self, *arguments: Any) -> None:
+        self._maybe_crash()
+        super().open_round(*arguments)
+        self._maybe_crash()
+
+    def add_assignment(self, *arguments: Any) -> None:
+        self._maybe_crash()
+        super().add_assignment(*arguments)
+        self._maybe_crash()
+
+    def keep_reports(self, *arguments: Any) -> list[bool]:
+        self._maybe_crash()
+        kept = super().keep_reports(*arguments)
+        self._maybe_crash()
+        return kept
+
+    def close_round(self, *arguments: Any) -> None:
+        self._maybe_crash()
+        super().close_round(*arguments)
+        self._maybe_crash()
+
+
+class Process:
+    """What a coordinator's process can do to the disk: nothing more once it has been killed."""
+
+    def __init__(self, writing_s: float) -> None:
+        self.is_alive = True
+        self._writing_s = writing_s
+
+    async def run(self, call: Callable[[], Result]) -> Result:
+        if self._writing_s:
+            await asyncio.sleep(self._writing_s)
+        if not self.is_alive:
+            raise LinkClosedError("killed")
+        return await at_once(call)
 
 
 class World:
@@ -116,43 +179,60 @@ class World:
         seed: int = 0,
         faults: Faults | None = None,
         store: Store | None = None,
+        base: NamedTensors = START,
     ) -> None:
+        self.base = base
         self.settings = settings
         self.seed = seed
         self.rng = random.Random(seed)
         self.faults = faults or Faults()
         self.store = store or MemoryStore()
+        self.writing_s = 0.0  # how long a call of the store takes
         self.service: FederationService | None = None
         self.device_ends: list[FakeLink] = []
         self._sessions: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        self.service = FederationService(
+        self._process = Process(self.writing_s)
+        service = FederationService(
             self.settings,
-            START,
+            self.base,
             self.store,
             rng=random.Random(1),
-            run_blocking=at_once,
+            run_blocking=self._process.run,
             clock=asyncio.get_running_loop().time,
         )
         self.roster = Roster()
-        await self.service.open()
+        await service.open()
+        self.service = service  # from now on it listens
 
     async def kill(self) -> None:
         """The coordinator is gone between two events; only the store remains."""
         if self.service:
+            self._process.is_alive = False
             self.service.close()
         self.service = None
         for task in list(self._sessions):
             task.cancel()
         await asyncio.gather(*self._sessions, return_exceptions=True)
 
+    async def restart_after_failures(self) -> None:
+        """Start the coordinator anew whenever its store has failed; until cancelled."""
+        while True:
+            if self.service is not None:
+                await asyncio.wait({self.service.failure})
+                self.service.failure.exception()
+            await self.kill()
+            await asyncio.sleep(self.rng.random() * 5.0)
+            with contextlib.suppress(Crash):
+                await self.start()
+
     async def dial(self) -> Link:
         if self.service is None:
             raise LinkClosedError("nobody listens")
         device_end, coordinator_end = fake_links(self.rng, self.faults)
         self.device_ends.append(device_end)
-        session = DeviceSession(coordinator_end, self.service, self.roster)
+        session = DeviceSession(coordinator_end, Federations([self.service]), self.roster)
         task = asyncio.create_task(session.run())
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)

@@ -1,0 +1,142 @@
+"""Thousands of devices that are connected and say nothing: what each costs; do others work?
+
+    python -m benchmarks.idle_connections --connections 10000
+
+A daemon process; in this process that many sockets which have joined and then keep silent, as
+devices do that train, and a federation of a few devices that runs its rounds beside them. As many
+as the file-descriptor limit lets this process have; the count that ran is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from websockets.asyncio.client import ClientConnection, connect
+
+from benchmarks.coordinator_load import (
+    PreparedDevice,
+    adapter,
+    folder_on_disk,
+    started,
+    write_federation,
+)
+from edge_client.session import Session
+from edge_client.transport import websocket_dial
+from protocol import codec
+from protocol.connection import default_hello
+from protocol.messages import Join
+
+AT_ONCE = 200  # being opened
+SPARE = 200  # descriptors for all else
+DEVICES = 8
+TOML = f"""
+name = "load"
+[backbone]
+name = "none"
+[task]
+kind = "sequence-classification"
+labels = ["a", "b"]
+[rounds]
+count = 3
+cohort = {DEVICES}
+minimum_reports = {DEVICES}
+deadline_s = 3600.0
+[server]
+port = 0
+connections_max = 15000
+"""
+
+
+async def silent(port: int, number: int, opening: asyncio.Semaphore) -> ClientConnection:
+    """A socket that has joined."""
+    async with opening:
+        socket = await connect(
+            f"ws://127.0.0.1:{port}", compression=None, proxy=None, open_timeout=120
+        )
+        for message in (default_hello("silent"), Join("load", f"silent-{number}")):
+            await socket.send(codec.encode(message))
+            await socket.recv(decode=False)
+    return socket
+
+
+async def federation_s(port: int) -> float:
+    """How long a small federation takes, all its rounds."""
+    update = adapter(0.001)
+    joined, go = asyncio.Semaphore(0), asyncio.Event()
+    go.set()
+    devices = [PreparedDevice(f"device-{n}", update, joined, go) for n in range(DEVICES)]
+    began_s = time.perf_counter()
+    await asyncio.gather(
+        *(
+            Session(
+                websocket_dial(f"ws://127.0.0.1:{port}"),
+                device,
+                federation="load",
+                device=device.name,
+                rng=random.Random(device.name),
+            ).run()
+            for device in devices
+        )
+    )
+    return time.perf_counter() - began_s
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """So many silent connections: what one costs the daemon, and how long a federation took."""
+
+    count: int
+    opened_s: float
+    cpu_s: float
+    memory_bytes: float
+    open_still: int
+    federation_s: float
+
+
+async def measure(wished: int, folder: Path) -> Idle:
+    """Open as many as the limit of descriptors allows, and run a federation beside them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    count = min(wished, hard - SPARE)
+    daemon = await started(write_federation(folder, TOML))
+    try:
+        idle_bytes = daemon.resident_bytes()
+        opening = asyncio.Semaphore(AT_ONCE)
+        began_s, cpu_s = time.perf_counter(), daemon.cpu_s()
+        sockets = await asyncio.gather(*(silent(daemon.port, n, opening) for n in range(count)))
+        opened_s, opened_cpu_s = time.perf_counter() - began_s, daemon.cpu_s() - cpu_s
+        each_bytes = (daemon.resident_bytes() - idle_bytes) / count
+        took_s = await federation_s(daemon.port)
+        open_still = sum(socket.close_code is None for socket in sockets)
+        for socket in sockets:
+            socket.transport.abort()
+    finally:
+        daemon.process.kill()
+        await daemon.process.communicate()
+    return Idle(count, opened_s, opened_cpu_s / count, each_bytes, open_still, took_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--connections", type=int, default=10_000)
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    with folder_on_disk(options.folder) as folder:
+        found = asyncio.run(measure(options.connections, folder))
+    print(
+        f"{found.count} connections opened in {found.opened_s:.0f} s, "
+        f"{1e3 * found.cpu_s:.2f} ms of the daemon's CPU and "
+        f"{found.memory_bytes / 1024:.0f} KiB each; {found.open_still} still open after a "
+        f"federation of {DEVICES} devices and 3 rounds beside them, which took "
+        f"{found.federation_s:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

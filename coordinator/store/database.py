@@ -1,0 +1,130 @@
+"""A database as a store needs it: opened safely, its faults told as StoreError.
+
+SQLite runs in WAL mode with synchronous=FULL: a transaction that has returned is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+from alembic.util import CommandError
+
+from coordinator.errors import StorageFullError, StoreError
+from protocol.errors import ProtocolError
+from protocol.schema import SchemaError
+
+# Updates are large: large pages make them cheaper to write and to read parts of.
+PAGE_BYTES: Final = 16384
+WAL_BYTES: Final = 16 << 20
+DISK_FULL: Final = ("disk is full", "No space left on device")  # SQLite's words; the system's
+
+
+class Database:
+    """A database at a URL; `label` names it in errors.
+
+    Args:
+        url: any that SQLAlchemy takes.
+        create: make a SQLite file where there is none; otherwise that is an error.
+
+    Raises:
+        StoreError: the URL is none, or there is no such file.
+    """
+
+    def __init__(self, url: str, *, create: bool) -> None:
+        self.label = "the store"
+        with self.translated():
+            address = sa.make_url(url)
+            self.label = f"the store {address}"  # SQLAlchemy hides a password in this form
+            self._engine = _engine(address, create)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self._engine.dialect.name == "sqlite"
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A transaction: on the disk when it is left, or undone by an error."""
+        with self.translated(), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[sa.Connection]:
+        """A connection without a transaction of its own."""
+        with self.translated(), self._engine.connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[sa.Connection]:
+        """A transaction that can change tables, alone on the database from its beginning."""
+        if not self.is_sqlite:
+            with self.begin() as connection:
+                yield connection
+            return
+        with self.plain() as connection:  # sqlite3 by itself begins none before a CREATE
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.exec_driver_sql("ROLLBACK")
+                raise
+            connection.exec_driver_sql("COMMIT")
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """Faults of the database, and of what it holds, as StoreError."""
+        try:
+            yield
+        except (
+            sa.exc.SQLAlchemyError,
+            OSError,
+            ProtocolError,
+            SchemaError,
+            ModuleNotFoundError,
+            CommandError,
+        ) as error:
+            cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
+            kind = StorageFullError if any(text in cause for text in DISK_FULL) else StoreError
+            raise kind(f"{self.label}: {cause}") from error
+
+    def close(self) -> None:
+        with self.translated():
+            self._engine.dispose()
+
+
+def _engine(address: sa.URL, create: bool) -> sa.Engine:
+    if address.get_backend_name() != "sqlite":
+        return sa.create_engine(address, poolclass=sa.pool.StaticPool)
+    if address.database and address.database != ":memory:":
+        path = Path(address.database)
+        if create:
+            _make_private(path)
+        elif not path.exists():
+            raise FileNotFoundError("there is no such file")
+    # Opened in one thread and closed in another at times, but never used in two at once.
+    arguments = {"check_same_thread": False}
+    engine = sa.create_engine(address, poolclass=sa.pool.StaticPool, connect_args=arguments)
+    sa.event.listen(engine, "connect", _set_up_sqlite)
+    return engine
+
+
+def _make_private(path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
+def _set_up_sqlite(connection: Any, _: object) -> None:
+    for pragma in (
+        f"page_size={PAGE_BYTES}",  # of a new file; an older one keeps its own
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "busy_timeout=10000",
+        f"wal_autocheckpoint={WAL_BYTES // PAGE_BYTES}",
+        "secure_delete=OFF",  # some builds write zeros over what is deleted: each update twice
+    ):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,52 @@
+"""What an operator does with a whole store, also while a coordinator runs on it."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from coordinator.errors import StoreError
+from coordinator.store.database import Database
+from coordinator.store.schema import federations
+from coordinator.store.sql import SqlStore
+
+
+def check(store: SqlStore) -> list[str]:
+    """Read everything that a restart would need; the federations that are sound.
+
+    Raises:
+        StoreError: naming what is damaged.
+    """
+    label = store.database.label
+    with store.database.begin() as db:
+        if store.database.is_sqlite:
+            found = db.execute(sa.text("PRAGMA integrity_check")).scalars().all()
+            broken = db.execute(sa.text("PRAGMA foreign_key_check")).all()
+            if found != ["ok"] or broken:
+                problem = found[0] if found != ["ok"] else f"{len(broken)} rows lack a parent"
+                raise StoreError(f"{label}: {problem}")
+        names = list(db.scalars(sa.select(federations.c.name).order_by("name")))
+    for name in names:
+        snapshot = store.load(name)
+        if snapshot and snapshot.open_round:
+            open_round = snapshot.open_round
+            # Each is checked against its digest on the way.
+            deque(store.reports(name, open_round.number, open_round.attempt), maxlen=0)
+    return names
+
+
+def backup(database: Database, target: Path) -> None:
+    """Copy a store of any revision as it is at one moment; it may be in use meanwhile.
+
+    Raises:
+        StoreError: the file exists, or this database has no such copy.
+    """
+    if not database.is_sqlite:
+        raise StoreError(f"{database.label}: back it up with the database's own tools")
+    if target.exists():
+        raise StoreError(f"{target} exists already")
+    with database.plain() as db:
+        db.execute(sa.text("VACUUM INTO :target"), {"target": str(target)})
+    target.chmod(0o600)

@@ -1,0 +1,62 @@
+"""Devices that have checked in and are held until there is an answer for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from coordinator.events import Retry
+from protocol.federation import Selection
+
+RETRY_AFTER_S: Final = 1.0
+RETRY_SPREAD_S: Final = 2.0
+
+
+class Waiting:
+    """Who waits, and since when. After `hold_s` a device is told to come back later."""
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._since: dict[str, float] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        """In an order that does not depend on who came first."""
+        return iter(sorted(self._since))
+
+    def __contains__(self, device: str) -> bool:
+        return device in self._since
+
+    def add(self, device: str, now: float) -> None:
+        self._since[device] = now
+
+    def remove(self, device: str) -> bool:
+        """Whether it was waiting."""
+        return self._since.pop(device, None) is not None
+
+    def release(self, now: float, reason: str) -> list[Retry]:
+        """Send away those that have been held for long enough."""
+        due = [device for device, since in self._since.items() if now >= since + self._hold_s]
+        # The more are sent away, the wider they are spread over time when they come back.
+        spread_s = max(RETRY_SPREAD_S, len(due) / 100)
+        for device in due:
+            del self._since[device]
+        return [Retry(device, RETRY_AFTER_S, spread_s, reason) for device in due]
+
+    def next_release_at(self) -> float | None:
+        return min((since + self._hold_s for since in self._since.values()), default=None)
+
+
+def in_order_of_choice(
+    devices: Iterable[str],
+    selection: Selection,
+    last_asked: Mapping[str, int],
+    rng: random.Random,
+) -> list[str]:
+    """The devices, those that are to be asked first in front; `last_asked` has rounds' numbers."""
+    # Sorted, so that the choice depends on who is there and the seed, not on who came first.
+    available = sorted(devices)
+    shuffled = rng.sample(available, len(available))
+    if selection is Selection.LEAST_RECENT:
+        shuffled.sort(key=lambda device: last_asked.get(device, 0))
+    return shuffled

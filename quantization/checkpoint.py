@@ -1,0 +1,145 @@
+"""Models from a folder's configuration, through transformers: with its weights, or without any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from quantization.bnb import is_below
+from quantization.errors import BackboneError
+from quantization.tasks import TaskKind
+
+
+def read_model(
+    folder: Path, kind: TaskKind, label_count: int, attention: str | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model with its head as transformers left it, and the names of the head's modules.
+
+    Raises:
+        BackboneError: weights are absent, or the architecture does not know the task.
+    """
+    config = _read_config(folder, kind, label_count)
+    try:
+        with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+            model, report = _reader(kind).from_pretrained(
+                folder,
+                config=config,
+                attn_implementation=attention,
+                dtype="auto",
+                ignore_mismatched_sizes=True,  # a checkpoint's own head; others are refused below
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # as many kinds as there are architectures
+        raise _unreadable(folder, kind, error) from error
+    found = head_modules(model, kind)
+    _forbid_gaps(folder, report, found)
+    return model, found
+
+
+def build_model(
+    folder: Path, kind: TaskKind, label_count: int, attention: str | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The same model on the meta device: shapes without a byte behind them.
+
+    Raises:
+        BackboneError: the architecture does not know the task.
+    """
+    config = _read_config(folder, kind, label_count)
+    try:
+        with _quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = _reader(kind).from_config(
+                config, attn_implementation=attention, dtype=torch.float32
+            )
+    except Exception as error:
+        raise _unreadable(folder, kind, error) from error
+    return model, head_modules(model, kind)
+
+
+def head_modules(model: PreTrainedModel, kind: TaskKind) -> tuple[str, ...]:
+    """Top-level modules with parameters beside the base model; none for a causal LM."""
+    if kind is TaskKind.CAUSAL_LM:
+        return ()
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    )
+
+
+def output_embeddings(model: Any) -> list[str]:
+    """The language model's head: often tied to the input embeddings, so it stays as it is."""
+    output = model.get_output_embeddings()
+    modules = model.named_modules()
+    return [] if output is None else [name for name, module in modules if module is output]
+
+
+def _reader(kind: TaskKind) -> Any:
+    classify = kind is TaskKind.SEQUENCE_CLASSIFICATION
+    return AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+
+
+def _unreadable(folder: Path, kind: TaskKind, error: Exception) -> BackboneError:
+    return BackboneError(f"{folder}: no {kind.value} model can be read: {error}")
+
+
+def _read_config(folder: Path, kind: TaskKind, label_count: int) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise _unreadable(folder, kind, error) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise BackboneError(
+            f"{folder}: quantised by another program; give the checkpoint before that"
+        )
+    _switch_off_dropout(config)
+    if kind is TaskKind.SEQUENCE_CLASSIFICATION:
+        config.num_labels = label_count
+    return config
+
+
+def _switch_off_dropout(config: Any) -> None:
+    """Zero every dropout rate, so that even a model set to train mode stays deterministic."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in key:
+            setattr(config, key, 0.0)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the progress bar and the table of fresh parameters: `_forbid_gaps` judges those."""
+    reports: Any = transformers_logging  # untyped
+    verbosity, had_bar = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if had_bar:
+            reports.enable_progress_bar()
+
+
+def _forbid_gaps(folder: Path, report: Mapping[str, Any], head_modules: tuple[str, ...]) -> None:
+    """Refuse a checkpoint that lacks weights of the backbone: transformers would invent them."""
+    mismatched = [entry[0] for entry in report["mismatched_keys"]]
+    absent = [
+        name for name in (*report["missing_keys"], *mismatched) if not is_below(name, head_modules)
+    ]
+    if absent or report["error_msgs"]:
+        shown = ", ".join(sorted(absent)[:8])
+        raise BackboneError(
+            f"{folder}: {len(absent)} weights are absent or of another shape: {shown} "
+            f"{' '.join(report['error_msgs'])}".rstrip()
+        )

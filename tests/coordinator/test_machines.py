@@ -1,0 +1,184 @@
+"""Both machines under any sequence of events: what they may and may not ask for."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.asynchronous import AsynchronousMachine
+from coordinator.control import Wish
+from coordinator.events import (
+    Action,
+    AddAssignment,
+    Answer,
+    AskedBack,
+    Assign,
+    CheckedIn,
+    Closed,
+    CloseRound,
+    Event,
+    Finish,
+    GoBack,
+    Keep,
+    Kept,
+    Left,
+    Offered,
+    OpenRound,
+    Refused,
+    Retry,
+    TakeUpdate,
+    Ticked,
+    Uploaded,
+    WentBack,
+    Wished,
+)
+from coordinator.machine import Machine, Phase
+from coordinator.rounds import RoundMachine
+from coordinator.store.base import Snapshot
+from protocol.federation import Mode
+from protocol.messages import ReceiptStatus
+from protocol.tensors import NamedTensors
+from tests.simulation.world import settings
+
+DEVICES = [f"device-{i}" for i in range(7)]
+BASE = NamedTensors.from_arrays({"x.A": np.zeros((1, 2), np.float32)})
+HOLD_S = 20.0
+
+
+@dataclass
+class Driver:
+    """Carries a machine's actions out, in thought, and checks each."""
+
+    machine: Machine
+    goal: int
+    now: float = 0.0
+    written: dict[str, str] = field(default_factory=dict)  # assignment -> device, ever
+    held: dict[str, float] = field(default_factory=dict)  # device -> since when
+    has: dict[str, str] = field(default_factory=dict)  # device -> assignment
+    kept: list[str] = field(default_factory=list)
+    attempts: dict[int, int] = field(default_factory=dict)
+    in_round: int = 0
+
+    def tell(self, event: Event) -> None:
+        events = deque([event])
+        while events:
+            for action in self.machine.handle(events.popleft(), self.now):
+                following = self._carry_out(action)
+                if following:
+                    events.append(following)
+        self._check(event)
+
+    def _carry_out(self, action: Action) -> Event | None:
+        match action:
+            case OpenRound(number, attempt, _, cohort):
+                assert attempt == self.attempts.get(number, 0) + 1
+                self.attempts[number] = attempt
+                self.in_round = 0
+                for device, assignment in cohort:
+                    self._write(device, assignment)
+            case AddAssignment(_, _, device, assignment, _):
+                self._write(device, assignment)
+            case Assign(device, assignment, _, deadline_at):
+                assert self.written[assignment] == device
+                assert deadline_at > self.now
+                self.held.pop(device, None)
+                self.has[device] = assignment
+            case Retry(device, after_s, spread_s, _):
+                assert after_s >= 0
+                assert spread_s >= 0
+                del self.held[device]
+            case Finish(device):
+                self.held.pop(device, None)
+            case Keep(device, assignment):
+                assert self.written[assignment] == device
+                assert assignment not in self.kept
+                self.kept.append(assignment)
+                self.in_round += 1
+                assert self.in_round <= self.goal
+                return Kept(device, assignment)
+            case CloseRound(_, _, aggregate):
+                return Closed(aggregate)
+            case GoBack(number):
+                later = {n: count for n, count in self.attempts.items() if n > number}
+                return WentBack(number, later)
+            case TakeUpdate() | Answer():
+                self._note_answer(action)
+        return None
+
+    def _write(self, device: str, assignment: str) -> None:
+        assert assignment not in self.written
+        self.written[assignment] = device
+
+    def _note_answer(self, action: TakeUpdate | Answer) -> None:
+        if isinstance(action, Answer) and action.status in (
+            ReceiptStatus.ACCEPTED,
+            ReceiptStatus.DUPLICATE,
+        ):
+            assert action.assignment in self.kept
+
+    def _check(self, event: Event) -> None:
+        wanted_at = self.machine.next_tick_at()
+        if isinstance(event, Ticked):
+            assert wanted_at is None or wanted_at > self.now, "it would tick for ever"
+            assert all(self.now < since + HOLD_S for since in self.held.values())
+        if self.machine.phase is Phase.FINISHED:
+            assert not self.held
+
+
+def _random_event(driver: Driver, rng: random.Random) -> Event:
+    device = rng.choice(DEVICES)
+    assignment = driver.has.get(device) or rng.choice([*driver.written, "of nobody"])
+    kinds = ["check in", "upload", "leave", "offer", "tick", "refuse", "wish", "go back"]
+    match rng.choices(kinds, [40, 40, 6, 4, 4, 2, 2, 2])[0]:
+        case "check in":
+            if driver.machine.phase is not Phase.FINISHED:
+                driver.held[device] = driver.now
+            return CheckedIn(device)
+        case "upload":
+            return Uploaded(device, assignment)
+        case "leave":
+            driver.held.pop(device, None)
+            return Left(device)
+        case "offer":
+            return Offered(device, assignment)
+        case "refuse":
+            return Refused(device, assignment, "bad")
+        case "wish":
+            return Wished(rng.choice([Wish.RUN, Wish.RUN, Wish.PAUSE, Wish.STOP]))
+        case "go back" if driver.machine.rounds_done:
+            return AskedBack(rng.randrange(driver.machine.rounds_done))
+        case _:
+            return Ticked()
+
+
+def _driver(mode: Mode, rng: random.Random) -> Driver:
+    goal = rng.randint(1, 3)
+    rounds: dict[str, Any] = {"count": 6, "cohort": 4, "report_goal": goal, "deadline_s": 300.0}
+    rules = settings(mode=mode, staleness_max=rng.randint(0, 3), **rounds)
+    kind = AsynchronousMachine if mode is Mode.ASYNCHRONOUS else RoundMachine
+    snapshot = Snapshot(rules, 0, {}, BASE, None, frozenset(), {})
+    return Driver(kind(snapshot, rng, hold_s=HOLD_S), goal)
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+def test_no_sequence_of_events_breaks_what_holds(mode: Mode) -> None:
+    rounds_done = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        print(f"seed {seed}")
+        driver = _driver(mode, rng)
+        driver.tell(Ticked())
+        for _ in range(150):
+            until = driver.now + rng.choice([0.0, 1.0, 10.0, 100.0])
+            while (at := driver.machine.next_tick_at()) is not None and at <= until:
+                driver.now = max(driver.now, at)
+                driver.tell(Ticked())
+            driver.now = until
+            driver.tell(_random_event(driver, rng))
+        rounds_done += driver.machine.rounds_done
+    assert rounds_done > 400

@@ -1,0 +1,181 @@
+"""A full coordinator says when to come back, and looks after itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import WebSocketException
+
+from coordinator import server
+from coordinator.config import load
+from coordinator.server import CoordinatorServer
+from edge_client.session import Session
+from edge_client.transport import websocket_dial
+from protocol import codec
+from protocol.connection import default_hello
+from protocol.errors import ErrorCode
+from protocol.messages import (
+    Assignment,
+    CheckIn,
+    Chunk,
+    Hello,
+    Join,
+    Message,
+    Refusal,
+    Report,
+    Resume,
+)
+from protocol.tensors import NamedTensors
+from tests.integration.daemon import write_federation
+from tests.simulation.world import FINGERPRINT, START, FakeDevice
+
+
+def _configured(folder: Path, settings: str) -> CoordinatorServer:
+    write_federation(folder, START, rounds=1, cohort=1, goal=1, server="port = 0\n" + settings)
+    return CoordinatorServer(load(folder / "federation.toml", {}, {}))
+
+
+async def _first_word(port: int, *said: Message) -> Message:
+    async with connect(f"ws://127.0.0.1:{port}") as socket:
+        answer: Message = Hello((1,), "", 2048, 1024)
+        for message in said:
+            await socket.send(codec.encode(message))
+            answer = codec.decode(await socket.recv(decode=False))
+        return answer
+
+
+def test_over_the_cap_a_device_is_told_when_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "TURNED_AWAY_RETRY_S", 0.2)
+    monkeypatch.setattr(server, "TURNED_AWAY_MAX", 1)
+    device = FakeDevice("patient", training_s=0.0)
+
+    async def scenario() -> None:
+        async with _configured(tmp_path, "connections_max = 1") as running:
+            address = f"ws://127.0.0.1:{running.port}"
+            async with connect(address):
+                refusal = await _first_word(running.port, default_hello("test"))
+                assert isinstance(refusal, Refusal)
+                assert (refusal.code, refusal.retry_after_s) == (ErrorCode.BUSY, 0.2)
+                # One more than can be refused at a time is dropped at once.
+                async with connect(address):
+                    with pytest.raises((OSError, EOFError, WebSocketException)):
+                        await connect(address)
+                session = Session(
+                    websocket_dial(address),
+                    device,
+                    federation="sim",
+                    device="patient",
+                    rng=random.Random(1),
+                    first_contact_patience_s=0.01,  # to be told to wait is to be answered
+                )
+                running_session = asyncio.create_task(session.run())
+                while not session.traffic.sent_bytes:  # noqa: ASYNC110 - it is on its way
+                    await asyncio.sleep(0.01)
+            await running_session
+
+    asyncio.run(scenario())
+    assert device.final is not None
+
+
+def test_an_address_or_a_device_that_comes_too_often_is_told_so(tmp_path: Path) -> None:
+    rates = "[server.rates]\nconnections_per_address = {}\nconnections_per_device = {}\n"
+
+    async def scenario() -> None:
+        hello, join = default_hello("test"), Join("sim", "often")
+        (tmp_path / "a").mkdir()
+        async with _configured(tmp_path / "a", rates.format(0.02, 0)) as running:
+            answers = [await _first_word(running.port, hello) for _ in range(3)]
+        assert [type(answer) for answer in answers] == [Hello, Hello, Refusal]
+        assert isinstance(answers[2], Refusal)
+        assert "address" in answers[2].reason
+        assert 40.0 <= answers[2].retry_after_s <= 50.0
+        (tmp_path / "b").mkdir()
+        async with _configured(tmp_path / "b", rates.format(0, 0.02)) as running:
+            answers = [await _first_word(running.port, hello, join) for _ in range(3)]
+            other = await _first_word(running.port, hello, Join("sim", "another"))
+        assert [isinstance(answer, Refusal) for answer in answers] == [False, False, True]
+        assert not isinstance(other, Refusal)
+
+    asyncio.run(scenario())
+
+
+def test_no_more_connections_than_file_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1000))
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
+    assert server._affordable(10_000) == 1000 - server.TURNED_AWAY_MAX - server.DESCRIPTORS_SPARE
+    assert server._affordable(100) == 100
+    assert set_to == [(1000, 1000)] * 2
+
+
+def test_a_connection_that_says_nothing_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "OPEN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("coordinator.session.GREETING_TIMEOUT_S", 0.1)
+
+    async def scenario() -> None:
+        async with _configured(tmp_path, "") as running:
+            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            await reader.read()  # ends
+            writer.close()
+            answer = await _silent_after_opening(running.port)
+            assert isinstance(answer, Refusal)
+            assert answer.code is ErrorCode.TIMEOUT
+
+    asyncio.run(scenario())
+
+
+async def _silent_after_opening(port: int) -> Message:
+    async with connect(f"ws://127.0.0.1:{port}") as socket:
+        return codec.decode(await socket.recv(decode=False))
+
+
+def test_a_draining_daemon_puts_what_has_come_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload that stands still when the daemon stops is gone on with by the next."""
+    monkeypatch.setattr(server, "DRAIN_S", 0.1)
+    monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
+    update = NamedTensors.from_flat(START.specs, np.zeros_like(START.flat()))
+
+    async def scenario() -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            running = await stack.enter_async_context(_configured(tmp_path, ""))
+            socket = await stack.enter_async_context(connect(f"ws://127.0.0.1:{running.port}"))
+            assignment = await _offering(socket, update)
+            assert codec.decode(await socket.recv(decode=False)) == Resume(0)
+            await socket.send(codec.encode(Chunk(0, False, bytes(100))))
+            await running.__aexit__()
+            stack.pop_all()
+            await socket.close()
+        async with (
+            _configured(tmp_path, "") as running,
+            connect(f"ws://127.0.0.1:{running.port}") as socket,
+        ):
+            assert await _offering(socket, update) == assignment
+            answer = codec.decode(await socket.recv(decode=False))
+            assert isinstance(answer, Resume)
+            return answer.offset
+
+    assert asyncio.run(scenario()) == 100
+
+
+async def _offering(socket: ClientConnection, update: NamedTensors) -> str:
+    """Get an assignment and offer this update for it; the assignment."""
+    for message in (default_hello("test"), Join("sim", "slow"), CheckIn(FINGERPRINT, 10)):
+        await socket.send(codec.encode(message))
+        answer = codec.decode(await socket.recv(decode=False))
+    assert isinstance(answer, Assignment)
+    report = Report(answer.assignment, answer.base_version, 10, (), update.payload())
+    await socket.send(codec.encode(report))
+    return answer.assignment
