@@ -14,6 +14,7 @@ import asyncio
 import random
 import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -86,27 +87,39 @@ async def federation_s(port: int) -> float:
     return time.perf_counter() - began_s
 
 
-async def measure(wished: int, folder: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """So many silent connections: what one costs the daemon, and how long a federation took."""
+
+    count: int
+    opened_s: float
+    cpu_s: float
+    memory_bytes: float
+    open_still: int
+    federation_s: float
+
+
+async def measure(wished: int, folder: Path) -> Idle:
+    """Open as many as the limit of descriptors allows, and run a federation beside them."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     count = min(wished, hard - SPARE)
     daemon = await started(write_federation(folder, TOML))
-    idle_bytes = daemon.resident_bytes()
-    opening = asyncio.Semaphore(AT_ONCE)
-    began_s, cpu_s = time.perf_counter(), daemon.cpu_s()
-    sockets = await asyncio.gather(*(silent(daemon.port, n, opening) for n in range(count)))
-    opened_s, opened_cpu_s = time.perf_counter() - began_s, daemon.cpu_s() - cpu_s
-    each_bytes = (daemon.resident_bytes() - idle_bytes) / count
-    took_s = await federation_s(daemon.port)
-    open_still = sum(socket.close_code is None for socket in sockets)
-    print(
-        f"{count} connections opened in {opened_s:.0f} s, "
-        f"{1e3 * opened_cpu_s / count:.2f} ms of the daemon's CPU and "
-        f"{each_bytes / 1024:.0f} KiB each; {open_still} still open after a federation of "
-        f"{DEVICES} devices and 3 rounds beside them, which took {took_s:.1f} s"
-    )
-    daemon.process.kill()
-    await daemon.process.communicate()
+    try:
+        idle_bytes = daemon.resident_bytes()
+        opening = asyncio.Semaphore(AT_ONCE)
+        began_s, cpu_s = time.perf_counter(), daemon.cpu_s()
+        sockets = await asyncio.gather(*(silent(daemon.port, n, opening) for n in range(count)))
+        opened_s, opened_cpu_s = time.perf_counter() - began_s, daemon.cpu_s() - cpu_s
+        each_bytes = (daemon.resident_bytes() - idle_bytes) / count
+        took_s = await federation_s(daemon.port)
+        open_still = sum(socket.close_code is None for socket in sockets)
+        for socket in sockets:
+            socket.transport.abort()
+    finally:
+        daemon.process.kill()
+        await daemon.process.communicate()
+    return Idle(count, opened_s, opened_cpu_s / count, each_bytes, open_still, took_s)
 
 
 def main() -> None:
@@ -115,7 +128,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     with folder_on_disk(options.folder) as folder:
-        asyncio.run(measure(options.connections, folder))
+        found = asyncio.run(measure(options.connections, folder))
+    print(
+        f"{found.count} connections opened in {found.opened_s:.0f} s, "
+        f"{1e3 * found.cpu_s:.2f} ms of the daemon's CPU and "
+        f"{found.memory_bytes / 1024:.0f} KiB each; {found.open_still} still open after a "
+        f"federation of {DEVICES} devices and 3 rounds beside them, which took "
+        f"{found.federation_s:.1f} s"
+    )
 
 
 if __name__ == "__main__":

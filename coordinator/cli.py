@@ -9,23 +9,23 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from coordinator import config
 from coordinator.control import Wish
 from coordinator.errors import ConfigurationError, CoordinatorError
+from coordinator.log import FORMATS, set_up_log
 from coordinator.server import serve
 from coordinator.store import upkeep
 from coordinator.store.base import RoundOutcome
 from coordinator.store.database import Database
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
+from coordinator.watch_commands import status, watch
 
 EXIT_CODES = """\
 exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
             help="once for each federation that shares this coordinator; else federation.toml",
         )
         if function is _serve:
-            command.add_argument("--log-format", choices=("human", "json"), default="human")
+            command.add_argument("--log-format", choices=FORMATS, default="human")
         _add_setting_flags(command)
     rounds = commands.add_parser(
         "rounds", help="list the rounds that are over", epilog=EXIT_CODES, allow_abbrev=False
@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     rounds.add_argument("--store", required=True, help="database URL")
     rounds.add_argument("--name", required=True, help="the federation")
     rounds.add_argument("--json", action="store_true", help="one JSON object a line")
+    for name, function, about in (
+        ("status", status, "where federations stand"),
+        ("watch", watch, "the same as it changes, a line a change, until interrupted"),
+    ):
+        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command.set_defaults(command=function)
+        command.add_argument("--store", required=True, help="database URL")
+        command.add_argument("--name", help="the federation; else all of the store")
+        command.add_argument("--json", action="store_true", help="one JSON object a line")
     for name, about in (
         ("pause", "let the open round end and hold the next one back"),
         ("resume", "let rounds run again"),
@@ -115,33 +124,9 @@ def _files(options: argparse.Namespace) -> list[Path]:
     return options.config or [Path("federation.toml")]
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a log line, its time in UTC."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def _set_up_log(log_format: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    human = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonLines() if log_format == "json" else human)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for talkative in ("websockets", "alembic"):  # of every connection, of every step
-        logging.getLogger(talkative).setLevel(logging.WARNING)
-
-
 def _serve(options: argparse.Namespace) -> int:
     configuration = _configuration(options)
-    _set_up_log(options.log_format)
+    set_up_log(options.log_format)
     asyncio.run(serve(configuration))
     return 0
 

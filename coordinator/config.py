@@ -18,6 +18,7 @@ import numpy as np
 import sqlalchemy as sa
 from safetensors import SafetensorError, safe_open
 
+from coordinator.admin.settings import TOKEN_VARIABLE, AdminSettings, port_after, read_token
 from coordinator.errors import ConfigurationError
 from protocol import limits
 from protocol.federation import FederationSettings
@@ -83,10 +84,12 @@ class Federation:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """All that a coordinator runs from."""
+    """All that a coordinator runs from; `admin_token` is what readers of the admin port need."""
 
     server: ServerSettings
     federations: tuple[Federation, ...]
+    admin: AdminSettings = AdminSettings()  # noqa: RUF009 - it is frozen
+    admin_token: str = ""
 
 
 def leaves() -> dict[str, Kind]:
@@ -95,6 +98,7 @@ def leaves() -> dict[str, Kind]:
     for section, record in (
         ("", record_of(FederationSettings)),
         ("server", record_of(ServerSettings)),
+        ("admin", record_of(AdminSettings)),
     ):
         _collect(section, record, found)
     return found
@@ -127,14 +131,25 @@ def load(
             for table in tables:
                 _drop(table, key)
         _put(tables[0], key, _parsed(key, text, name), name)
+    for table in tables:
+        _check_sections(table)
     server, starts = _take_server(files, tables)
+    admin = _take_admin(files, tables, server)
     federations = tuple(map(_federation, files, tables, starts))
     _check_names(files, federations)
-    return Configuration(server, federations)
+    admin_token = read_token(admin, environ.get(TOKEN_VARIABLE, ""))
+    return Configuration(server, federations, admin, admin_token)
+
+
+def _check_sections(table: Mapping[str, Any]) -> None:
+    known = ["server", "admin", *(name for name, _ in record_of(FederationSettings).kinds)]
+    for name in table:
+        if name not in known:
+            raise ConfigurationError(name, unknown_name(name, known))
 
 
 def _check_is_shared(key: str, name: str, count: int) -> None:
-    if not key.startswith("server.") or key == "server.start":
+    if not key.startswith(("server.", "admin.")) or key == "server.start":
         raise ConfigurationError(
             name, f"could be for any of {count} federations; set {key} in the file of the one"
         )
@@ -144,25 +159,48 @@ def _take_server(
     files: Sequence[Path], tables: Sequence[dict[str, Any]]
 ) -> tuple[ServerSettings, list[Path]]:
     """Take `[server]` out of the tables: what all share, and the start file of each."""
-    shared: dict[str, Any] = {}
-    said_in: dict[str, Path] = {}
     starts = []
     for path, table in zip(files, tables, strict=True):
         own = _from_table(record_of(ServerSettings), table.get("server", {}), "server")
         starts.append(path.parent / own.start)
-        for key, value in table.pop("server", {}).items():
-            if key == "start":
-                continue
-            if shared.setdefault(key, value) != value:
-                raise ConfigurationError(
-                    f"server.{key}",
-                    f"is {shared[key]!r} in {said_in[key]} and {value!r} in {path}; all share one "
-                    "[server], which is best in one file",
-                )
-            said_in.setdefault(key, path)
-    server = _from_table(record_of(ServerSettings), shared, "server")
+        table.get("server", {}).pop("start", None)
+    server, said_in = _take_shared("server", record_of(ServerSettings), files, tables)
     beside = said_in.get("store", files[0])
     return replace(server, store=_beside(beside, server.store), start=str(starts[0])), starts
+
+
+def _take_admin(
+    files: Sequence[Path], tables: Sequence[dict[str, Any]], server: ServerSettings
+) -> AdminSettings:
+    """Take `[admin]` out of the tables; its port and token file as they are to be used."""
+    admin: AdminSettings
+    admin, said_in = _take_shared("admin", record_of(AdminSettings), files, tables)
+    beside = said_in.get("token_file", files[0])
+    return replace(
+        admin,
+        port=admin.port or port_after(server.port),
+        token_file=str(beside.parent / admin.token_file) if admin.token_file else "",
+    )
+
+
+def _take_shared(
+    section: str, record: Record, files: Sequence[Path], tables: Sequence[dict[str, Any]]
+) -> tuple[Any, dict[str, Path]]:
+    """Take a section that all files share out of them, and say in which file each key is."""
+    shared: dict[str, Any] = {}
+    said_in: dict[str, Path] = {}
+    for path, table in zip(files, tables, strict=True):
+        own = table.pop(section, {})
+        _from_table(record, own, section)
+        for key, value in own.items():
+            if shared.setdefault(key, value) != value:
+                raise ConfigurationError(
+                    f"{section}.{key}",
+                    f"is {shared[key]!r} in {said_in[key]} and {value!r} in {path}; all share one "
+                    f"[{section}], which is best in one file",
+                )
+            said_in.setdefault(key, path)
+    return _from_table(record, shared, section), said_in
 
 
 def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federation:
@@ -217,7 +255,7 @@ def _overrides(flags: Mapping[str, str], environ: Mapping[str, str]) -> list[tup
     variables = {ENVIRONMENT + key.replace(".", "_").upper(): key for key in leaves()}
     found = []
     for name, text in environ.items():
-        if name.startswith(ENVIRONMENT):
+        if name.startswith(ENVIRONMENT) and name != TOKEN_VARIABLE:
             if name not in variables:
                 raise ConfigurationError(name, unknown_name(name, variables))
             found.append((variables[name], name, text))

@@ -21,10 +21,12 @@ from websockets.exceptions import ConnectionClosed
 from coordinator.config import Configuration, Federation
 from coordinator.errors import AddressError
 from coordinator.federations import Federations
+from coordinator.happenings import observed_store
 from coordinator.rates import Buckets, network_of
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.sql import SqlStore
+from coordinator.watch import Watch
 from protocol import limits
 from protocol.link import LinkClosedError
 
@@ -111,18 +113,30 @@ class CoordinatorServer:
         self._messages = _buckets(rates.messages_per_address, MESSAGES_BURST_S)
         self._connections_max = _affordable(server.connections_max)
         self._store = await self._run_blocking(lambda: SqlStore(server.store))
+        self.watch = Watch(
+            self._configuration.admin,
+            self._configuration.admin_token,
+            server.store,
+            self._store.database,
+            self._run_blocking,
+            self._problem,
+        )
         try:
             self.federations = Federations(map(self._service_of, self._configuration.federations))
             for service in self.federations:
                 await service.open()
+            await self.watch.begin([service.settings.name for service in self.federations])
             self._server = await self._listen()
+            self.watch.ready()
         except BaseException:
+            await self.watch.end()
             await self._run_blocking(self._store.close)
             self._store_thread.shutdown()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.watch.stopping()
         self._server.close(close_connections=False)
         for session in list(self._sessions):
             session.stop()  # with a goodbye; an upload under way is finished first
@@ -134,6 +148,7 @@ class CoordinatorServer:
         await asyncio.gather(*(session.hang_up() for session in self._sessions))
         await self._server.wait_closed()
         self.federations.close()
+        await self.watch.end()
         await self._run_blocking(self._store.close)
         self._store_thread.shutdown()
 
@@ -168,11 +183,12 @@ class CoordinatorServer:
         return FederationService(
             federation.settings,
             federation.start,
-            self._store,
+            observed_store(self._store, self.watch.observe),
             rng=random.Random(federation.settings.seed),
             run_blocking=self._run_blocking,
             hold_s=self._configuration.server.hold_s,
             control_every_s=CONTROL_EVERY_S,
+            observe=self.watch.observe,
         )
 
     async def _listen(self) -> Server:
@@ -208,7 +224,7 @@ class CoordinatorServer:
         address = network_of(str(connection.remote_address[0]))
         own = _buckets(self._configuration.server.rates.messages_per_device, MESSAGES_BURST_S)
         link = WebSocketLink(connection, own, self._messages, address)
-        session = DeviceSession(link, self.federations, self._roster)
+        session = DeviceSession(link, self.federations, self._roster, self.watch.observe)
         wait_s = self._visits.take(address)
         if len(self._sessions) >= self._connections_max:
             await session.turn_away("too many connections", TURNED_AWAY_RETRY_S)
@@ -222,6 +238,13 @@ class CoordinatorServer:
         finally:
             self._sessions.discard(session)
             self._ended.set()
+
+    def _problem(self) -> str | None:
+        """Why no device can be served, if so."""
+        if self.stopping.is_set():
+            return "the coordinator is stopping"
+        failed = any(failure.done() for failure in self.federations.failures)
+        return "the coordinator has failed" if failed else None
 
     async def _finished(self) -> None:
         """Returns when every device knows the end, or those that do not stay away for long."""
@@ -294,6 +317,8 @@ async def serve(configuration: Configuration) -> None:
         loop.add_signal_handler(number, _stop_or_die, server, number)
     async with server:
         log.info("listening on %s:%d", configuration.server.host, server.port)
+        if server.watch.port:
+            log.info("dashboard at http://%s:%d/", configuration.admin.host, server.watch.port)
         await server.wait()
         log.info("stopping")
 

@@ -48,6 +48,8 @@ from coordinator.events import (
     WentBack,
     Wished,
 )
+from coordinator.happenings import Acted, Observer, unobserved
+from coordinator.log import FederationLog
 from coordinator.machine import Machine, Phase
 from coordinator.rounds import RoundMachine
 from coordinator.store.base import (
@@ -105,10 +107,11 @@ class FederationService:
         hold_s: float = 20.0,
         control_every_s: float = 0.0,
         clock: Callable[[], float] = time.time,
+        observe: Observer = unobserved,
     ) -> None:
         """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
-        self._log = log.getChild(settings.name)
+        self._log = FederationLog(log, settings.name)
         self._start = start
         self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
         self._store = store
@@ -119,6 +122,7 @@ class FederationService:
         self._control = Control()
         self._controller: asyncio.Task[None] | None = None
         self._clock = clock
+        self._observe = observe
         self._lock = asyncio.Lock()
         self._events: deque[Event] = deque()  # yet to be handled
         self._arrived: deque[_Arrived] = deque()  # likewise; apart, to be kept together
@@ -269,7 +273,7 @@ class FederationService:
             events = deque([self._events.popleft()])
         while events:
             for action in self._machine.handle(events.popleft(), self._clock()):
-                following = await self._carry_out(action)
+                following = await self._act(action)
                 if following is not None:
                     events.append(following)
 
@@ -286,7 +290,7 @@ class FederationService:
                 if isinstance(action, Keep):
                     records.append(self._record(arrived))
                 else:
-                    await self._carry_out(action)
+                    await self._act(action)
         return await self._keep(records) if records else []
 
     def _missing(self) -> int:
@@ -294,6 +298,12 @@ class FederationService:
         open_round = self._machine.open_round
         kept = len(open_round.kept) if open_round else 0
         return max(1, self.settings.rounds.goal - kept)
+
+    async def _act(self, action: Action) -> Event | None:
+        began = time.perf_counter()
+        following = await self._carry_out(action)
+        self._observe(Acted(self.settings.name, action, time.perf_counter() - began))
+        return following
 
     async def _carry_out(self, action: Action) -> Event | None:
         match action:
@@ -369,7 +379,8 @@ class FederationService:
         self._versions.pop(action.number - self.settings.rounds.staleness_max - 1, None)
         self._base.begin()
         asked = f": {len(cohort)} devices" if cohort else ""
-        self._log.info("round %d opened%s", action.number, asked)
+        about = {"round": action.number, "attempt": action.attempt}
+        self._log.info("round %d opened%s", action.number, asked, extra=about)
 
     async def _keep(self, records: list[ReportRecord]) -> list[Event]:
         """What became of each: it is kept, or cannot be used."""
@@ -377,7 +388,8 @@ class FederationService:
         events: list[Event] = []
         for record, reason in zip(records, reasons, strict=True):
             if reason is None:
-                self._log.info("round %d: report of %s", record.round, record.device)
+                about = {"round": record.round, "device": record.device}
+                self._log.info("round %d: report of %s", *about.values(), extra=about)
                 events.append(Kept(record.device, record.assignment))
             else:
                 events.append(Refused(record.device, record.assignment, reason))
@@ -425,11 +437,13 @@ class FederationService:
             new_base, memory = await self._run_blocking(partial(self._base.following, kept))
         await self._write(self._store.close_round, number, attempt, new_base, self._clock(), memory)
         self.uploads.only(self._machine.awaited())
+        about = {"round": number, "attempt": attempt}
         if new_base is None:
-            self._log.warning("round %d abandoned: too few reports", number)
+            self._log.warning("round %d abandoned: too few reports", number, extra=about)
             return
         self._base.move(new_base, memory)
-        self._log.info("round %d of %d aggregated", number, self.settings.rounds.count)
+        count = self.settings.rounds.count
+        self._log.info("round %d of %d aggregated", number, count, extra=about)
 
     async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
         return await self._run_blocking(partial(call, self.settings.name, *args))
@@ -451,7 +465,8 @@ class FederationService:
             return self._base.add_all(reports)
 
         kept = await self._run_blocking(add_all)
-        self._log.info("round %d goes on: %d reports are kept", record.number, kept)
+        about = {"round": record.number, "attempt": record.attempt}
+        self._log.info("round %d goes on: %d reports are kept", record.number, kept, extra=about)
 
     def _unfit(self, device: str, report: Report) -> str | None:
         """Why this report cannot be used whatever its bytes, if so."""

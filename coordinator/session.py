@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
 from coordinator.federations import Federations, UnknownFederationError
+from coordinator.happenings import Connected, Disconnected, Heard, Observer, Said, unobserved
 from coordinator.rates import Buckets
 from coordinator.room import NoRoomError, Place, Room
 from coordinator.service import FederationService
@@ -63,11 +64,18 @@ class RefusedError(Exception):
 class DeviceSession:
     """Answers one device until it leaves, is refused, superseded or told goodbye."""
 
-    def __init__(self, link: Link, federations: Federations, roster: Roster) -> None:
+    def __init__(
+        self,
+        link: Link,
+        federations: Federations,
+        roster: Roster,
+        observe: Observer = unobserved,
+    ) -> None:
         self._link = link
         self._federations = federations
         self._service: FederationService
         self._roster = roster
+        self._observe = observe
         self._connection = Connection(Role.COORDINATOR, default_hello("pf2lora-coordinator"))
         self._incoming: asyncio.Task[bytes] | None = None
         self._stop: asyncio.Future[RefusedError | None] = asyncio.get_running_loop().create_future()
@@ -76,6 +84,7 @@ class DeviceSession:
 
     async def run(self) -> None:
         """Hold the conversation; returns when the connection is over, whatever the reason."""
+        self._observe(Connected())
         try:
             await self._converse()
         except RemoteProtocolError as error:
@@ -89,6 +98,7 @@ class DeviceSession:
         except ConnectionError as error:
             await self._refuse(ErrorCode.INTERNAL, str(error))
         finally:
+            self._observe(Disconnected(self.federation, self.device))
             if self._incoming:
                 self._incoming.cancel()
             if self._roster.remove(self):
@@ -204,11 +214,13 @@ class DeviceSession:
     # --- the wire -----------------------------------------------------------------------------
 
     async def _send(self, message: Message) -> None:
+        data = self._connection.send(message)
         try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
-                await self._link.send(self._connection.send(message))
+                await self._link.send(data)
         except TimeoutError:
             raise LinkClosedError(f"the device took nothing for {SEND_TIMEOUT_S:g} s") from None
+        self._observe(Said(self.federation, self.device, message, len(data)))
 
     async def _receive(self) -> Message | None:
         """The device's next message; None when this session was told to stop between two."""
@@ -226,7 +238,9 @@ class DeviceSession:
         )
         if self._incoming.done():
             task, self._incoming = self._incoming, None
-            return self._connection.receive(task.result())
+            message = self._connection.receive(task.result())
+            self._observe(Heard(self.federation, self.device, message, len(task.result())))
+            return message
         if not self._stop.done():
             raise RefusedError(ErrorCode.TIMEOUT, f"nothing came for {timeout_s:g} s")
         refusal = self._stop.result()
@@ -268,7 +282,9 @@ class DeviceSession:
     async def _refuse(
         self, code: ErrorCode, reason: str, retry_after_s: float = RETRY_AFTER_S
     ) -> None:
-        log.warning("refused %s: %s: %s", self.device or "a device", code.value, reason)
+        about = {"federation": self.federation, "device": self.device, "code": code.value}
+        who = self.device or "a device"
+        log.warning("refused %s: %s: %s", who, code.value, reason, extra=about)
         if self._connection.state is State.CLOSED:
             return
         short = reason.encode()[:500].decode(errors="ignore")

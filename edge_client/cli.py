@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     run.add_argument("--coordinator", required=True, help="ws://host:port")
     run.add_argument("--federation", default="", help="its name; none asks for the only one")
+    run.add_argument(
+        "--tell-accuracy",
+        action="store_true",
+        help="let the coordinator's operators see accuracy on held-out rows, and learned ranks",
+    )
     _add_device_flags(run)
 
     for name, function, about in (
@@ -160,6 +165,7 @@ def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> Edge
         compute_dtype=options.compute_dtype,
         held_out=options.held_out,
         seed=options.seed,
+        tell_accuracy=getattr(options, "tell_accuracy", False),
         progress=lambda line: _say(options, {"progress": line}, line),
     )
 

@@ -60,6 +60,9 @@ class EdgeClient:
             takes float32 on a CPU and bfloat16 on CUDA.
         held_out: share of the rows kept apart for `evaluate`, in [0, 1).
         fields: the names of the data's fields.
+        tell_accuracy: send the coordinator, with each report, this device's accuracy on the rows it
+            holds out (with the common adapter alone, and with its personal one) and the range of
+            its learned ranks: four numbers for its operators to look at.
         seed: of the held-out choice, the batches and the personal adapter's start.
         progress: called with one line of text now and then, possibly from another thread.
 
@@ -82,6 +85,7 @@ class EdgeClient:
         held_out: float = 0.2,
         fields: FieldNames | None = None,
         seed: int = 0,
+        tell_accuracy: bool = False,
         progress: Progress = _silent,
     ) -> None:
         self._dial = websocket_dial(coordinator)
@@ -102,6 +106,7 @@ class EdgeClient:
             self._store,
             self._make_trainer,
             progress,
+            tell_accuracy,
         )
 
     def run(self) -> RunSummary:

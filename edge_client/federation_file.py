@@ -29,6 +29,7 @@ def read_federation(path: Path) -> tuple[dict[str, Any], Path]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
     server = table.pop("server", {})
+    table.pop("admin", None)  # the coordinator's alone
     if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
         raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
     return table, path.parent / str(server.get("start", "start.safetensors"))

@@ -41,6 +41,8 @@ TrainerFactory = Callable[[FederationSettings], Trainer]
 Progress = Callable[[str], None]
 
 BEFORE: Final = "before training"
+# The share of a layer's energy that a rank must keep to be told as the layer's.
+TOLD_ENERGY: Final = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,10 @@ class DeviceWorker:
         store: PrivateStore,
         make_trainer: TrainerFactory,
         progress: Progress,
+        tell_accuracy: bool = False,
     ) -> None:
         self._data = data
+        self._tell_accuracy = tell_accuracy
         self._store = store
         self._make_trainer = make_trainer
         self._progress = progress
@@ -260,9 +264,12 @@ class DeviceWorker:
         self._progress(f"round {assignment.round}: training")
         trainer.set_common(base)
         self._base = base
+        accuracy = self._accuracy_of_base() if self._tell_accuracy else {}
         result = trainer.train(self._encoded, state.steps_done, assignment.round)
         update = trainer.update_from(base)
-        metrics = {"loss": result.mean_loss, "steps": float(result.steps)}
+        metrics = {"loss": result.mean_loss, "steps": float(result.steps), **accuracy}
+        if self._tell_accuracy:
+            metrics |= self._rank_range()
         self._save(
             replace(
                 state,
@@ -288,6 +295,22 @@ class DeviceWorker:
         if report is None:
             raise RuntimeError("the report was not remembered")
         return report
+
+    def _accuracy_of_base(self) -> dict[str, float]:
+        """What the base version gives this device on the rows it holds out, before it trains."""
+        if not self.held_out_rows:
+            return {}
+        rows = self.trainer.encode(self.held_out_rows)
+        return {
+            "accuracy_common": self.trainer.evaluate(rows, Level.COMMON).accuracy,
+            "accuracy_personal": self.trainer.evaluate(rows, Level.PERSONAL).accuracy,
+        }
+
+    def _rank_range(self) -> dict[str, float]:
+        """The least and the greatest rank that keeps a layer's energy, over the layers."""
+        reports = self.trainer.rank_report().values()
+        ranks = [report.rank_for(TOLD_ENERGY) for report in reports]
+        return {"rank_min": float(min(ranks)), "rank_max": float(max(ranks))} if ranks else {}
 
     def _forget_report(self) -> None:
         state = self.state

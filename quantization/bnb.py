@@ -1,8 +1,9 @@
 """Quantise the frozen layers of a model, most of them through bitsandbytes, on CPU and CUDA alike.
 
-BF16 is torch's own. NF4 and FP4 are `bitsandbytes.nn.Linear4bit`. INT8 has bitsandbytes' codes in
-a layer of ours, because `bitsandbytes.nn.Linear8bitLt` computes another function in evaluation than
-in training on a CPU. bitsandbytes is imported here alone, and only when a scheme needs it.
+BF16 is torch's own. NF4 and FP4 are `bitsandbytes.nn.Linear4bit`, with a product of our own on a
+CPU. INT8 has bitsandbytes' codes in a layer of ours, because `bitsandbytes.nn.Linear8bitLt`
+computes another function in evaluation than in training on a CPU. bitsandbytes is imported here
+alone, and only when a scheme needs it.
 
 A federation mixes CPU and CUDA devices, so a layer must be one function everywhere: the stored
 codes are the same on both, and only the product's rounding differs. The rounding is that of the
@@ -15,6 +16,7 @@ import importlib
 import logging
 from collections.abc import Collection
 from functools import cache
+from math import ceil, gcd
 from typing import Any, Final, cast
 
 import torch
@@ -23,11 +25,13 @@ from transformers.pytorch_utils import Conv1D
 
 from quantization.errors import MissingExtraError, SchemeError
 from quantization.layers import FrozenEmbedding8bit, FrozenLinear8bit, FrozenLinear16bit
+from quantization.product import frozen_product, room
 from quantization.schemes import Scheme
 
 COMPUTE_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCK_SIZE: Final = 64  # weights that share an absmax in NF4 and FP4
 _NESTED_BLOCK_SIZE: Final = 256  # absmaxes that share one, where they are quantised again
+_EXPANDED_AT_ONCE: Final = 1 << 16  # weights: small enough for a core's own cache
 _TRANSPOSED_MARK = "pf2lora_from_conv1d"
 
 
@@ -231,7 +235,7 @@ def linear_4bit(
     """A `Linear4bit` of packed codes [m n / 2, 1] and their QuantState, on the device of both."""
     library, (outputs, inputs) = _bitsandbytes(), state.shape
     compute_dtype = compute_dtype or _default_compute_dtype(codes.device)
-    layer: nn.Module = library.nn.Linear4bit(
+    layer: nn.Module = _linear_4bit_class()(
         inputs,
         outputs,
         bias=bias is not None,
@@ -252,10 +256,55 @@ def linear_4bit(
     layer.quant_state = state
     if bias is not None:
         layer.bias = nn.Parameter(bias.float().to(codes.device), requires_grad=False)
-    # On a CPU with AVX512-BF16 the first evaluation without gradient would repack the weight in
-    # place for a bfloat16 kernel; from then on the layer has no input gradient (bitsandbytes 0.50).
-    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return layer
+
+
+@cache
+def _linear_4bit_class() -> Any:
+    class FrozenLinear4bit(_bitsandbytes().nn.Linear4bit):  # type: ignore[misc]
+        """bitsandbytes' layer; on a CPU its weight is expanded into the room for all weights.
+
+        There bitsandbytes takes new memory for every expanded weight, and on a CPU with AVX512-BF16
+        the first evaluation without gradient would repack the codes in place for a bfloat16 kernel,
+        after which its layer has no input gradient (0.50).
+        """
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Map `x` [..., n] to [..., m] in the dtype of `x`."""
+            if x.device.type != "cpu":
+                return cast(Tensor, super().forward(x))
+            inner = x.to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(inner.dtype)
+            return frozen_product(inner, bias, self.expand).to(x.dtype)
+
+        def expand(self, dtype: torch.dtype) -> Tensor:
+            """The weight [m, n], for use until the next weight is expanded."""
+            return _expand_4bit(self.weight.detach(), self.quant_state, dtype)
+
+    return FrozenLinear4bit
+
+
+def _expand_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """bitsandbytes' dequantised weight; a few rows at a time, as it gives new memory on a CPU."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = _bitsandbytes().functional.dequantize_blockwise(absmax, state.state2)
+        absmax += state.offset
+    outputs, inputs = state.shape
+    weight, codes = room(state.shape, dtype, codes.device), codes.view(-1)
+    step = BLOCK_SIZE // gcd(inputs, BLOCK_SIZE)  # rows that begin with a block of their own
+    step *= max(1, _EXPANDED_AT_ONCE // (step * inputs))
+    for top in range(0, outputs, step):
+        end = min(top + step, outputs)
+        weight[top:end] = torch.ops.bitsandbytes.dequantize_4bit(
+            codes[top * inputs // 2 : ceil(end * inputs / 2)],
+            absmax[top * inputs // BLOCK_SIZE : ceil(end * inputs / BLOCK_SIZE)],
+            BLOCK_SIZE,
+            state.quant_type,
+            (end - top, inputs),
+            dtype,
+        )
+    return weight
 
 
 def pieces_4bit(layer: nn.Module) -> dict[str, Tensor]:

@@ -1,16 +1,16 @@
 """Frozen layers in fewer bits that are not bitsandbytes' own: bfloat16, INT8, INT8 embeddings.
 
-They compute with what is stored and quantise nothing: quantization/bnb.py does.
+They compute with what is stored and quantise nothing: quantization/bnb.py does. What runs the
+product of an expanded weight is quantization/product.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from quantization.product import frozen_product, room
 
 
 class FrozenLinear16bit(nn.Module):
@@ -42,7 +42,7 @@ class FrozenLinear8bit(nn.Module):
 
     The codes are bitsandbytes' vector-wise ones, `W ~ codes * absmax / 127`. Only the weight is
     quantised: the product runs in the compute dtype with the weight expanded for its duration, in
-    forward and again in backward, so no expanded weight is kept. `Linear8bitLt` on a CPU does the
+    forward and again in backward. `Linear8bitLt` on a CPU does the
     same while training, but rounds the activations too in evaluation (twice the error on a layer
     of MiniLM), which would train one function and test another.
     """
@@ -73,7 +73,13 @@ class FrozenLinear8bit(nn.Module):
         """Map `x` [..., n] to [..., m] in the dtype of `x`."""
         inner = x.to(self.compute_dtype or x.dtype)
         bias = None if self.bias is None else self.bias.to(inner.dtype)
-        return cast(Tensor, _int8_linear(inner, self.weight, self.absmax, bias)).to(x.dtype)
+        return frozen_product(inner, bias, self.expand).to(x.dtype)
+
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """The weight [m, n], for use until the next weight is expanded."""
+        scale = (self.absmax / 127).to(dtype).unsqueeze(1)
+        # Into place, since mixed dtypes in one operation make a second weight on the way.
+        return room(self.weight.shape, dtype, self.weight.device).copy_(self.weight).mul_(scale)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -111,24 +117,3 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
         tensor.requires_grad_(False)
         return tensor
     return nn.Parameter(tensor, requires_grad=False)
-
-
-class _Int8Linear(torch.autograd.Function):
-    """`W x + b`, differentiable any number of times in x; the expanded W is never saved."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, absmax)
-        return functional.linear(x, _expand(codes, absmax, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        codes, absmax = ctx.saved_tensors
-        return gradients[0] @ _expand(codes, absmax, gradients[0].dtype), None, None, None
-
-
-_int8_linear: Callable[..., Any] = _Int8Linear.apply
-
-
-def _expand(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype) * (absmax / 127).to(dtype).unsqueeze(1)

@@ -19,7 +19,7 @@ from protocol.aggregation import CoordinateMedian, MultiKrum, TrimmedMean
 from protocol.tensors import Array, NamedTensors
 
 # Of all reports' numbers at 8 bytes each; as float32 it is half of this, and a rule's copy of it.
-BLOCK_BYTES: Final = 32 << 20
+BLOCK_BYTES: Final = 24 << 20
 Rule = CoordinateMedian | TrimmedMean | MultiKrum
 
 

@@ -14,7 +14,7 @@ from coordinator.control import Wish
 from protocol import limits
 
 # All revisions, oldest first; migrations/versions has a file for each.
-REVISIONS: Final = ("0001", "0002", "0003")
+REVISIONS: Final = ("0001", "0002", "0003", "0004")
 # A length makes MySQL choose a type that holds this much; the others do not care.
 _Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
 
@@ -91,6 +91,40 @@ parts = sa.Table(
     sa.Column("begin", sa.BigInteger, primary_key=True),
     sa.Column("digest", sa.LargeBinary, nullable=False),
     sa.Column("data", _Bytes, nullable=False),
+)
+# What has been seen of devices, for people to look at: written late, the last second may be lost.
+sightings = sa.Table(
+    "sightings",
+    metadata,
+    sa.Column("federation", sa.String(128), primary_key=True),
+    sa.Column("device", sa.String(64), primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("first_seen_at", sa.Double, nullable=False),
+    sa.Column("last_seen_at", sa.Double, nullable=False),
+    sa.Column("round", sa.Integer),  # the last it was assigned to
+    sa.Column("examples", sa.Integer),
+    sa.Column("sent_bytes", sa.BigInteger, nullable=False, default=0),
+    sa.Column("received_bytes", sa.BigInteger, nullable=False, default=0),
+    sa.Column("kept", sa.Integer, nullable=False, default=0),  # its reports
+    sa.Column("rejected", sa.Integer, nullable=False, default=0),
+    sa.Column("loss", sa.Double),  # from here on what the device tells of itself
+    sa.Column("accuracy_common", sa.Double),
+    sa.Column("accuracy_personal", sa.Double),
+    sa.Column("rank_min", sa.Double),
+    sa.Column("rank_max", sa.Double),
+)
+# What the reports of a round that is over told, metric by metric.
+round_metrics = sa.Table(
+    "round_metrics",
+    metadata,
+    sa.Column("federation", sa.String(128), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(128), primary_key=True),
+    sa.Column("devices", sa.Integer, nullable=False),
+    sa.Column("low", sa.Double, nullable=False),  # the quartiles
+    sa.Column("median", sa.Double, nullable=False),
+    sa.Column("high", sa.Double, nullable=False),
 )
 
 IS_CURRENT: Final = sa.and_(

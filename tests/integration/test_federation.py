@@ -47,7 +47,7 @@ batch_size = 4
 [rounds]
 """
         + "\n".join(f"{key} = {value}" for key, value in rounds.items())
-        + "\n[server]\nport = 0\n"
+        + "\n[server]\nport = 0\n[admin]\nenabled = false\n"
     )
     assert cli.main(["prepare", str(path)]) == 0
     return path

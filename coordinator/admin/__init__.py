@@ -1,0 +1,1 @@
+"""The admin port: health, metrics, JSON API and the dashboard. Reads only."""

@@ -1,0 +1,197 @@
+"""What has been seen of devices and told in rounds: written by the ledger, read by views.py.
+
+None of it decides anything: a lost row costs a number on a page, so it is written in batches and
+apart from the store's own transactions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final
+
+import numpy as np
+import sqlalchemy as sa
+
+from coordinator.store.rows import decoded
+from coordinator.store.schema import (
+    of_round,
+    reports,
+    round_metrics,
+    rounds,
+    sightings,
+)
+from protocol import limits
+from protocol.messages import Report
+
+# Of the metrics that devices tell, those with a place of their own.
+TOLD: Final = ("loss", "accuracy_common", "accuracy_personal", "rank_min", "rank_max")
+# Federations may be open to anyone: of more devices than this the longest unseen are forgotten.
+SIGHTINGS_MAX: Final = 100_000
+# Rounds whose metrics are summed up after a restart: those that ended in the second before it.
+CATCH_UP_ROUNDS: Final = 5
+
+
+class DeviceState(Enum):
+    """What a device was doing when last heard of."""
+
+    WAITING = "waiting"  # connected, without an assignment
+    TRAINING = "training"
+    SENDING = "sending"
+    RESTING = "resting"  # told to come back later
+    FINISHED = "finished"
+    REFUSED = "refused"
+    AWAY = "away"
+
+
+@dataclass(slots=True)
+class Sighting:
+    """What is new of one device since it was last written down; None: nothing."""
+
+    state: DeviceState
+    seen_at: float
+    round: int | None = None
+    examples: int | None = None
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    kept: int = 0
+    rejected: int = 0
+    told: dict[str, float] = field(default_factory=dict)
+
+
+def write_sightings(db: sa.Connection, seen: Mapping[tuple[str, str], Sighting]) -> None:
+    """Add what is new to what is known of each (federation, device)."""
+    known = _known(db, seen)
+    fresh = [
+        {
+            "federation": federation,
+            "device": device,
+            "state": sighting.state.value,
+            "first_seen_at": sighting.seen_at,
+            "last_seen_at": sighting.seen_at,
+        }
+        for (federation, device), sighting in seen.items()
+        if (federation, device) not in known
+    ]
+    if fresh:
+        db.execute(sightings.insert(), fresh)
+        _forget_oldest(db)
+    for (federation, device), sighting in seen.items():
+        db.execute(
+            sightings.update()
+            .where(sightings.c.federation == federation, sightings.c.device == device)
+            .values(_changes(sighting))
+        )
+
+
+def all_away(db: sa.Connection, federations: Iterable[str]) -> None:
+    """No device is connected: the coordinator has just started, or is ending."""
+    connected = (DeviceState.WAITING, DeviceState.TRAINING, DeviceState.SENDING)
+    db.execute(
+        sightings.update()
+        .where(
+            sightings.c.federation.in_(list(federations)),
+            sightings.c.state.in_([state.value for state in connected]),
+        )
+        .values(state=DeviceState.AWAY.value)
+    )
+
+
+def sum_up_round(db: sa.Connection, federation: str, number: int, attempt: int) -> None:
+    """Write down the quartiles of what the reports of a round told; again is the same.
+
+    Quartiles and not means: what devices say of themselves is not checked, and one that says
+    1e300 must not bend the curve.
+    """
+    told = sa.select(reports.c.report).where(*of_round(reports, federation, number, attempt))
+    values: dict[str, list[float]] = {}
+    for row in db.scalars(told):
+        for metric in decoded(row, Report).metrics:
+            values.setdefault(metric.name, []).append(metric.value)
+    db.execute(round_metrics.delete().where(*of_round(round_metrics, federation, number, attempt)))
+    # Names are the devices' own: only the commonest are kept.
+    names = Counter({name: len(told) for name, told in values.items()})
+    rows = [
+        _summary(federation, number, attempt, name, values[name])
+        for name, _ in names.most_common(limits.METRICS_MAX)
+    ]
+    if rows:
+        db.execute(round_metrics.insert(), rows)
+
+
+def sum_up_last_rounds(db: sa.Connection, federation: str) -> None:
+    """Sum up the rounds that ended shortly before the coordinator did."""
+    last = db.execute(
+        sa.select(rounds.c.number, rounds.c.attempt)
+        .where(rounds.c.federation == federation, rounds.c.reports > 0)
+        .order_by(rounds.c.closed_at.desc())
+        .limit(CATCH_UP_ROUNDS)
+    ).all()
+    for number, attempt in last:
+        sum_up_round(db, federation, number, attempt)
+
+
+def _known(
+    db: sa.Connection, wanted: Mapping[tuple[str, str], Sighting]
+) -> frozenset[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+    devices = sorted({device for _, device in wanted})
+    for begin in range(0, len(devices), 500):  # SQLite bounds a statement's variables
+        some = devices[begin : begin + 500]
+        rows = db.execute(
+            sa.select(sightings.c.federation, sightings.c.device).where(
+                sightings.c.device.in_(some)
+            )
+        )
+        found |= {(row.federation, row.device) for row in rows}
+    return frozenset(found)
+
+
+def _changes(sighting: Sighting) -> dict[str, Any]:
+    columns = sightings.c
+    changes: dict[str, Any] = {
+        "state": sighting.state.value,
+        "last_seen_at": sighting.seen_at,
+        "sent_bytes": columns.sent_bytes + sighting.sent_bytes,
+        "received_bytes": columns.received_bytes + sighting.received_bytes,
+        "kept": columns.kept + sighting.kept,
+        "rejected": columns.rejected + sighting.rejected,
+    }
+    for name, value in (("round", sighting.round), ("examples", sighting.examples)):
+        if value is not None:
+            changes[name] = value
+    if sighting.told:
+        # What it no longer tells is no longer known.
+        changes |= {name: sighting.told.get(name) for name in TOLD}
+    return changes
+
+
+def _forget_oldest(db: sa.Connection) -> None:
+    count = db.scalar(sa.select(sa.func.count()).select_from(sightings)) or 0
+    if count <= SIGHTINGS_MAX:
+        return
+    oldest_kept = db.scalar(
+        sa.select(sightings.c.last_seen_at)
+        .order_by(sightings.c.last_seen_at.desc())
+        .offset(SIGHTINGS_MAX - 1)
+        .limit(1)
+    )
+    db.execute(sightings.delete().where(sightings.c.last_seen_at < oldest_kept))
+
+
+def _summary(
+    federation: str, number: int, attempt: int, name: str, told: Sequence[float]
+) -> dict[str, Any]:
+    low, median, high = (float(q) for q in np.quantile(told, (0.25, 0.5, 0.75)))
+    return {
+        "federation": federation,
+        "number": number,
+        "attempt": attempt,
+        "name": name,
+        "devices": len(told),
+        "low": low,
+        "median": median,
+        "high": high,
+    }

@@ -1,0 +1,143 @@
+"""All that watches a coordinator: the ledger, the metrics, the admin port, systemd's watchdog."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import sqlalchemy as sa
+from starlette.applications import Starlette
+
+from coordinator.admin.app import Sources, admin_app
+from coordinator.admin.live import Live
+from coordinator.admin.server import AdminServer
+from coordinator.admin.settings import AdminSettings
+from coordinator.errors import StoreError
+from coordinator.happenings import all_of
+from coordinator.ledger import Ledger
+from coordinator.metrics import Metrics
+from coordinator.store import views
+from coordinator.store.database import Database
+from coordinator.systemd import READY, STOPPING, ServiceManager
+from coordinator.uploads import RunBlocking
+
+log = logging.getLogger("pf2lora.coordinator")
+
+STORE_ANSWER_S: Final = 5.0
+
+Result = TypeVar("Result")
+
+
+class Watch:
+    """Observes from the beginning; `begin` opens the admin port, `end` closes it.
+
+    Args:
+        settings, token: of the admin port.
+        store_url, database: the store; the admin port reads it over a connection of its own.
+        run_blocking: of the store's thread.
+        problem: why the coordinator cannot serve devices, if it cannot.
+    """
+
+    def __init__(
+        self,
+        settings: AdminSettings,
+        token: str,
+        store_url: str,
+        database: Database,
+        run_blocking: RunBlocking,
+        problem: Callable[[], str | None],
+    ) -> None:
+        self._settings = settings
+        self._token = token
+        self._store_url = store_url
+        self._problem = problem
+        self.ledger = Ledger(database, run_blocking)
+        self._metrics = Metrics(self.ledger.connected)
+        self.observe = all_of(self.ledger, self._metrics)
+        self._live = Live(self._federations)
+        self._manager = ServiceManager()
+        self._reader_thread = ThreadPoolExecutor(1, "admin")
+        self._reader: Database | None = None
+        self._is_ready = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server: AdminServer | None = None
+        self.app: Starlette | None = None
+
+    @property
+    def port(self) -> int | None:
+        """The admin port in use, if it is open."""
+        return self._server.port if self._server else None
+
+    async def begin(self, federations: Sequence[str]) -> None:
+        """Watch a coordinator of these federations.
+
+        Raises:
+            AddressError: the admin address cannot be listened on.
+        """
+        if self._settings.enabled:
+            sources = Sources(self._read, self._live, self._metrics.render, self._problems)
+            self.app = admin_app(sources, self._token)
+            self._server = AdminServer(self.app, self._settings.host, self._settings.port)
+            self._server.open()
+        await self.ledger.begin(federations)
+        watching: list[Awaitable[None]] = [
+            self.ledger.run(),
+            self._metrics.measure_lag(),
+            self._manager.keep_alive(),
+        ]
+        self._tasks = [asyncio.ensure_future(one) for one in watching]
+
+    def ready(self) -> None:
+        """Devices are served from now on."""
+        self._is_ready = True
+        self._manager.tell(READY)
+
+    def stopping(self) -> None:
+        """The coordinator has begun to stop."""
+        self._manager.tell(STOPPING)
+
+    async def end(self) -> None:
+        """Write down the last of it; the store is still open."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._live.end()
+        if self._server:
+            await self._server.close()
+        try:
+            await self.ledger.write()
+        except StoreError as error:
+            log.error("what was seen of devices is not written: %s", error)
+        if self._reader:
+            await asyncio.get_running_loop().run_in_executor(
+                self._reader_thread, self._reader.close
+            )
+        self._reader_thread.shutdown()
+
+    async def _read(self, view: Callable[[sa.Connection], Result]) -> Result:
+        def read() -> Result:
+            if self._reader is None:
+                self._reader = Database(self._store_url, create=False)
+            with self._reader.begin() as db:
+                return view(db)
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader_thread, read)
+
+    async def _federations(self) -> list[dict[str, Any]]:
+        found = await self._read(views.all_federations)
+        return [views.as_json(one) for one in found]
+
+    async def _problems(self) -> list[str]:
+        if not self._is_ready:
+            return ["the coordinator is starting"]
+        problem = self._problem()
+        problems = [problem] if problem else []
+        try:
+            async with asyncio.timeout(STORE_ANSWER_S):
+                await self._read(lambda db: db.execute(sa.text("SELECT 1")))
+        except (StoreError, TimeoutError) as error:
+            problems.append(f"the store does not answer: {error}")
+        return problems

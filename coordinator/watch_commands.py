@@ -1,0 +1,108 @@
+"""`pf2lora-coordinator status` and `watch`: where federations stand, once or as it changes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from typing import Final
+
+from coordinator.errors import ConfigurationError
+from coordinator.store import views
+from coordinator.store.sql import SqlStore
+from coordinator.store.views import FederationView, OpenRoundView
+
+LOOK_EVERY_S: Final = 1.0
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print where each federation stands."""
+    with contextlib.closing(SqlStore(options.store, create=False)) as store:
+        for federation in _look(store, options.name):
+            print(_json(federation) if options.json else _status_text(federation))
+    return 0
+
+
+def watch(options: argparse.Namespace) -> int:
+    """Print a line whenever a federation stands otherwise than before; until interrupted."""
+    shown: dict[str, str] = {}
+    with (
+        contextlib.closing(SqlStore(options.store, create=False)) as store,
+        contextlib.suppress(KeyboardInterrupt, BrokenPipeError),
+    ):
+        while True:
+            for federation in _look(store, options.name):
+                line = _json(federation) if options.json else _line(federation)
+                if shown.get(federation.name) != line:
+                    shown[federation.name] = line
+                    print(
+                        line if options.json else f"{time.strftime('%H:%M:%S')}  {line}", flush=True
+                    )
+            time.sleep(LOOK_EVERY_S)
+    return 0
+
+
+def _look(store: SqlStore, name: str | None) -> list[FederationView]:
+    with store.database.begin() as db:
+        found = views.all_federations(db)
+    if name is None:
+        return found
+    named = [federation for federation in found if federation.name == name]
+    if not named:
+        raise ConfigurationError("--name", f"the store has no federation {name!r}")
+    return named
+
+
+def _json(federation: FederationView) -> str:
+    return json.dumps(views.as_json(federation))
+
+
+def _status_text(federation: FederationView) -> str:
+    return "\n".join(
+        (
+            f"{federation.name}: {federation.algorithm} on {federation.backbone}",
+            f"  rounds   {federation.rounds_done} of {federation.rounds} done; "
+            f"{_round_text(federation)}",
+            f"  devices  {_devices_text(federation)}",
+            f"  reports  {federation.kept} kept, {federation.rejected} rejected",
+            f"  bytes    {_size(federation.sent_bytes)} sent by devices, "
+            f"{_size(federation.received_bytes)} received",
+        )
+    )
+
+
+def _line(federation: FederationView) -> str:
+    return (
+        f"{federation.name}  {federation.rounds_done}/{federation.rounds} rounds  "
+        f"{_round_text(federation, countdown=False)}  ({_devices_text(federation)})"
+    )
+
+
+def _round_text(federation: FederationView, *, countdown: bool = True) -> str:
+    open_round = federation.open_round
+    if open_round is None:
+        if federation.rounds_done >= federation.rounds:
+            return "all are done"
+        return {"pause": "paused", "stop": "stopped"}.get(federation.wish.value, "waiting")
+    text = f"round {open_round.round} has {open_round.reports} of {open_round.cohort} reports"
+    return text + (_left(open_round) if countdown else "")
+
+
+def _left(open_round: OpenRoundView) -> str:
+    if open_round.deadline_at is None:
+        return ""
+    return f", {max(0.0, open_round.deadline_at - time.time()):.0f} s left"
+
+
+def _devices_text(federation: FederationView) -> str:
+    states = sorted(federation.devices.items())
+    return ", ".join(f"{count} {state}" for state, count in states) or "none yet"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

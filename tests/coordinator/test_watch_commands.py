@@ -1,0 +1,77 @@
+"""`status`, `watch` and the log: what an operator reads in a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordinator import cli
+from coordinator.log import FederationLog, JsonLines
+from coordinator.store.schema import federations
+from coordinator.store.sql import SqlStore
+from tests.coordinator.busy_store import fill_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SqlStore:
+    return fill_store(tmp_path / "s.sqlite", devices=40, rounds_done=3)
+
+
+@pytest.fixture
+def url(store: SqlStore, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/s.sqlite"
+
+
+def test_status_tells_where_federations_stand(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--store", url]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("reviews: pf2lora on sentence-transformers/all-MiniLM-L6-v2\n")
+    assert "3 of 103 done; round 4 has 13 of 24 reports, " in told
+    assert cli.main(["status", "--store", url, "--name", "reviews", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["name"], found["open_round"]["reports"], found["wish"]) == ("reviews", 13, "run")
+
+
+@pytest.mark.parametrize("command", ["status", "watch"])
+def test_what_is_not_there_is_told_by_exit_code(
+    command: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--store", url, "--name", "other"]) == 2
+    assert "--name: the store has no federation 'other'" in capsys.readouterr().err
+    assert cli.main([command, "--store", f"sqlite:///{tmp_path}/none.sqlite"]) == 3
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_watch_follows_until_it_is_interrupted(store: SqlStore, url: str, flags: list[str]) -> None:
+    command = [sys.executable, "-m", "coordinator.cli", "watch", "--store", url, *flags]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    assert "reviews" in watching.stdout.readline()
+    with store.database.begin() as db:
+        db.execute(federations.update().values(wish="pause", rounds_done=100))
+    assert "100" in watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait() == 0
+    watching.stdout.close()
+
+
+def test_a_json_log_line_has_its_ids_as_fields() -> None:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(JsonLines())
+    log = logging.getLogger("test-of-json-lines")
+    log.addHandler(handler)
+    of_one = FederationLog(log, "reviews")
+    of_one.warning("report of %s", "d1", extra={"round": 3, "device": "d1"})
+    line = json.loads(written.getvalue())
+    assert (line["federation"], line["round"], line["device"]) == ("reviews", 3, "d1")
+    assert (line["level"], line["message"]) == ("WARNING", "report of d1")
+    assert line["time"].endswith("+00:00")
