@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +16,9 @@ from edge_client.backends.base import Level, RankReport
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, EdgeClientError
+from edge_client.federation_file import checked_settings, read_federation, write_start
 from edge_client.preflight import preflight
-from protocol.federation import FederationSettings, TaskKind
-from protocol.schema import SchemaError, record_of
+from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import Scheme
 
@@ -293,10 +292,10 @@ def _save(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from edge_client.backends.torch_backend import load_trainer
 
-    settings, start = _read_federation(options.config)
-    federation = _checked_settings(settings, str(settings["backbone"]["name"]))
+    settings, start = read_federation(options.config)
+    federation = checked_settings(settings, str(settings["backbone"]["name"]))
     trainer = load_trainer(federation, backbone=None, scheme="none", device="cpu", personal_seed=0)
-    _write_start(start, trainer.common().arrays(), federation.backbone.fingerprint)
+    write_start(start, trainer.common().arrays(), federation.backbone.fingerprint)
     print(f"wrote {start}")
 
 
@@ -336,49 +335,8 @@ def _use(options: argparse.Namespace) -> Use:
     if any(getattr(options, name) is not None for name in given):
         problem = "has task, labels and target modules, and flags have them too"
         raise ConfigurationError("--config", problem, "one of the two")
-    settings = _checked_settings(_read_federation(options.config)[0], options.backbone)
+    settings = checked_settings(read_federation(options.config)[0], options.backbone)
     return Use(settings.task.kind.value, len(settings.task.labels), settings.adapter.target_modules)
-
-
-def _read_federation(path: Path) -> tuple[dict[str, Any], Path]:
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
-    server = table.pop("server", {})
-    table.pop("admin", None)  # the coordinator's alone
-    if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
-        raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
-    return table, path.parent / str(server.get("start", "start.safetensors"))
-
-
-def _checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings:
-    """A federation.toml's settings, with the fingerprint of `backbone`, which it may lack."""
-    from quantization.fingerprint import fingerprint, resolve_backbone
-
-    digest = fingerprint(resolve_backbone(backbone))
-    table["backbone"].setdefault("fingerprint", digest)
-    try:
-        settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
-    except SchemaError as error:
-        raise ConfigurationError(error.path, error.problem, "a value that fits") from None
-    if settings.backbone.fingerprint != digest:
-        raise ConfigurationError(
-            "backbone.fingerprint", f"is {settings.backbone.fingerprint}", f"{digest}, or none"
-        )
-    return settings
-
-
-def _write_start(path: Path, arrays: dict[str, Any], digest: str) -> None:
-    from safetensors.numpy import save_file
-
-    metadata = {
-        "format": "pf2lora-start-1",
-        "fingerprint": digest,
-        # safetensors orders tensors by itself; the federation's order is that of the model.
-        "names": json.dumps(list(arrays)),
-    }
-    save_file({name: array.copy() for name, array in arrays.items()}, path, metadata)
 
 
 def _preflight(options: argparse.Namespace) -> None:

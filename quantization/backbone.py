@@ -8,6 +8,7 @@ a seed draws depends on neither the platform nor the version of torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -161,12 +162,15 @@ def _prove(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str
 def proof_logits(backbone: Backbone) -> Tensor:
     """The logits of two short texts, for comparing backbones bit by bit."""
     with torch.no_grad():
-        logits: Tensor = backbone.model(**_proof_batch(backbone.model, backbone.tokenizer)).logits
+        batch = _proof_batch(backbone.model, backbone.tokenizer, _PROOF_TEXTS)
+        logits: Tensor = backbone.model(**batch).logits
     return logits
 
 
-def _proof_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    batch = tokenizer(list(_PROOF_TEXTS), padding=True, return_tensors="pt")
+def _proof_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> Any:
+    batch = tokenizer(list(texts), padding=True, return_tensors="pt")
     return batch.to(model.device)
 
 
@@ -176,7 +180,8 @@ def _embedding_gradient(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     def want_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         embedded.append(output.requires_grad_())
 
-    batch = _proof_batch(model, tokenizer)
+    # One row: its activations are part of the peak at load.
+    batch = _proof_batch(model, tokenizer, _PROOF_TEXTS[:1])
     handle = model.get_input_embeddings().register_forward_hook(want_gradient)
     try:
         with torch.enable_grad():

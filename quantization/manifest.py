@@ -37,7 +37,7 @@ class ArtifactScheme(Enum):
 
 
 class EmbeddingScheme(Enum):
-    """How the table of input embeddings is stored; INT8 has one scale a row."""
+    """How embeddings and a head tied to them are stored; INT8 has one scale a row."""
 
     FLOAT32 = "float32"
     INT8 = "int8"

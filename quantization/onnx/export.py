@@ -66,7 +66,7 @@ def export_artifact(
     manifest = Manifest(
         fingerprint=backbone.fingerprint,
         scheme=scheme,
-        embeddings=embeddings if forward.embeddings else EmbeddingScheme.FLOAT32,
+        embeddings=embeddings,
         task=backbone.task,
         label_count=label_count,
         target_modules=target_modules,

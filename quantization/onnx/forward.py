@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from quantization.artifact import IGNORED, LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone
-from quantization.bnb import dense_weight, is_below, is_transposed, linear_shape
+from quantization.bnb import dense_weight, embeddings, is_below, is_transposed, linear_shape
 from quantization.checkpoint import output_embeddings
 from quantization.errors import ArtifactError
 from quantization.onnx.editing import drop_unused, fold_constants, rename
@@ -48,8 +48,8 @@ class Forward:
     """A forward graph, the frozen tensors that it takes as inputs, and what they are.
 
     `linear` names those that are the weight [m, n] of a linear layer of the backbone, `embeddings`
-    the table of input embeddings, if it is no more than that; the rest stay as they are. `trained`
-    are the graph inputs to have gradients for. `by_torch` computes what the graph should, from all
+    the tables of embeddings and a head tied to one; the rest stay as they are. `trained` are the
+    graph inputs to have gradients for. `by_torch` computes what the graph should, from all
     its inputs but the frozen ones: loss, logits, and gradients under the names of their inputs.
     """
 
@@ -133,6 +133,7 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
     Raises:
         ArtifactError: the exporter of torch cannot follow this architecture.
     """
+    tables = _tables(backbone)
     linear = _use_row_linears(backbone)
     names, example = _example(backbone, layers)
     wrapper: _Model = _Model(backbone, layers, names).eval()
@@ -140,6 +141,7 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
     model = _traced(wrapper, names, example)
     rename(model.graph, {name: name.removeprefix(_PREFIX) for name in head})
     _name_constants(model)
+    _name_once(model)
     fold_constants(model.graph, OPSET)
     drop_unused(model.graph)
     _give_second_outputs(model)
@@ -155,7 +157,7 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
         with_shapes(model),
         frozen,
         frozenset(f"{_PREFIX}{name}.weight" for name in linear) & frozen.keys(),
-        frozenset(_embeddings(backbone) & frozen.keys()),
+        frozenset(tables & frozen.keys()),
         tuple(trained),
         tuple(names[: names.index(TARGETS)]),
         wrapper.by_torch,
@@ -173,13 +175,17 @@ def _use_row_linears(backbone: Backbone) -> list[str]:
     return [name for name in found if name not in kept]
 
 
-def _embeddings(backbone: Backbone) -> set[str]:
-    """The input embeddings, unless the output embeddings are the same table and need all of it."""
+def _tables(backbone: Backbone) -> set[str]:
+    """Weights that int8 embeddings replace on torch: plain tables, and a head tied to one."""
     model: Any = backbone.model
-    if getattr(model.config, "tie_word_embeddings", False) and output_embeddings(model):
-        return set()
-    table = model.get_input_embeddings()
-    return {f"{_PREFIX}{name}.weight" for name, m in model.named_modules() if m is table}
+    names = embeddings(model)
+    tables = [model.get_submodule(name).weight for name in names]
+    names += [
+        name
+        for name in output_embeddings(model)
+        if any(model.get_submodule(name).weight is table for table in tables)
+    ]
+    return {f"{_PREFIX}{name}.weight" for name in names}
 
 
 def _example(backbone: Backbone, layers: Sequence[str]) -> tuple[list[str], tuple[Tensor, ...]]:
@@ -257,6 +263,21 @@ def _name_constants(model: onnx.ModelProto) -> None:
             tensor = model.graph.initializer.add()
             tensor.CopyFrom(node.attribute[0].t)
             tensor.name = node.output[0]
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _name_once(model: onnx.ModelProto) -> None:
+    """Undo the second names that the exporter gives to tensors that are equal."""
+    names: dict[str, str] = {}
+    outputs = {output.name for output in model.graph.output}
+    nodes = []
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            names[node.output[0]] = node.input[0]
         else:
             nodes.append(node)
     del model.graph.node[:]

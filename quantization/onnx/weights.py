@@ -7,8 +7,9 @@ constants once and for all, and it merges equal nodes. So the scale of each use 
 first number of what W is multiplied with added to it: the expansion then depends on this very use,
 and cannot come before it. (Where that number is not finite, neither is the product without this.)
 
-The table of input embeddings is looked up row by row, and its rows are int8 too where the artifact
-says so: a device that reads much text comes to hold all of a table in memory.
+Tables of embeddings are looked up row by row, and their rows are int8 too where the artifact says
+so: a device that reads much text comes to hold all of a table in memory. A head that is tied to a
+table shares its codes.
 
     int8   W = codes * absmax / 127, one absmax a row: DequantizeLinear
     int4   whole numbers of -7 to 7, blocks of 32 along n, each its scale: DequantizeLinear
@@ -112,10 +113,10 @@ def store_weights(
     with path.open("wb") as stream:
         file = WeightFile(stream)
         for name, array in sorted(forward.frozen.items()):
-            if name in forward.linear and scheme is not ArtifactScheme.NONE:
+            if name in tables:
+                expand[name] = _store_int8(file, name, torch.from_numpy(array))
+            elif name in forward.linear and scheme is not ArtifactScheme.NONE:
                 expand[name] = _STORE[scheme](file, name, torch.from_numpy(array))
-            elif name in tables:
-                _add_int8(file, name, torch.from_numpy(array))
             else:
                 file.add(name, array)
     return StoredWeights(file.tensors, expand, tables)
@@ -136,7 +137,7 @@ def give_weights(model: onnx.ModelProto, weights: StoredWeights) -> None:
         writer.nodes.append(node)
     writer.put(graph)
     used = {name for node in graph.node for name in node.input}
-    frozen = weights.tensors.keys() | weights.expand.keys() | weights.tables
+    frozen = weights.tensors.keys() | weights.expand.keys()
     inputs = [value for value in graph.input if value.name not in frozen]
     del graph.input[:]
     graph.input.extend(inputs)
@@ -155,14 +156,10 @@ def _look_up(writer: Writer, node: onnx.NodeProto) -> None:
     writer.add("Mul", numbers, scales, output=node.output[0])
 
 
-def _add_int8(file: WeightFile, name: str, weight: torch.Tensor) -> tuple[str, str]:
+def _store_int8(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
     codes, absmax = int8_codes(weight)
     stored = file.add(f"{name}.codes", codes.numpy())
-    return stored, file.add(f"{name}.scales", (absmax / 127).numpy())
-
-
-def _store_int8(file: WeightFile, name: str, weight: torch.Tensor) -> _Expand:
-    stored, scales = _add_int8(file, name, weight)
+    scales = file.add(f"{name}.scales", (absmax / 127).numpy())
 
     def expand(writer: Writer, zero: str) -> str:
         late = writer.add("Add", scales, zero)

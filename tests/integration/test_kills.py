@@ -96,7 +96,7 @@ def test_an_asynchronous_federation_is_what_was_in_its_buffers_however_often_kil
     rounds = 6 * kills
     harness = Harness(tmp_path, rounds, kills, random.Random(seed), more=more, cohort=cohort)
     for number, device in enumerate(harness.devices):
-        device.training_s = 0.02 * 3**number  # the slowest a hundred times slower than the first
+        device.training_s = 0.02 * 3**number  # the slowest takes 243 times as long
     asyncio.run(harness.run())
     print(f"killed the coordinator {harness.killed} times, devices {harness.cut} times")
     assert harness.killed == kills

@@ -84,6 +84,7 @@ def _by_torch(backbone: str, artifact: Artifact, use: Any) -> tuple[dict[str, An
     loaded = load_backbone(
         backbone,
         scheme=_torch_scheme(manifest),
+        int8_embeddings=manifest.embeddings is EmbeddingScheme.INT8,
         task=use.task,
         label_count=use.label_count,
     )
@@ -136,13 +137,9 @@ def _dequantize(loaded: Any, manifest: Manifest) -> None:
     """Give torch's model the weights that the artifact has and no torch scheme holds."""
     import torch
 
-    from quantization.bnb import int8_codes, is_below, linear_shape
+    from quantization.bnb import is_below, linear_shape
     from quantization.checkpoint import output_embeddings
 
-    if manifest.embeddings is EmbeddingScheme.INT8:
-        table = loaded.model.get_input_embeddings().weight
-        codes, absmax = int8_codes(table.detach())
-        table.data = codes.float() * (absmax / 127).unsqueeze(1)
     if manifest.scheme is ArtifactScheme.NONE or _torch_scheme(manifest) != "none":
         return
     keep = (*loaded.head_modules, *output_embeddings(loaded.model))

@@ -1,0 +1,66 @@
+"""A federation.toml, as who prepares a federation or compiles its backbone reads it.
+
+The coordinator has its own reader, with flags and variables.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from edge_client.errors import ConfigurationError
+from protocol.federation import FederationSettings
+from protocol.schema import SchemaError, record_of
+from quantization.fingerprint import fingerprint, resolve_backbone
+
+
+def read_federation(path: Path) -> tuple[dict[str, Any], Path]:
+    """The settings in a federation.toml, unchecked, and where its start file is.
+
+    Raises:
+        ConfigurationError: no such file, not TOML, or it names no backbone.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
+    server = table.pop("server", {})
+    table.pop("admin", None)  # the coordinator's alone
+    if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
+        raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
+    return table, path.parent / str(server.get("start", "start.safetensors"))
+
+
+def checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings:
+    """A federation.toml's settings, with the fingerprint of `backbone`, which it may lack.
+
+    Raises:
+        ConfigurationError: a setting is wrong, or the fingerprint another.
+        BackboneError: there is no such backbone.
+    """
+    digest = fingerprint(resolve_backbone(backbone))
+    table["backbone"].setdefault("fingerprint", digest)
+    try:
+        settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
+    except SchemaError as error:
+        raise ConfigurationError(error.path, error.problem, "a value that fits") from None
+    if settings.backbone.fingerprint != digest:
+        raise ConfigurationError(
+            "backbone.fingerprint", f"is {settings.backbone.fingerprint}", f"{digest}, or none"
+        )
+    return settings
+
+
+def write_start(path: Path, arrays: dict[str, Any], digest: str) -> None:
+    """Write the first common adapter for the coordinator, with the backbone's fingerprint."""
+    metadata = {
+        "format": "pf2lora-start-1",
+        "fingerprint": digest,
+        # safetensors orders tensors by itself; the federation's order is that of the model.
+        "names": json.dumps(list(arrays)),
+    }
+    save_file({name: array.copy() for name, array in arrays.items()}, path, metadata)
