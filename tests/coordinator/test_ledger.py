@@ -181,7 +181,9 @@ def _close_round(store: SqlStore, values: list[float]) -> None:
     store.open_round("reviews", RoundRecord(1, 1, BASE.digest(), 10.0, 70.0, cohort))
     for member, value in zip(cohort, values, strict=True):
         told = (Metric("loss", value), *((Metric("own", 1.0),) if value > 2 else ()))
-        report = ReportRecord(member.assignment, member.device, 1, 1, 9, told, 20.0, BASE)
+        report = ReportRecord(
+            member.assignment, member.device, 1, 1, 9, told, 20.0, BASE, bytes(32), bytes(64)
+        )
         store.keep_reports("reviews", [report])
     store.close_round("reviews", 1, 1, BASE, 80.0)
 

@@ -182,7 +182,7 @@ def test_a_busy_coordinator_is_left_alone_for_as_long_as_it_says() -> None:
             dial,  # type: ignore[arg-type]
             device,
             federation="sim",
-            device="patient",
+            identity=device.identity,
             rng=world.rng,
             first_contact_patience_s=15.0,  # a busy coordinator has been met
         )
