@@ -4,8 +4,9 @@
     coordinator  any bytes, and honest steps between them, as what a device sends in a session
     device       likewise as what a coordinator sends
 
-An input of the last two is a script: a byte below 0x20 is an honest step, any other is followed by
-a length of two bytes and so many raw bytes, which are one message on the wire.
+An input of the last two is a script of steps with a byte between them that no message has, as
+msgpack leaves it unused (but for the bytes of tensors). A step of one byte below 0x20 is an honest
+one, any other is sent as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -58,6 +59,7 @@ from tests.simulation.world import FINGERPRINT, START, identity_of, settings
 RULES = settings(count=2, cohort=1, deadline_s=100.0)
 IDENTITY = identity_of("fuzzed")
 UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
+BETWEEN = b"\xc1"
 BEFORE_RAW = 0x20
 PAUSE_S = 0.01
 
@@ -88,29 +90,26 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
-def steps(data: bytes) -> Iterator[int | bytes]:
+def steps(data: bytes) -> list[int | bytes]:
     """The steps of a script."""
-    at = 0
-    while at < len(data):
-        op, at = data[at], at + 1
-        if op < BEFORE_RAW:
-            yield op
-            continue
-        size = int.from_bytes(data[at : at + 2], "big")
-        yield data[at + 2 : at + 2 + size]
-        at += 2 + size
+    return [
+        step[0] if len(step) == 1 and step[0] < BEFORE_RAW else step for step in data.split(BETWEEN)
+    ]
 
 
 def script(*said: int | bytes | Message) -> bytes:
-    """The input that has these steps; messages as raw ones."""
-    parts = []
-    for one in said:
-        if isinstance(one, int):
-            parts.append(bytes([one]))
-            continue
-        raw = one if isinstance(one, bytes) else codec.encode(one)
-        parts.append(b"\xff" + len(raw).to_bytes(2, "big") + raw)
-    return b"".join(parts)
+    """The input that has these steps."""
+    return BETWEEN.join(map(_step, said))
+
+
+def _step(said: int | bytes | Message) -> bytes:
+    match said:
+        case int():
+            return bytes([said])
+        case bytes():
+            return said
+        case _:
+            return codec.encode(said)
 
 
 async def _against_coordinator(data: bytes) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from protocol import codec
 from tests.fuzz.targets import TARGETS, script, steps
+from tests.protocol.samples import SAMPLES
 
 HERE = Path(__file__).parent
 CORPUS = sorted((HERE / "corpus").glob("*/*"))
@@ -30,8 +32,9 @@ def test_every_target_has_a_corpus() -> None:
 
 
 def test_a_script_has_the_steps_that_it_was_made_of() -> None:
-    assert list(steps(script(0, b"raw", 3, b""))) == [0, b"raw", 3, b""]
-    assert list(steps(b"\xff\x00\x09cut off")) == [b"cut off"]
+    said = [0, b"raw", 3, b"", b"\x20"]
+    assert steps(script(*said)) == said
+    assert steps(script(0, *SAMPLES.values())) == [0, *map(codec.encode, SAMPLES.values())]
 
 
 @pytest.mark.skipif(
