@@ -189,6 +189,7 @@ class Session:
         """True when the federation is finished, False to connect anew later."""
         await line.ask(default_hello("pf2lora-client"), Hello)
         challenge = await line.receive(Challenge)
+        self._met = True
         joined = await line.ask(self._join(line, challenge), Joined)
         await self._worker.prepare(joined.settings)
         while True:
@@ -259,7 +260,6 @@ class Session:
         return await line.receive(Receipt)
 
     def _progressed(self) -> None:
-        self._met = True
         self._failures = 0
         self._failing_since = None
 
