@@ -21,6 +21,7 @@ from functools import partial
 import numpy as np
 
 from coordinator.enrolment import Gate
+from coordinator.federations import Federations
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.memory import MemoryStore
@@ -120,7 +121,9 @@ async def _against_coordinator(data: bytes) -> None:
     gate = Gate(store.devices, is_open=True, run_blocking=at_once, clock=clock)
     await service.open()
     ours, theirs = fake_links(random.Random(1))
-    session = asyncio.create_task(DeviceSession(theirs, service, Roster(), gate).run())
+    session = asyncio.create_task(
+        DeviceSession(theirs, Federations([service]), Roster(), gate).run()
+    )
     try:
         for step in steps(data):
             await ours.send(step if isinstance(step, bytes) else _honest_device(step, ours))
