@@ -26,6 +26,7 @@ from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.memory import MemoryStore
 from edge_client.errors import RefusedError, UnreachableError
+from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from protocol import codec
 from protocol.connection import default_hello
@@ -55,10 +56,10 @@ from protocol.signing import UNSIGNED, join_statement, report_statement
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import at_once, simulate
 from tests.protocol.samples import SAMPLES
-from tests.simulation.world import FINGERPRINT, START, identity_of, settings
+from tests.simulation.world import FINGERPRINT, START, settings
 
 RULES = settings(count=2, cohort=1, deadline_s=100.0)
-IDENTITY = identity_of("fuzzed")
+IDENTITY = Identity.named("fuzzed")
 UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
 BETWEEN = b"\xc1"
 BEFORE_RAW = 0x20
