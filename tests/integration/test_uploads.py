@@ -30,6 +30,7 @@ class Watched:
     """A link that counts an update's bytes, and does something once when so many have gone."""
 
     def __init__(self, link: Link, watch: Watch) -> None:
+        self.channel = link.channel
         self._link = link
         self._watch = watch
 
