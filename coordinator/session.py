@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
@@ -324,7 +323,6 @@ class DeviceSession:
         about = {"federation": self.federation, "device": self.device, "code": code.value}
         who = self.device or "a device"
         log.warning("refused %s: %s: %s", who, code.value, reason, extra=about)
-        self._roster.refusals[code] += 1
         short = reason.encode()[:500].decode(errors="ignore")
         with contextlib.suppress(LinkClosedError):
             await self._put(Refusal(code, short, retry_after_s))
@@ -338,7 +336,6 @@ class Roster:
     """The joined sessions, one a device and federation: a newer takes an older one's place.
 
     They share the memory for transfers, and the count of how often each device connects.
-    `refusals` counts those of all sessions, joined or not.
     """
 
     def __init__(
@@ -347,7 +344,6 @@ class Roster:
         downloads_bytes_max: int = DOWNLOADS_BYTES_MAX,
         joins_s: float = 0.0,
     ) -> None:
-        self.refusals: Counter[ErrorCode] = Counter()
         self._sessions: dict[tuple[str, str], DeviceSession] = {}
         self.uploads = Room(uploads_bytes_max)
         self.downloads = Room(downloads_bytes_max)

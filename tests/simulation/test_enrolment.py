@@ -49,7 +49,7 @@ def test_a_pending_device_waits_and_takes_part_once_it_is_approved() -> None:
 
     world = simulate(scenario)
     assert device.trained == [1, 2]
-    assert world.roster.refusals[ErrorCode.PENDING] > 1
+    assert world.refusals[ErrorCode.PENDING] > 1
 
 
 def test_keys_that_wait_are_bounded_in_number_and_time() -> None:
@@ -144,7 +144,7 @@ def test_who_repeats_bad_reports_is_quarantined_until_approval(
     assert (record.status, record.rejected) == (DeviceStatus.QUARANTINED, 3)
     assert {receipt.status.value for receipt in bad.receipts} == {"rejected"}
     assert [device.trained for device in devices] == [list(range(1, 9))] * 2
-    assert world.roster.refusals[ErrorCode.QUARANTINED] == 1
+    assert world.refusals[ErrorCode.QUARANTINED] == 1
     assert f"device {bad.identity.device} is quarantined after 3 rejected" in caplog.text
 
 

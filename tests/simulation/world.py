@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import numpy as np
 from coordinator.enrolment import Gate
 from coordinator.errors import StoreError
 from coordinator.federations import Federations
+from coordinator.happenings import Happening, Said
 from coordinator.screening import Bounds
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
@@ -22,6 +24,7 @@ from coordinator.store.memory import MemoryStore
 from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from edge_client.splits import seeded
+from protocol.errors import ErrorCode
 from protocol.fake_link import FakeLink, Faults, fake_links
 from protocol.federation import (
     Backbone,
@@ -33,7 +36,7 @@ from protocol.federation import (
     WireDtype,
 )
 from protocol.link import Link, LinkClosedError
-from protocol.messages import Assignment, Metric, Receipt
+from protocol.messages import Assignment, Metric, Receipt, Refusal
 from protocol.tensors import NamedTensors, TensorSpec
 from protocol.virtual_time import at_once
 
@@ -205,6 +208,7 @@ class World:
         self.store = store or MemoryStore()
         self.writing_s = 0.0  # how long a call of the store takes
         self.is_open = is_open
+        self.refusals: Counter[ErrorCode] = Counter()
         self.bounds = bounds
         self.service: FederationService | None = None
         self.device_ends: list[FakeLink] = []
@@ -258,11 +262,16 @@ class World:
         device_end, coordinator_end = fake_links(self.rng, self.faults)
         self.device_ends.append(device_end)
         federations = Federations([self.service])
-        session = DeviceSession(coordinator_end, federations, self.roster, self.gate)
+        session = DeviceSession(coordinator_end, federations, self.roster, self.gate, self._observe)
         task = asyncio.create_task(session.run())
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
         return device_end
+
+    def _observe(self, happening: Happening) -> None:
+        match happening:
+            case Said(message=Refusal(code=code)):
+                self.refusals[code] += 1
 
     async def take_part(self, device: FakeDevice) -> None:
         await self.session(device).run()
