@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-core test-export lint check slow soak gpu bench-accuracy clean
+.PHONY: demo test test-core test-export lint audit check slow soak gpu bench-accuracy clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,7 +77,10 @@ lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test test-core test-export
+audit: $(INSTALLED)  ## what bandit sees in the code that is shipped
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive protocol quantization edge_client coordinator
+
+check: lint audit test test-core test-export
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@

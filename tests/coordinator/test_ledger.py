@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ TOLD = (
     Metric("rank_max", 5.0),
     Metric("steps", 3.0),
 )
-REPORT = Report("a-1", bytes(32), 70, TOLD, PAYLOAD)
+REPORT = Report("a-1", 1, bytes(32), 70, TOLD, PAYLOAD, bytes(64))
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_bytes_reports_and_what_is_told_add_up_over_writes(store: SqlStore) -> N
     assert (second.sent_bytes, second.kept, second.rejected) == (12, 1, 1)
     assert second.accuracy_personal == 0.8
     assert second.first_seen_at == first.first_seen_at
-    silent = Report("a-1", bytes(32), 70, (Metric("loss", 0.4),), PAYLOAD)
+    silent = replace(REPORT, metrics=(Metric("loss", 0.4),))
     (third,) = _after(
         store, _said(JOINED), _heard(silent), _receipt(ReceiptStatus.ACCEPTED)
     ).devices
@@ -181,7 +182,9 @@ def _close_round(store: SqlStore, values: list[float]) -> None:
     store.open_round("reviews", RoundRecord(1, 1, BASE.digest(), 10.0, 70.0, cohort))
     for member, value in zip(cohort, values, strict=True):
         told = (Metric("loss", value), *((Metric("own", 1.0),) if value > 2 else ()))
-        report = ReportRecord(member.assignment, member.device, 1, 1, 9, told, 20.0, BASE)
+        report = ReportRecord(
+            member.assignment, member.device, 1, 1, 9, told, 20.0, BASE, bytes(32), bytes(64)
+        )
         store.keep_reports("reviews", [report])
     store.close_round("reviews", 1, 1, BASE, 80.0)
 
