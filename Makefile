@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## one coordinator and four devices on this machine, real te
 	$(BIN)/python examples/demo.py --data $(DATA) $(DEMO_FLAGS)
 
 test: $(INSTALLED)  ## every fast test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs
 
 # What a coordinator's machine has: the package without extras, and no torch.
 CORE := .venv-core

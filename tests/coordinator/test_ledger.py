@@ -18,6 +18,7 @@ from coordinator.happenings import (
     Happening,
     Heard,
     Said,
+    all_of,
     observed_store,
 )
 from coordinator.ledger import Ledger
@@ -222,3 +223,14 @@ def test_an_observed_store_gives_and_raises_what_the_store_does() -> None:
     with pytest.raises(Exception, match="already"):
         store.create(SETTINGS, BASE)
     assert seen == ["create", "load", "create"]
+
+
+def test_an_observer_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Happening] = []
+
+    def fail(_: Happening) -> None:
+        raise RuntimeError("a fault in it")
+
+    all_of(fail, seen.append)(GONE)
+    assert seen == [GONE]
+    assert "a fault in it" in caplog.text
