@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-core test-export lint audit check slow soak gpu bench-accuracy clean
+.PHONY: demo demo-mixed test test-core test-export test-ort lint audit check slow soak gpu bench-accuracy clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,34 @@ test-export:
 	@echo "skipped: onnxruntime-training has no wheels for this Python; PYTHON=python3.12 has them"
 endif
 
+# What a device without torch has: plain onnxruntime.
+ORT := .venv-ort
+ON_DEVICE := build/on-device
+$(ORT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ORT)
+	$(ORT)/bin/python -m pip install --quiet --upgrade pip
+	$(ORT)/bin/python -m pip install --quiet --constraint constraints.txt '.[ort,test]'
+	touch $@
+
+ifeq ($(CAN_EXPORT),1)
+# On artifacts of this run, with the steps that torch takes: alone, and in one federation with torch.
+test-ort: $(EXPORT)/.installed $(ORT)/.installed $(INSTALLED)  ## devices without torch
+	! $(ORT)/bin/python -c 'import torch' 2>/dev/null
+	$(EXPORT)/bin/python -m tests.ort.reference $(ON_DEVICE)
+	PF2LORA_ON_DEVICE=$(abspath $(ON_DEVICE)) $(ORT)/bin/python -m pytest -q tests/ort
+	PF2LORA_ON_DEVICE=$(abspath $(ON_DEVICE)) PF2LORA_ORT_PYTHON=$(abspath $(ORT))/bin/python \
+		$(BIN)/python -m pytest -q tests/integration/test_mixed_federation.py
+else
+test-ort: $(ORT)/.installed
+	$(ORT)/bin/python -m pytest -q tests/ort/test_environment.py
+	@echo "the rest is skipped: nothing can be compiled with this Python; PYTHON=python3.12 can"
+endif
+
+# Devices in two environments; a third compiles the backbone.
+demo-mixed: $(INSTALLED) $(EXPORT)/.installed $(ORT)/.installed  ## four kinds of device, one federation
+	$(BIN)/python examples/demo_mixed.py --export-python $(EXPORT)/bin/python \
+		--ort-python $(ORT)/bin/python
+
 lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,7 +108,7 @@ lint: $(INSTALLED)  ## style, types, import rules
 audit: $(INSTALLED)  ## what bandit sees in the code that is shipped
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive protocol quantization edge_client coordinator
 
-check: lint audit test test-core test-export
+check: lint audit test test-core test-export test-ort
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@
@@ -93,4 +121,4 @@ bench-accuracy: $(INSTALLED)  ## TASK=sst2 METHOD=pf2lora SEED=0
 	$(BIN)/python -m benchmarks.accuracy --tasks $(TASK) --methods $(METHOD) --seeds $(SEED) --again
 
 clean:
-	rm -rf $(VENV) $(CORE) $(EXPORT) $(ARTIFACTS) demo-state
+	rm -rf $(VENV) $(CORE) $(EXPORT) $(ORT) $(ARTIFACTS) $(ON_DEVICE) demo-state

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from edge_client.backends.base import Level
 from edge_client.backends.encoding import EncodedRow
@@ -178,13 +177,12 @@ def _trainer(trial: Trial, way: Way, seed: int, steps: int) -> TorchTrainer:
 def _logits(trainer: TorchTrainer, rows: list[EncodedRow]) -> np.ndarray:
     """Every logit of every row that is no padding, in one long vector."""
     found = []
-    with torch.no_grad():
-        for at in range(0, len(rows), 64):
-            batch = trainer._encoder.batch(rows[at : at + 64])
-            logits = trainer._logits(batch).float()
-            if logits.dim() == 3:
-                logits = logits[batch.inputs["attention_mask"].bool()]
-            found.append(logits.flatten().numpy())
+    for at in range(0, len(rows), 64):
+        batch = trainer._encoder.batch(rows[at : at + 64])
+        logits = trainer._logits(batch)
+        if logits.ndim == 3:
+            logits = logits[batch.inputs["attention_mask"].astype(bool)]
+        found.append(logits.reshape(-1))
     return np.concatenate(found)
 
 

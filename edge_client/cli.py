@@ -14,6 +14,7 @@ from typing import Any
 
 from edge_client.artifact_export import Use, export
 from edge_client.backends.base import Level, RankReport
+from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.federation_file import checked_settings, read_federation, write_start
@@ -155,8 +156,11 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", required=True, type=Path, help="a jsonl, csv or tsv file")
     command.add_argument("--state-dir", required=True, type=Path)
     command.add_argument("--backbone", help="folder or name to load instead of the federation's")
-    command.add_argument("--scheme", default="nf4", help=f"{', '.join(_SCHEMES)}; default nf4")
+    command.add_argument("--scheme", help=f"{', '.join(_SCHEMES)}; default nf4")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    command.add_argument("--backend", default="torch", choices=BACKENDS, help="default torch")
+    command.add_argument("--artifact", type=Path, help="the compiled backbone's folder, for ort")
+    command.add_argument("--artifact-digest", default="", help="refuse any other artifact")
     command.add_argument("--compute-dtype", choices=_COMPUTE_DTYPES, help=_COMPUTE_DTYPE_HELP)
     command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
     command.add_argument("--seed", type=int, default=0)
@@ -177,6 +181,9 @@ def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> Edge
         backbone=options.backbone,
         scheme=options.scheme,
         device=options.device,
+        backend=options.backend,
+        artifact=options.artifact,
+        artifact_digest=options.artifact_digest,
         compute_dtype=options.compute_dtype,
         held_out=options.held_out,
         seed=options.seed,

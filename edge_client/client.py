@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
+from edge_client.backends.loading import choose, load_trainer
 from edge_client.data import Example, FieldNames
-from edge_client.errors import ConfigurationError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
@@ -27,7 +27,6 @@ from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
 from protocol.federation import FederationSettings
-from quantization.folder_manifest import is_quantized, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +55,16 @@ class EdgeClient:
         backbone: folder or name to load the backbone from instead of the federation's own name for
             it; the fingerprint must agree in any case.
         scheme: how the frozen backbone is held here: "none", "bf16", "int8", "nf4", "fp4",
-            "nf4-double" or "fp4-double". A quantised folder must be of that scheme.
+            "nf4-double" or "fp4-double"; none given is "nf4". A quantised folder must be of that
+            scheme. An artifact has its own.
         device: torch device, such as "cpu" or "cuda".
         compute_dtype: what NF4, FP4 and INT8 layers multiply in, "float32" or "bfloat16"; none
             takes float32 on a CPU and bfloat16 on CUDA.
+        backend: "torch"; or "ort", which trains on onnxruntime and needs no torch.
+        artifact: with "ort", the folder that holds the backbone, compiled for this federation's
+            task and target modules by `pf2lora-client export`.
+        artifact_digest: what `export` printed; any other artifact is then refused. A graph is a
+            program: give it wherever artifacts come over a network.
         held_out: share of the rows kept apart for `evaluate`, in [0, 1).
         fields: the names of the data's fields.
         tell_accuracy: send the coordinator, with each report, this device's accuracy on the rows it
@@ -85,9 +90,12 @@ class EdgeClient:
         *,
         federation: str = "",
         backbone: str | None = None,
-        scheme: str = "nf4",
+        scheme: str | None = None,
         device: str = "cpu",
         compute_dtype: str | None = None,
+        backend: str = "torch",
+        artifact: str | Path | None = None,
+        artifact_digest: str = "",
         held_out: float = 0.2,
         fields: FieldNames | None = None,
         seed: int = 0,
@@ -98,16 +106,21 @@ class EdgeClient:
         token: str = "",
         progress: Progress = _silent,
     ) -> None:
+        self._choice = choose(
+            backend,
+            backbone=backbone,
+            scheme=scheme,
+            device=device,
+            compute_dtype=compute_dtype,
+            artifact=artifact,
+            artifact_digest=artifact_digest,
+        )
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
-        _check_scheme(backbone, scheme)
         self._federation = federation
         self._token = token
         self._seed = seed
         self._backbone = backbone
-        self._scheme = scheme
-        self._torch_device = device
-        self._compute_dtype = compute_dtype
         self._store = PrivateStore(Path(state_dir))
         self._open = contextlib.ExitStack()
         self._open.enter_context(self._store.lock())
@@ -216,26 +229,4 @@ class EdgeClient:
             task.result()
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
-        # Here and not above: a process that never trains need not have torch.
-        from edge_client.backends.torch_backend import load_trainer
-
-        return load_trainer(
-            settings,
-            backbone=self._backbone,
-            scheme=self._scheme,
-            device=self._torch_device,
-            personal_seed=self._seed,
-            compute_dtype=self._compute_dtype,
-        )
-
-
-def _check_scheme(backbone: str | None, scheme: str) -> None:
-    """A quantised folder of another scheme is known before any coordinator is asked."""
-    folder = Path(backbone or "").expanduser()
-    if backbone is None or not is_quantized(folder):
-        return
-    held = read_manifest(folder).scheme.value
-    if held != scheme:
-        raise ConfigurationError(
-            "scheme", f"is {scheme!r}, and {backbone} is quantised as {held!r}", repr(held)
-        )
+        return load_trainer(self._choice, settings, self._seed)

@@ -3,6 +3,7 @@
 EdgeClientError
 ├── ConfigurationError      an argument is wrong: the field, what was wrong, what would be right
 ├── DataError               a row is: file, line, field
+├── AdapterError            the adapter does not fit the model: the layer, or what there is
 ├── StateError              the private state is damaged, in use, or another federation's
 ├── StorageFullError        it could not be written; what was there before is intact
 ├── MissingExtraError       a package is not installed: the extra that brings it
@@ -36,6 +37,10 @@ class DataError(EdgeClientError):
         where += [f'field "{field}"'] if field is not None else []
         super().__init__(": ".join(filter(None, [", ".join(where), problem])))
         self.path, self.line, self.field = path, line, field
+
+
+class AdapterError(EdgeClientError, ValueError):
+    """The adapter does not fit the model; the text names the layer or what there is to choose."""
 
 
 class StateError(EdgeClientError):

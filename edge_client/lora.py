@@ -6,7 +6,7 @@ Each adapted linear layer with frozen weight W0 [m, n] computes (PF2LoRA, arXiv 
                                       C [r2, n]  D [m, r2]    personal
 
 `inject` wraps the layers and returns the trainable parameters by level; `active_level` evaluates
-with fewer levels; `rank_report` says what rank a layer has learned.
+with fewer levels.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_client.backends.base import Level as Level
-from edge_client.backends.base import RankReport as RankReport
+from edge_client.errors import AdapterError as AdapterError
+from edge_client.factors import Factor
+from edge_client.peft_export import TrainedAdapter
 from protocol.federation import Group
-from quantization.bnb import is_below, is_transposed, linear_shape
-from quantization.seeded import seeded_uniform
+from quantization.bnb import is_transposed, linear_shape
+from quantization.names import is_below
+from quantization.seeded import factor_start
 
 _QUERY_VALUE_NAMES: Final = (
     ("query", "value"),
@@ -40,10 +42,6 @@ _QUERY_VALUE_NAMES: Final = (
     ("qkv_proj",),
     ("Wqkv",),
 )
-
-
-class AdapterError(ValueError):
-    """The adapter does not fit the model; the text names the layer or what there is to choose."""
 
 
 class TwoLevelLoRALinear(nn.Module):
@@ -96,23 +94,10 @@ class TwoLevelLoRALinear(nn.Module):
             self.register_parameter(down, None)
             self.register_parameter(up, None)
             return
-        factor = self._start(rank, origin, down).to(device)
+        factor = torch.from_numpy(factor_start((rank, self.in_features), *origin, down)).to(device)
         zeros = torch.zeros(self.out_features, rank, device=device)
         self.register_parameter(down, nn.Parameter(factor))
         self.register_parameter(up, nn.Parameter(zeros))
-
-    def _start(self, rank: int, origin: tuple[int, str], letter: str) -> Tensor:
-        uniform = seeded_uniform(rank * self.in_features, *origin, letter)
-        start = ((2.0 * uniform - 1.0) / np.sqrt(self.in_features)).astype(np.float32)
-        return torch.from_numpy(start).view(rank, self.in_features)
-
-    def restart_personal(self, seed: int) -> None:
-        """Give the personal level the start that it has on the device of this seed."""
-        if self.C is None or self.D is None:
-            return
-        with torch.no_grad():
-            self.C.copy_(self._start(self.C.shape[0], (seed, self.name), "C"))
-            self.D.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., n] to [..., m] in the dtype that the base gives."""
@@ -136,6 +121,14 @@ class TwoLevelLoRALinear(nn.Module):
                 return down, up
             case _:
                 return torch.cat(downs), torch.cat(ups, dim=1)
+
+    def arrays(self, level: Level = Level.PERSONAL) -> tuple[Factor, Factor] | None:
+        """`factors` in NumPy."""
+        pair = self.factors(level)
+        if pair is None:
+            return None
+        down, up = (factor.detach().cpu().numpy() for factor in pair)
+        return down, up
 
     def put_factors(self, down: Tensor, up: Tensor) -> None:
         """Take over `[A; C]` [k, n] and `[B D]` [m, k], zeros behind them."""
@@ -204,6 +197,28 @@ class TwoLevelAdapter:
     personal: dict[str, nn.Parameter]
     head_modules: tuple[str, ...]
     scaling: float
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the checkpoint stores weights as [n, m], as GPT-2's does."""
+        return any(layer.fan_in_fan_out for layer in self.layers.values())
+
+    def trained(self, level: Level = Level.PERSONAL) -> TrainedAdapter:
+        """What is trained up to a level, for `peft_export`."""
+        pairs = {name: layer.arrays(level) for name, layer in self.layers.items()}
+        parameters = self.common | (self.personal if level is Level.PERSONAL else {})
+        return TrainedAdapter(
+            {name: pair for name, pair in pairs.items() if pair is not None},
+            {
+                name: parameter.detach().cpu().numpy()
+                for name, parameter in parameters.items()
+                if is_below(name, self.head_modules)
+            },
+            self.head_modules,
+            self.scaling,
+            self.fan_in_fan_out,
+            level,
+        )
 
 
 def inject(
@@ -356,59 +371,3 @@ def _choices(linear: set[str]) -> str:
 def _output_embeddings(model: nn.Module) -> object:
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
-
-
-def rank_report(layer: TwoLevelLoRALinear) -> RankReport:
-    """Report the rank of `B A + D C`, unscaled, from its singular values in float64."""
-    values = _svd(layer)[1]
-    largest = float(values[0])
-    if largest == 0.0:
-        return RankReport(0, 0.0, 0.0, tuple(values.tolist()))
-    tolerance = (
-        max(layer.out_features, layer.in_features) * torch.finfo(torch.float32).eps * largest
-    )
-    shares = values / values.sum()
-    entropy = -float(torch.special.xlogy(shares, shares).sum())
-    return RankReport(
-        int((values > tolerance).sum()), float(np.exp(entropy)), tolerance, tuple(values.tolist())
-    )
-
-
-def cut(layer: TwoLevelLoRALinear, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of `B A + D C` of a rank: factors [rank, n] and [m, rank], float32.
-
-    By the singular value decomposition (Eckart and Young 1936), each factor with half of every
-    singular value.
-    """
-    left, values, right = _svd(layer)
-    root = values[:rank].sqrt()
-    up, down = left[:, :rank] * root, root.unsqueeze(1) * right[:rank]
-    return down.float().contiguous(), up.float().contiguous()
-
-
-@contextmanager
-def factors_in_place(layers: dict[TwoLevelLoRALinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Within the block, run layers on other factors [k, n] and [m, k], k up to r + r2."""
-    before = {layer: layer.factors(Level.PERSONAL) for layer in layers}
-    kept = {layer: tuple(f.clone() for f in pair) for layer, pair in before.items() if pair}
-    try:
-        for layer, (down, up) in layers.items():
-            layer.put_factors(down, up)
-        yield
-    finally:
-        for layer, (down, up) in kept.items():
-            layer.put_factors(down, up)
-
-
-def _svd(layer: TwoLevelLoRALinear) -> tuple[Tensor, Tensor, Tensor]:
-    """`B A + D C = U diag(S) V`: [m, k], [k], [k, n] in float64, without forming [m, n].
-
-    With QR of [B D] = Q1 R1 and [A; C]^T = Q2 R2 the sum is Q1 (R1 R2^T) Q2^T: only the small core
-    R1 R2^T is decomposed.
-    """
-    factors = layer.factors(Level.PERSONAL)
-    assert factors is not None  # noqa: S101 - the constructor refuses a layer without ranks
-    down, up = (factor.detach().double().cpu() for factor in factors)
-    left, right = torch.linalg.qr(up), torch.linalg.qr(down.T)
-    core = torch.linalg.svd(left.R @ right.R.T)
-    return left.Q @ core.U, core.S, core.Vh @ right.Q.T

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
+from safetensors.numpy import save_file
 
-from edge_client.backends.base import Level
-from edge_client.lora import AdapterError, TwoLevelAdapter
+from edge_client.backends.base import Arrays, Level
+from edge_client.errors import AdapterError
+from edge_client.factors import Factor
 from protocol.federation import TaskKind
-from quantization.bnb import is_below
 
 _TASK_TYPES: Final = {
     TaskKind.SEQUENCE_CLASSIFICATION: "SEQ_CLS",
@@ -32,69 +33,65 @@ _TASK_TYPES: Final = {
 _PREFIX: Final = "base_model.model"
 
 
+@dataclass(frozen=True, slots=True)
+class TrainedAdapter:
+    """An adapter at one level, as it is written.
+
+    `factors` has down [k, n] and up [m, k] of each layer, `heads` the head's arrays by name;
+    `fan_in_fan_out` says that the checkpoint stores weights as [n, m] (PEFT's word).
+    """
+
+    factors: Mapping[str, tuple[Factor, Factor]]
+    heads: Arrays
+    head_modules: tuple[str, ...]
+    scaling: float
+    fan_in_fan_out: bool
+    level: Level = Level.PERSONAL
+
+    def with_factors(self, others: Mapping[str, tuple[Factor, Factor]]) -> TrainedAdapter:
+        """The same with other factors, of other ranks too, for some layers."""
+        return replace(self, factors={**self.factors, **others})
+
+
 def save_pretrained(
-    adapter: TwoLevelAdapter,
-    folder: Path,
-    *,
-    base_model_name: str,
-    task: TaskKind | str,
-    level: Level = Level.PERSONAL,
-    cut: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    adapter: TrainedAdapter, folder: Path, *, base_model_name: str, task: TaskKind | str
 ) -> None:
     """Write `adapter` into `folder` for `PeftModel.from_pretrained(base_model, folder)`.
 
-    With `level` COMMON only the federated level is written; at PERSONAL the files hold what never
-    leaves the device otherwise. The base model is the unquantised checkpoint, or one quantised
-    otherwise; its logits then differ as its backbone does. `cut` has factors [k, n] and [m, k] for
-    layers that are to be written with these in place of their own.
+    At level PERSONAL the files hold what never leaves the device otherwise. The base model is the
+    unquantised checkpoint, or one quantised otherwise; its logits then differ as its backbone does.
 
     Raises:
         AdapterError: the adapter has nothing at that level; or a classifier's head is not part of
             it, and PEFT would put a random one in its place.
     """
-    kind = TaskKind(task)
-    heads = _heads(adapter, level)
-    if kind is TaskKind.SEQUENCE_CLASSIFICATION and not heads:
-        raise AdapterError(f"no trained head at level {level.name.lower()}: a classifier needs one")
-    factors = {
-        name: (cut or {}).get(name) or layer.factors(level)
-        for name, layer in adapter.layers.items()
-    }
-    pairs = {name: pair for name, pair in factors.items() if pair is not None}
-    if not pairs:
-        raise AdapterError(f"the adapter has no factors at level {level.name.lower()}")
-    ranks = {name: down.shape[0] for name, (down, _) in pairs.items()}
-    config = _config(adapter, ranks, base_model_name, kind)
+    kind, level = TaskKind(task), adapter.level.name.lower()
+    if kind is TaskKind.SEQUENCE_CLASSIFICATION and not adapter.heads:
+        raise AdapterError(f"no trained head at level {level}: a classifier needs one")
+    if not adapter.factors:
+        raise AdapterError(f"the adapter has no factors at level {level}")
+    config = _config(adapter, base_model_name, kind)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_named(pairs) | heads, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(_named(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
-def _named(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return {
-        f"{_PREFIX}.{name}.lora_{letter}.weight": _plain(factor)
-        for name, pair in pairs.items()
+def _named(adapter: TrainedAdapter) -> Arrays:
+    named = {
+        f"{name}.lora_{letter}.weight": factor
+        for name, pair in adapter.factors.items()
         for letter, factor in zip("AB", pair, strict=True)
     }
-
-
-def _heads(adapter: TwoLevelAdapter, level: Level) -> dict[str, Tensor]:
-    trained = adapter.common | (adapter.personal if level is Level.PERSONAL else {})
+    # safetensors writes what lies in memory: views in another order would be written wrong.
     return {
-        f"{_PREFIX}.{name}": _plain(parameter)
-        for name, parameter in trained.items()
-        if is_below(name, adapter.head_modules)
+        f"{_PREFIX}.{name}": np.ascontiguousarray(array)
+        for name, array in {**named, **adapter.heads}.items()
     }
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _config(
-    adapter: TwoLevelAdapter, ranks: Mapping[str, int], base_model_name: str, kind: TaskKind
-) -> dict[str, Any]:
+def _config(adapter: TrainedAdapter, base_model_name: str, kind: TaskKind) -> dict[str, Any]:
+    ranks = {name: len(down) for name, (down, _) in adapter.factors.items()}
     rank = max(ranks.values())
     smaller = {name: own for name, own in ranks.items() if own != rank}
     return {
@@ -102,7 +99,7 @@ def _config(
         "alpha_pattern": {name: adapter.scaling * own for name, own in smaller.items()},
         "base_model_name_or_path": base_model_name,
         "bias": "none",
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),
+        "fan_in_fan_out": adapter.fan_in_fan_out,
         "inference_mode": True,
         "lora_alpha": adapter.scaling * rank,
         "lora_dropout": 0.0,
@@ -111,7 +108,7 @@ def _config(
         "r": rank,
         "rank_pattern": smaller,
         # Whole names: a suffix could match layers that were left out.
-        "target_modules": list(adapter.layers),
+        "target_modules": list(adapter.factors),
         "task_type": _TASK_TYPES[kind],
         "use_rslora": False,
     }

@@ -35,23 +35,25 @@ def main() -> int:
     options = _parser().parse_args()
     started = time.monotonic()
     try:
-        state = _fresh_folder(options.state)
+        state = fresh_folder(options.state)
         files = _device_files(options, state)
         labels = find_labels(files)
     except EdgeClientError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    config = _write_federation(options, state, labels, len(files))
+    config = write_federation(
+        state, labels, len(files), options.backbone, options.rounds, options.seed
+    )
     print(f"{len(files)} devices, labels {', '.join(labels)}; state in {state}")
-    _run([*_command("client"), "prepare", str(config)])
-    with _Processes() as processes:
-        address = _start_coordinator(processes, config)
+    run([*command_of("client"), "prepare", str(config)])
+    with Processes() as processes:
+        address = start_coordinator(processes, config)
         for file in files:
             _start_device(processes, options, address, file, state)
-        summaries = _follow(processes, len(files))
+        summaries = follow(processes, len(files))
     if len(summaries) < len(files):
         return 1
-    _print_table(summaries, labels)
+    print_table(summaries, labels)
     _print_outlook(state, config, files[0], options, time.monotonic() - started)
     return 0
 
@@ -70,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fresh_folder(state: Path) -> Path:
+def fresh_folder(state: Path) -> Path:
     """The demo begins anew each time; only a folder of its own making is cleared."""
     mark = state / "federation.toml"
     if state.exists() and any(state.iterdir()) and not mark.exists():
@@ -109,16 +111,16 @@ def _write_rows(path: Path, rows: list[Example], labels: list[str]) -> Path:
     return path
 
 
-def _write_federation(
-    options: argparse.Namespace, state: Path, labels: list[str], devices: int
+def write_federation(
+    state: Path, labels: list[str], devices: int, backbone: str, rounds: int, seed: int
 ) -> Path:
     path = state / "federation.toml"
     path.write_text(f"""\
 name = "demo"
-seed = {options.seed}
+seed = {seed}
 
 [backbone]
-name = {json.dumps(options.backbone)}
+name = {json.dumps(backbone)}
 
 [task]
 kind = "sequence-classification"
@@ -139,7 +141,7 @@ learning_rate = 2e-3
 name = "pf2lora"
 
 [rounds]
-count = {options.rounds}
+count = {rounds}
 cohort = {devices}
 minimum_reports = {max(1, devices - 1)}
 deadline_s = 120.0
@@ -152,12 +154,12 @@ exit_when_finished = true
     return path
 
 
-def _command(which: str) -> list[str]:
+def command_of(which: str) -> list[str]:
     module = {"client": "edge_client.cli", "coordinator": "coordinator.cli"}[which]
     return [sys.executable, "-m", module]
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
     print("$ " + _shown(command))
     subprocess.run(command, check=True)
 
@@ -168,14 +170,14 @@ def _shown(command: list[str]) -> str:
     return shlex.join([names[command[2]], *command[3:]])
 
 
-class _Processes:
+class Processes:
     """Child processes and their lines, ended with the demo whatever happens."""
 
     def __init__(self) -> None:
         self.lines: queue.Queue[Line] = queue.Queue()
         self._running: dict[str, subprocess.Popen[str]] = {}
 
-    def __enter__(self) -> _Processes:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -206,8 +208,8 @@ class _Processes:
         self.lines.put((name, None))
 
 
-def _start_coordinator(processes: _Processes, config: Path) -> str:
-    command = [*_command("coordinator"), "serve", "--config", str(config)]
+def start_coordinator(processes: Processes, config: Path) -> str:
+    command = [*command_of("coordinator"), "serve", "--config", str(config)]
     processes.start("coordinator", command, threads=1)
     deadline = time.monotonic() + COORDINATOR_READY_S
     while time.monotonic() < deadline:
@@ -221,17 +223,17 @@ def _start_coordinator(processes: _Processes, config: Path) -> str:
 
 
 def _start_device(
-    processes: _Processes, options: argparse.Namespace, address: str, file: Path, state: Path
+    processes: Processes, options: argparse.Namespace, address: str, file: Path, state: Path
 ) -> None:
     name = file.stem
-    command = [*_command("client"), "run", "--coordinator", address, "--data", str(file)]
+    command = [*command_of("client"), "run", "--coordinator", address, "--data", str(file)]
     command += ["--state-dir", str(state / name), "--scheme", options.scheme]
     command += ["--device", options.device, "--backbone", options.backbone]
     command += ["--held-out", "0.3", "--seed", str(options.seed + 1), "--json"]
     processes.start(name, command, threads=1)
 
 
-def _follow(processes: _Processes, devices: int) -> dict[str, dict[str, object]]:
+def follow(processes: Processes, devices: int) -> dict[str, dict[str, object]]:
     """Show what the processes say until all have ended; the devices' summaries."""
     summaries: dict[str, dict[str, object]] = {}
     for name, line in _until_ended(processes, devices + 1):
@@ -243,7 +245,7 @@ def _follow(processes: _Processes, devices: int) -> dict[str, dict[str, object]]
     return summaries
 
 
-def _until_ended(processes: _Processes, count: int) -> Iterator[tuple[str, str]]:
+def _until_ended(processes: Processes, count: int) -> Iterator[tuple[str, str]]:
     while count:
         name, line = processes.lines.get()
         if line is not None:
@@ -263,7 +265,7 @@ def _parsed(line: str) -> dict[str, dict[str, object]]:
     return said if isinstance(said, dict) else {}
 
 
-def _print_table(summaries: dict[str, dict[str, object]], labels: list[str]) -> None:
+def print_table(summaries: dict[str, dict[str, object]], labels: list[str]) -> None:
     mix_width = max(len(" / ".join(labels)), 9)
     print()
     print(

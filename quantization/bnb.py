@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantization.errors import MissingExtraError, SchemeError
 from quantization.layers import FrozenEmbedding8bit, FrozenLinear8bit, FrozenLinear16bit
+from quantization.names import is_below as is_below
 from quantization.product import frozen_product, room
 from quantization.schemes import Scheme
 
@@ -54,11 +55,6 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the checkpoint stores this layer's weight as [n, m] (PEFT: `fan_in_fan_out`)."""
     return isinstance(module, Conv1D) or hasattr(module, _TRANSPOSED_MARK)
-
-
-def is_below(name: str, roots: Collection[str]) -> bool:
-    """Whether the module `name` is one of `roots` or lies inside one."""
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def parse_compute_dtype(name: str | None, scheme: Scheme) -> torch.dtype | None:

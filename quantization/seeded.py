@@ -8,6 +8,7 @@ nothing of a start need be handed over but names, shapes and the seed.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Final
 
 import numpy as np
@@ -30,8 +31,18 @@ def head_start(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float
     """
     if len(shape) < 2:
         return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
-    values = _HEAD_STD * _seeded_normal(int(np.prod(shape)), seed, name)
+    values = _HEAD_STD * _seeded_normal(math.prod(shape), seed, name)
     return values.astype(np.float32).reshape(shape)
+
+
+def factor_start(shape: tuple[int, int], seed: int, layer: str, letter: str) -> NDArray[np.float32]:
+    """A or C of a layer, [rank, n]: uniform in +-1/sqrt(n), Kaiming's with a = sqrt 5 as in PEFT.
+
+    B and D start at zero, so that an adapter starts as nothing.
+    """
+    uniform = seeded_uniform(math.prod(shape), seed, layer, letter)
+    start = ((2.0 * uniform - 1.0) / math.sqrt(shape[1])).astype(np.float32)
+    return start.reshape(shape)
 
 
 def _seeded_normal(count: int, seed: int, *labels: str) -> NDArray[np.float64]:

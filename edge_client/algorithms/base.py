@@ -51,7 +51,7 @@ class GradientOracle(Protocol):
         """`[d2 loss / d common d personal] vector`, [P_c], at the present parameters.
 
         Raises:
-            AlgorithmError: this backend has first-order gradients only.
+            ConfigurationError: this backend has first-order gradients only.
         """
 
     def factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:

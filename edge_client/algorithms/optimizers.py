@@ -70,12 +70,18 @@ def adamw_step(
     m *= BETA_1
     m += (1 - BETA_1) * gradient
     v *= BETA_2
-    v += (1 - BETA_2) * gradient * gradient
+    change = (1 - BETA_2) * gradient
+    change *= gradient
+    v += change
     if weight_decay:
         parameters *= 1 - learning_rate * weight_decay
-    root = (v / (1 - BETA_2**count)) ** 0.5
+    # In place as far as can be: a device's peak memory is in these few lines.
+    root = v / (1 - BETA_2**count)
+    root **= 0.5
     root += EPSILON
-    parameters -= (learning_rate / (1 - BETA_1**count)) * m / root
+    change = (learning_rate / (1 - BETA_1**count)) * m
+    change /= root
+    parameters -= change
 
 
 def adam_derivative(

@@ -95,6 +95,7 @@ class PF2LoRAStep(Algorithm):
             gradient = oracle.gradients(below).personal * 1.0
             lower = self._lower_step(oracle, gradient, state, plan)
         hypergradient = self._hypergradient(oracle, below, above, common_before, lower)
+        del common_before, lower  # or they would be part of the peak in the lines that follow
         descend(oracle.common, hypergradient, state, "upper", plan.training)
         return loss
 
@@ -150,7 +151,9 @@ class PF2LoRAStep(Algorithm):
                 return direct
             case Hypergradient.SECANT:
                 same = direct if above is below else oracle.gradients(below).common
-                return direct + same - common_before
+                ahead = direct + same
+                ahead -= common_before
+                return ahead
         vector = lower.derivative * after.personal
         landed = oracle.personal * 1.0
         if self._settings.hypergradient is Hypergradient.EXACT:

@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 
 from edge_client.algorithms.base import AlgorithmState, GradientOracle, Vector
+from edge_client.algorithms.vectors import as_numpy, as_vector
 from edge_client.splits import seeded
 
 PRUNE_SHARE: Final = 0.01
@@ -63,7 +64,7 @@ def follow(
             ranks[layer] = rank - 1
         elif share > GROW_SHARE and rank < rank_max and rank == int(peaks[layer]):
             fresh = seeded("grown", seed, layer, rank).uniform(-1.0, 1.0, c.shape[1])
-            _put(c, rank, fresh / np.sqrt(c.shape[1]))
+            c[rank] = as_vector(fresh / np.sqrt(c.shape[1]), c)
             ranks[layer] = peaks[layer] = rank + 1
 
 
@@ -81,24 +82,12 @@ def _prune(c: Vector, d: Vector, rank: int) -> None:
     root = np.sqrt(values[:-1])
     for row in range(rank):
         kept = row < rank - 1
-        _put(c, row, (root[row] * v[row]) @ right.T if kept else np.zeros(c.shape[1]))
-        _put(d.T, row, left @ (u[:, row] * root[row]) if kept else np.zeros(d.shape[0]))
+        c[row] = as_vector((root[row] * v[row]) @ right.T, c) if kept else 0.0
+        d[:, row] = as_vector(left @ (u[:, row] * root[row]), d) if kept else 0.0
 
 
 def _core(c: Vector, d: Vector) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     """`D C = Q1 core Q2^T` with orthonormal Q1 [m, k] and Q2 [n, k]."""
-    left, above = np.linalg.qr(_numpy(d))
-    right, below = np.linalg.qr(_numpy(c).T)
+    left, above = np.linalg.qr(as_numpy(d).astype(np.float64))
+    right, below = np.linalg.qr(as_numpy(c).T.astype(np.float64))
     return (left, right), above @ below.T
-
-
-def _numpy(vector: Vector) -> np.ndarray:
-    on_cpu = vector.cpu() if hasattr(vector, "cpu") else vector
-    return np.asarray(on_cpu, np.float64)
-
-
-def _put(matrix: Vector, row: int, values: np.ndarray) -> None:
-    """Set a row of a NumPy array or tensor."""
-    if hasattr(matrix, "new_tensor"):
-        values = matrix.new_tensor(values)
-    matrix[row] = values

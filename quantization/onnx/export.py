@@ -18,7 +18,7 @@ import onnx
 
 from quantization.artifact import Artifact, load_artifact, write_manifest
 from quantization.backbone import Backbone
-from quantization.bnb import is_below, is_transposed, linear_shape
+from quantization.bnb import is_transposed, linear_shape
 from quantization.errors import ArtifactError
 from quantization.manifest import (
     EVALUATION_GRAPH,
@@ -31,6 +31,7 @@ from quantization.manifest import (
     HeadTensor,
     Manifest,
 )
+from quantization.names import is_below
 from quantization.onnx.forward import build_forward
 from quantization.onnx.gradient import evaluation_graph, gradient_graph
 from quantization.onnx.proof import prove

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from edge_client.factors import rank_report
 from edge_client.lora import (
     AdapterError,
     Level,
@@ -17,7 +18,6 @@ from edge_client.lora import (
     TwoLevelLoRALinear,
     active_level,
     inject,
-    rank_report,
 )
 from protocol.federation import Group
 from quantization.backbone import load_backbone
@@ -361,7 +361,7 @@ def test_the_rank_report_agrees_with_the_full_matrix():
     layer = stirred_layer()
     a, b, c, d = (factor.detach().double() for factor in layer.parameters(recurse=False))
     full = b @ a + d @ c
-    report = rank_report(layer)
+    report = rank_report(*layer.arrays())
     expected = torch.linalg.svdvals(full)[: RANK + PERSONAL_RANK]
     np.testing.assert_allclose(report.singular_values, expected, rtol=1e-5)
     assert report.numerical_rank == torch.linalg.matrix_rank(full) == RANK + PERSONAL_RANK
@@ -373,7 +373,7 @@ def test_a_personal_level_that_cancels_common_directions_lowers_the_rank():
     with torch.no_grad():
         layer.C.copy_(layer.A[:PERSONAL_RANK])
         layer.D.copy_(-layer.B[:, :PERSONAL_RANK])
-    assert rank_report(layer).numerical_rank == RANK - PERSONAL_RANK
+    assert rank_report(*layer.arrays()).numerical_rank == RANK - PERSONAL_RANK
 
 
 def test_equal_singular_values_have_their_number_as_entropy_rank():
@@ -381,17 +381,17 @@ def test_equal_singular_values_have_their_number_as_entropy_rank():
     with torch.no_grad():
         layer.A.copy_(torch.eye(3, INPUTS))
         layer.B.copy_(torch.eye(OUTPUTS, 3))
-    report = rank_report(layer)
+    report = rank_report(*layer.arrays())
     assert report.numerical_rank == 3
     assert report.entropy_rank == pytest.approx(3.0)
 
 
 def test_a_fresh_layer_has_rank_zero():
     layer = copy.deepcopy(next(iter(put(gpt2()).layers.values())))
-    report = rank_report(layer)
+    report = rank_report(*layer.arrays())
     assert (report.numerical_rank, report.entropy_rank) == (0, 0.0)
 
 
 def test_ranks_that_together_exceed_the_layer_are_reported_too():
     layer = stirred_layer(rank=OUTPUTS, personal_rank=OUTPUTS)
-    assert rank_report(layer).numerical_rank == OUTPUTS
+    assert rank_report(*layer.arrays()).numerical_rank == OUTPUTS

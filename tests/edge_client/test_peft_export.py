@@ -11,15 +11,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from edge_client.lora import (
-    AdapterError,
-    Level,
-    TwoLevelAdapter,
-    active_level,
-    cut,
-    factors_in_place,
-    inject,
-)
+from edge_client.factors import cut
+from edge_client.lora import AdapterError, Level, TwoLevelAdapter, active_level, inject
 from edge_client.peft_export import save_pretrained
 from protocol.federation import TaskKind
 from quantization.backbone import Backbone, load_backbone
@@ -80,7 +73,7 @@ def test_a_classifier_round_trip(tmp_path, head, targets):
     ours = minilm()
     batch = batch_of(ours)
     adapter = put(ours.model, target_modules=targets, modules_to_train=["classifier"], head=head)
-    save_pretrained(adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION)
+    save_pretrained(adapter.trained(), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
     # Another head seed: the trained head has to come out of the file.
     theirs = PeftModel.from_pretrained(minilm(head_seed=9).model, tmp_path)
     assert relative_error(logits(theirs, batch), logits(ours.model, batch)) < 1e-5
@@ -91,7 +84,7 @@ def test_a_causal_model_round_trip(tmp_path):
     ours = load_backbone(str(STORIES), task="causal-lm")
     batch = batch_of(ours)
     adapter = put(ours.model, target_modules="all-linear")
-    save_pretrained(adapter, tmp_path, base_model_name="stories260K", task="causal-lm")
+    save_pretrained(adapter.trained(), tmp_path, base_model_name="stories260K", task="causal-lm")
     base = load_backbone(str(STORIES), task="causal-lm").model
     before = logits(base, batch)
     theirs = PeftModel.from_pretrained(base, tmp_path)
@@ -106,7 +99,7 @@ def test_the_transposed_layers_of_gpt2_round_trip_and_merge(tmp_path):
     base = copy.deepcopy(ours)
     batch = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
     adapter = put(ours, target_modules=["c_attn", "c_fc", "mlp.c_proj"])
-    save_pretrained(adapter, tmp_path, base_model_name="gpt2", task=TaskKind.CAUSAL_LM)
+    save_pretrained(adapter.trained(), tmp_path, base_model_name="gpt2", task=TaskKind.CAUSAL_LM)
     theirs = PeftModel.from_pretrained(base, tmp_path)
     exact = logits(ours, batch)
     assert relative_error(logits(theirs, batch), exact) < 1e-5
@@ -119,7 +112,7 @@ def test_an_adapter_trained_on_nf4_runs_on_the_same_nf4_backbone_and_near_on_the
     ours = minilm("nf4")
     batch = batch_of(ours)
     adapter = put(ours.model, modules_to_train=["classifier"])
-    save_pretrained(adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION)
+    save_pretrained(adapter.trained(), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
     exact = logits(ours.model, batch)
     same = PeftModel.from_pretrained(minilm("nf4").model, tmp_path)
     near = PeftModel.from_pretrained(minilm().model, tmp_path)
@@ -131,9 +124,8 @@ def test_the_common_level_alone_can_be_written(tmp_path):
     ours = minilm()
     batch = batch_of(ours)
     adapter = put(ours.model, modules_to_train=["classifier"])
-    save_pretrained(
-        adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION, level=Level.COMMON
-    )
+    common = adapter.trained(Level.COMMON)
+    save_pretrained(common, tmp_path, base_model_name="minilm", task=CLASSIFICATION)
     theirs = PeftModel.from_pretrained(minilm().model, tmp_path)
     with active_level(ours.model, Level.COMMON):
         assert relative_error(logits(theirs, batch), logits(ours.model, batch)) < 1e-5
@@ -143,26 +135,30 @@ def test_the_common_level_alone_can_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["query-value", "all-linear"])
-def test_layers_cut_to_ranks_of_their_own_round_trip_and_come_back_whole(tmp_path, targets):
+def test_layers_cut_to_ranks_of_their_own_round_trip(tmp_path, targets):
     ours = minilm()
     batch = batch_of(ours)
     adapter = put(ours.model, target_modules=targets, modules_to_train=["classifier"])
     whole = logits(ours.model, batch)
-    before = {n: p.detach().numpy().tobytes() for n, p in ours.model.named_parameters()}
     ranks = {name: 1 + number % 6 for number, name in enumerate(adapter.layers)}
-    smaller = {name: cut(layer, ranks[name]) for name, layer in adapter.layers.items()}
-    save_pretrained(adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION, cut=smaller)
+    trained = adapter.trained()
+    smaller = {name: cut(*pair, ranks[name]) for name, pair in trained.factors.items()}
+    save_pretrained(
+        trained.with_factors(smaller), tmp_path, base_model_name="minilm", task=CLASSIFICATION
+    )
     theirs = PeftModel.from_pretrained(minilm().model, tmp_path)
-    with factors_in_place({adapter.layers[name]: pair for name, pair in smaller.items()}):
-        exact = logits(ours.model, batch)
+    for name, pair in smaller.items():
+        adapter.layers[name].put_factors(*map(torch.from_numpy, pair))
+    exact = logits(ours.model, batch)
     assert relative_error(logits(theirs, batch), exact) < 1e-5
     assert relative_error(exact, whole) > 1e-3
-    assert {n: p.detach().numpy().tobytes() for n, p in ours.model.named_parameters()} == before
 
 
 def test_the_configuration_is_one_lora_of_both_ranks(tmp_path):
     adapter = put(minilm().model, modules_to_train=["classifier"])
-    save_pretrained(adapter, tmp_path / "new", base_model_name="minilm", task=CLASSIFICATION)
+    save_pretrained(
+        adapter.trained(), tmp_path / "new", base_model_name="minilm", task=CLASSIFICATION
+    )
     config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
     assert config["r"] == 6
     assert config["lora_alpha"] == pytest.approx(6.0 / 4 * 6)
@@ -175,14 +171,14 @@ def test_the_configuration_is_one_lora_of_both_ranks(tmp_path):
 def test_a_classifier_without_a_trained_head_is_refused(tmp_path):
     adapter = put(minilm().model)
     with pytest.raises(AdapterError, match="no trained head"):
-        save_pretrained(adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION)
+        save_pretrained(adapter.trained(), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
 
 
 def test_a_personal_head_never_leaves_with_the_common_level(tmp_path):
     adapter = put(minilm().model, modules_to_train=["classifier"], head="personal")
     with pytest.raises(AdapterError, match="no trained head at level common"):
         save_pretrained(
-            adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION, level=Level.COMMON
+            adapter.trained(Level.COMMON), tmp_path, base_model_name="minilm", task=CLASSIFICATION
         )
     assert not any(tmp_path.iterdir())
 
@@ -191,5 +187,5 @@ def test_an_empty_level_is_refused(tmp_path):
     adapter = put(minilm().model, rank=0, modules_to_train=["classifier"])
     with pytest.raises(AdapterError, match="no factors at level common"):
         save_pretrained(
-            adapter, tmp_path, base_model_name="minilm", task=CLASSIFICATION, level=Level.COMMON
+            adapter.trained(Level.COMMON), tmp_path, base_model_name="minilm", task=CLASSIFICATION
         )

@@ -58,7 +58,7 @@ def _trainer(
 
 
 def _frozen(trainer: TorchTrainer) -> dict[str, bytes]:
-    trained = {**trainer._common.parameters, **trainer._personal.parameters}
+    trained = {**trainer._adapter.common, **trainer._adapter.personal}
     tensors = {**dict(trainer._model.named_parameters()), **dict(trainer._model.named_buffers())}
     return {
         name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
@@ -172,7 +172,7 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
     task = Task(TaskKind.CAUSAL_LM, (), 32)
     trainer = _trainer(_settings(str(STORIES), task=task))
     rows = trainer.encode([Example("Once upon a time", " there was a red dog", None)] * 4)
-    prompt = len(trainer._tokenizer("Once upon a time")["input_ids"])
+    prompt = len(trainer._tokenizer.encode("Once upon a time")[0])
     assert set((rows[0].token_labels or ())[:prompt]) == {-100}
     before = trainer.evaluate(rows, Level.PERSONAL).loss
     for number in range(10):

@@ -1,0 +1,115 @@
+"""Which Trainer a device has: its runtime, and how the backbone is held. Imports none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from edge_client.backends.base import Trainer
+from edge_client.errors import ConfigurationError, MissingExtraError
+from protocol.federation import FederationSettings
+from quantization.folder_manifest import is_quantized, read_manifest
+
+BACKENDS: Final = ("torch", "ort")
+
+
+@dataclass(frozen=True, slots=True)
+class TorchChoice:
+    """A backbone loaded and quantised here; `backbone` None is the federation's own name for it."""
+
+    backbone: str | None
+    scheme: str = "nf4"
+    device: str = "cpu"
+    compute_dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OrtChoice:
+    """A backbone compiled into the artifact folder, which has the scheme in it; CPU.
+
+    With a `digest` the artifact must be that one.
+    """
+
+    artifact: Path
+    digest: str = ""
+
+
+def choose(
+    backend: str,
+    *,
+    backbone: str | None,
+    scheme: str | None,
+    device: str,
+    compute_dtype: str | None,
+    artifact: str | Path | None,
+    artifact_digest: str,
+) -> TorchChoice | OrtChoice:
+    """The choice that the arguments of EdgeClient make.
+
+    Raises:
+        ConfigurationError: no such backend, or an argument that is not this one's.
+    """
+    if backend not in BACKENDS:
+        raise ConfigurationError("backend", f"{backend!r} is none", " or ".join(BACKENDS))
+    if backend == "torch":
+        if artifact is not None or artifact_digest:
+            raise ConfigurationError("artifact", "the torch backend takes none", 'backend "ort"')
+        choice = TorchChoice(backbone, scheme or "nf4", device, compute_dtype)
+        _check_scheme(backbone, choice.scheme)
+        return choice
+    if artifact is None:
+        raise ConfigurationError(
+            "artifact", "the ort backend needs one", "a folder that `pf2lora-client export` wrote"
+        )
+    own = (("backbone", backbone), ("scheme", scheme), ("compute_dtype", compute_dtype))
+    for field, given in own:
+        if given is not None:
+            raise ConfigurationError(field, f"{given!r}: the artifact has its own", "none")
+    if device != "cpu":
+        raise ConfigurationError("device", f"{device!r}: the ort backend has one", "cpu")
+    return OrtChoice(Path(artifact), artifact_digest)
+
+
+def load_trainer(
+    choice: TorchChoice | OrtChoice, settings: FederationSettings, personal_seed: int
+) -> Trainer:
+    """The trainer of a federation.
+
+    Raises:
+        MissingExtraError: the backend's packages are not installed.
+        BackboneError, ArtifactError, AdapterError, ConfigurationError: naming what is wrong.
+    """
+    # Imports are here and not above: a process that never trains need not have either runtime.
+    match choice:
+        case TorchChoice(backbone, scheme, device, compute_dtype):
+            try:
+                from edge_client.backends import torch_backend
+            except ModuleNotFoundError as error:
+                raise MissingExtraError(str(error.name), "torch") from error
+            return torch_backend.load_trainer(
+                settings,
+                backbone=backbone,
+                scheme=scheme,
+                device=device,
+                personal_seed=personal_seed,
+                compute_dtype=compute_dtype,
+            )
+        case OrtChoice(artifact, digest):
+            from edge_client.backends import ort
+
+            return ort.load_trainer(
+                settings, artifact=artifact, digest=digest, personal_seed=personal_seed
+            )
+
+
+def _check_scheme(backbone: str | None, scheme: str) -> None:
+    """A quantised folder of another scheme is known before any coordinator is asked."""
+    folder = Path(backbone or "").expanduser()
+    if backbone is None or not is_quantized(folder):
+        return
+    held = read_manifest(folder).scheme.value
+    if held != scheme:
+        raise ConfigurationError(
+            "scheme", f"is {scheme!r}, and {backbone} is quantised as {held!r}", repr(held)
+        )

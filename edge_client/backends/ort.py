@@ -1,0 +1,214 @@
+"""The Trainer on plain onnxruntime and NumPy: no torch, no transformers.
+
+An artifact holds the gradient graph, compiled once by whoever owns the backbone
+(quantization/artifact.py). Its adapter inputs and gradient outputs are views into two flat vectors
+for each level, so that optimizers and algorithms are NumPy on those vectors, and nothing is copied.
+Gradients are of first order only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edge_client.algorithms import algorithm_for
+from edge_client.algorithms.base import Gradients, Layout, Vector
+from edge_client.backends.base import Arrays, Level
+from edge_client.backends.encoding import IGNORED, Batch
+from edge_client.backends.fast_tokenizer import FastTokenizer
+from edge_client.backends.flat import FlatGroup
+from edge_client.backends.ort_graphs import EvaluationGraph, GradientGraph
+from edge_client.backends.trainer import FlatTrainer, Score, Shape, start_of
+from edge_client.errors import ConfigurationError
+from edge_client.factors import Factor
+from protocol.federation import FederationSettings, Group, TaskKind
+from protocol.methods import Hypergradient, PF2LoRA
+from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
+from quantization.manifest import Manifest
+
+_FIRST_ORDER = "secant, finite_difference or first_order"
+
+
+class OrtTrainer(FlatTrainer):
+    """One device's model under a federation's settings (a backends.base.Trainer)."""
+
+    evaluation_batch: ClassVar[int] = 16  # logits and activations are all that grows with it
+
+    def __init__(
+        self, settings: FederationSettings, artifact: Artifact, *, personal_seed: int
+    ) -> None:
+        manifest, adapter = artifact.manifest, settings.adapter
+        # First of all: reading it leaves memory that the graph then uses.
+        tokenizer = FastTokenizer(
+            artifact.tokenizer,
+            pad_id=manifest.pad_id,
+            end_id=manifest.end_id,
+            with_types="token_type_ids" in manifest.batch_inputs,
+        )
+        layout = algorithm_for(settings, personal_seed).layout(adapter)
+        starts = {
+            name: start_of(name, shape, manifest.head_modules, settings.seed, personal_seed)
+            for name, shape in manifest.trainable(layout.common_rank, layout.personal_rank).items()
+        }
+        names = _groups(manifest, layout, starts)
+        groups = [_group({name: starts[name] for name in level}) for level in names]
+        trained = [group.views(group.values) for group in groups]
+        gradients = [group.views(group.gradients) for group in groups]
+        scaling = adapter.alpha / (layout.common_rank or layout.personal_rank)
+        self._scale = np.array(scaling, np.float32)
+        self._arrays: Arrays = starts | trained[0] | trained[1]
+        self._artifact = artifact
+        self._level = Level.PERSONAL
+        self._gradient_graph = GradientGraph(
+            artifact, {SCALE: self._scale, **self._arrays}, gradients[0] | gradients[1]
+        )
+        self._evaluation_graph: EvaluationGraph | None = None
+        super().__init__(
+            settings,
+            manifest.fingerprint,
+            tokenizer,
+            Shape(
+                tuple(layer.name for layer in manifest.layers),
+                manifest.head_modules,
+                scaling,
+                any(layer.transposed for layer in manifest.layers),
+            ),
+            (groups[0], groups[1]),
+            personal_seed=personal_seed,
+        )
+
+    def gradients(self, batch: Batch) -> Gradients:
+        common, personal = self._common.gradients, self._personal.gradients
+        parts = self._parts(batch)
+        if len(parts) == 1:
+            return Gradients(self._run(batch), common, personal)
+        total, sums = 0.0, (common * 0.0, personal * 0.0)
+        for part in parts:
+            share = part.weight / batch.weight
+            total += share * self._run(part)
+            for into, found in zip(sums, (common, personal), strict=True):
+                into += share * found
+        common[:], personal[:] = sums
+        return Gradients(total, common, personal)
+
+    def mixed_product(self, batch: Batch, vector: Vector) -> Vector:  # noqa: ARG002
+        raise ConfigurationError(
+            "algorithm.hypergradient", "the ort backend has no second derivatives", _FIRST_ORDER
+        )
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _run(self, batch: Batch) -> float:
+        return self._gradient_graph.run({**self._inputs(batch), TARGETS: batch.targets})
+
+    def _inputs(self, batch: Batch) -> Arrays:
+        return {name: batch.inputs[name] for name in self._artifact.manifest.batch_inputs}
+
+    def _logits(self, batch: Batch) -> np.ndarray[Any, Any]:
+        if self._evaluation_graph is None:
+            self._evaluation_graph = EvaluationGraph(self._artifact)
+        return self._evaluation_graph.run({**self._inputs(batch), **self._at_present_level()})
+
+    def _at_present_level(self) -> Arrays:
+        arrays = {SCALE: self._scale, **self._arrays}
+        first = self._artifact.manifest.layers[0].name
+        if self._level is Level.COMMON and len(arrays[f"{first}.A"]):
+            for layer in self._artifact.manifest.layers:
+                arrays |= {
+                    f"{layer.name}.C": np.empty((0, layer.inputs), np.float32),
+                    f"{layer.name}.D": np.empty((layer.outputs, 0), np.float32),
+                }
+        elif self._level is not Level.PERSONAL:
+            arrays[SCALE] = np.zeros((), np.float32)
+        return arrays
+
+    def _score(self, batch: Batch) -> Score:
+        logits, targets = self._logits(batch), batch.targets
+        if self._settings.task.kind is TaskKind.CAUSAL_LM:
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        kept = targets != IGNORED
+        logits, targets = logits[kept], targets[kept]
+        highest = logits.max(-1)
+        log_sums = highest + np.log(np.exp(logits - highest[:, None]).sum(-1))
+        losses = log_sums - logits[np.arange(len(targets)), targets]
+        return Score(float(losses.sum(dtype=np.float64)), logits.argmax(-1) == targets, targets)
+
+    def _factors(self, layer: str) -> tuple[Factor, Factor]:
+        a, b, c, d = (self._arrays[f"{layer}.{letter}"] for letter in "ABCD")
+        return np.concatenate([a, c]), np.concatenate([b, d], axis=1)
+
+    def _put_factors(self, layer: str, down: Factor, up: Factor) -> None:
+        a, b, c, d = (self._arrays[f"{layer}.{letter}"] for letter in "ABCD")
+        at = 0
+        for below, above in ((a, b), (c, d)):
+            size = min(len(below), len(down) - at)
+            below[:size], above[:, :size] = down[at : at + size], up[:, at : at + size]
+            below[size:], above[:, size:] = 0.0, 0.0
+            at += size
+
+    @contextlib.contextmanager
+    def _running_at(self, level: Level) -> Iterator[None]:
+        before, self._level = self._level, level
+        try:
+            yield
+        finally:
+            self._level = before
+
+
+def _groups(manifest: Manifest, layout: Layout, starts: Arrays) -> tuple[list[str], list[str]]:
+    """Names of what is trained in each group, in order; arrays of rank 0 are in none."""
+    heads = [tensor.name for tensor in manifest.head]
+    found = []
+    for group, letters in ((Group.COMMON, layout.common), (Group.PERSONAL, layout.personal)):
+        factors = [f"{layer.name}.{letter}" for layer in manifest.layers for letter in letters]
+        names = factors + (heads if layout.head is group else [])
+        found.append(sorted(name for name in names if starts[name].size))
+    return found[0], found[1]
+
+
+def _group(starts: Arrays) -> FlatGroup:
+    values = [array.reshape(-1) for array in starts.values()] or [np.empty(0, np.float32)]
+    flat = np.concatenate(values)
+    return FlatGroup({name: array.shape for name, array in starts.items()}, flat, flat * 0.0)
+
+
+def load_trainer(
+    settings: FederationSettings, *, artifact: Path, digest: str = "", personal_seed: int
+) -> OrtTrainer:
+    """The trainer of a federation on an artifact; the one of `digest`, if one is given.
+
+    Raises:
+        ArtifactError: it is damaged, another, or holds what must not be in one.
+        ConfigurationError: it is not this federation's, or the method needs second derivatives.
+        MissingExtraError: onnxruntime or tokenizers is not installed.
+    """
+    algorithm = settings.algorithm
+    if isinstance(algorithm, PF2LoRA) and algorithm.hypergradient is Hypergradient.EXACT:
+        raise ConfigurationError(
+            "algorithm.hypergradient",
+            "exact needs second derivatives, which the ort backend does not have",
+            f"{_FIRST_ORDER} in the federation, or a torch device",
+        )
+    loaded = load_artifact(artifact, digest)
+    _check(settings, loaded.manifest)
+    return OrtTrainer(settings, loaded, personal_seed=personal_seed)
+
+
+def _check(settings: FederationSettings, manifest: Manifest) -> None:
+    task, adapter = settings.task, settings.adapter
+    for what, found, wanted in (
+        ("backbone", manifest.fingerprint, settings.backbone.fingerprint),
+        ("task", manifest.task.value, task.kind.value),
+        ("number of labels", manifest.label_count, len(task.labels)),
+        ("target modules", manifest.target_modules, adapter.target_modules),
+    ):
+        if found != wanted:
+            raise ConfigurationError(
+                "artifact",
+                f"its {what}: {found}; the federation's: {wanted}",
+                "one exported for this federation",
+            )

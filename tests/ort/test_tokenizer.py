@@ -1,0 +1,41 @@
+"""The same ids as transformers gives, from tokenizer.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_client.backends.fast_tokenizer import FastTokenizer
+from quantization.artifact import load_artifact
+from quantization.errors import ArtifactError
+from tests.ort.cases import STORIES, token_rows
+
+
+@pytest.mark.parametrize("name", ["minilm-none", "stories-none"])
+def test_ids_segments_and_text_are_those_of_transformers(artifacts: Path, name: str) -> None:
+    if name == "stories-none" and not STORIES.exists():
+        pytest.skip("the stories260K weights are not here")
+    manifest = load_artifact(artifacts / name).manifest
+    tokenizer = FastTokenizer(
+        artifacts / name / "tokenizer.json",
+        pad_id=manifest.pad_id,
+        end_id=manifest.end_id,
+        with_types="token_type_ids" in manifest.batch_inputs,
+    )
+    recorded = json.loads((artifacts / f"{name}.tokens.json").read_text())
+    assert len(recorded) > 300
+    for row, wanted in zip(token_rows(), recorded, strict=True):
+        ids, types = tokenizer.encode(row["text"], row["pair"], length_max=row["length_max"])
+        assert list(ids) == wanted["ids"], row
+        assert types == wanted["types"], row
+        assert list(tokenizer.encode(row["text"], special=False)[0]) == wanted["plain"], row
+        assert tokenizer.decode(ids) == wanted["text"], row
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: the tokenizer cannot be read"):
+        FastTokenizer(path, pad_id=0, end_id=None, with_types=False)
