@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo demo-mixed test test-core test-export test-ort lint check slow soak gpu bench-accuracy clean
+.PHONY: demo demo-mixed test test-core test-export test-ort lint audit check slow soak gpu bench-accuracy clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## one coordinator and four devices on this machine, real te
 	$(BIN)/python examples/demo.py --data $(DATA) $(DEMO_FLAGS)
 
 test: $(INSTALLED)  ## every fast test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs
 
 # What a coordinator's machine has: the package without extras, and no torch.
 CORE := .venv-core
@@ -105,7 +105,10 @@ lint: $(INSTALLED)  ## style, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test test-core test-export test-ort
+audit: $(INSTALLED)  ## what bandit sees in the code that is shipped
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive protocol quantization edge_client coordinator
+
+check: lint audit test test-core test-export test-ort
 
 slow soak gpu: $(INSTALLED)  ## the tests of that marker
 	$(BIN)/python -m pytest -q -m $@

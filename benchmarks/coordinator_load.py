@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from coordinator.config import START_FORMAT
+from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from edge_client.transport import websocket_dial
 from protocol.federation import FederationSettings
@@ -118,7 +119,12 @@ class PreparedDevice:
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         self.trained += 1
         self.report = FinishedReport(
-            assignment.assignment, assignment.base_version, 100, (), self.update
+            assignment.assignment,
+            assignment.round,
+            assignment.base_version,
+            100,
+            (),
+            self.update,
         )
         return self.report
 
@@ -216,7 +222,7 @@ def _session(device: PreparedDevice, port: int) -> Session:
         websocket_dial(f"ws://127.0.0.1:{port}"),
         device,
         federation="load",
-        device=device.name,
+        identity=Identity.named(device.name),
         rng=random.Random(device.name),
         first_contact_patience_s=120.0,
     )

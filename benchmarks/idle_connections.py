@@ -14,7 +14,7 @@ import asyncio
 import random
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -26,11 +26,13 @@ from benchmarks.coordinator_load import (
     started,
     write_federation,
 )
+from edge_client.identity import Identity
 from edge_client.session import Session
 from edge_client.transport import websocket_dial
-from protocol import codec
+from protocol import codec, limits
 from protocol.connection import default_hello
-from protocol.messages import Join
+from protocol.messages import Challenge, Join
+from protocol.signing import UNSIGNED, join_statement
 
 AT_ONCE = 200  # being opened
 SPARE = 200  # descriptors for all else
@@ -59,9 +61,16 @@ async def silent(port: int, number: int, opening: asyncio.Semaphore) -> ClientCo
         socket = await connect(
             f"ws://127.0.0.1:{port}", compression=None, proxy=None, open_timeout=120
         )
-        for message in (default_hello("silent"), Join("load", f"silent-{number}")):
-            await socket.send(codec.encode(message))
-            await socket.recv(decode=False)
+        await socket.send(codec.encode(default_hello("silent")))
+        await socket.recv(decode=False)
+        challenge = codec.decode(await socket.recv(decode=False))
+        assert isinstance(challenge, Challenge)
+        identity = Identity.named(f"silent-{number}")
+        join = Join("load", identity.key, b"", "", UNSIGNED)
+        statement = join_statement(join, challenge.nonce, max(limits.PROTOCOL_VERSIONS))
+        signed = replace(join, signature=identity.sign(statement))
+        await socket.send(codec.encode(signed))
+        await socket.recv(decode=False)
     return socket
 
 
@@ -78,7 +87,7 @@ async def federation_s(port: int) -> float:
                 websocket_dial(f"ws://127.0.0.1:{port}"),
                 device,
                 federation="load",
-                device=device.name,
+                identity=Identity.named(device.name),
                 rng=random.Random(device.name),
             ).run()
             for device in devices

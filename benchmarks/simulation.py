@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.tasks import DeviceRows
+from coordinator.enrolment import Gate
 from coordinator.federations import Federations
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
@@ -21,6 +22,7 @@ from coordinator.store.memory import MemoryStore
 from edge_client.backends.base import Arrays, Level
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
+from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from protocol.fake_link import FakeLink, fake_links
 from protocol.federation import FederationSettings, TaskKind
@@ -94,6 +96,7 @@ class SimulatedDevice:
         self.optimizer = self.trainer.optimizer_state()
         self.report = FinishedReport(
             assignment.assignment,
+            assignment.round,
             assignment.base_version,
             self.training_count,
             (Metric("loss", result.mean_loss),),
@@ -190,17 +193,18 @@ def run_federation(
     """All rounds, to the end."""
 
     async def scenario() -> None:
-        clock = asyncio.get_running_loop().time
+        clock, store = asyncio.get_running_loop().time, MemoryStore()
         service = FederationService(
             settings,
             trainer.common(),
-            MemoryStore(),
+            store,
             rng=random.Random(settings.seed),
             run_blocking=at_once,
             clock=clock,
         )
         await service.open()
         federations, roster, serving = Federations([service]), Roster(), set()
+        gate = Gate(store.devices, is_open=True, run_blocking=at_once, clock=clock)
 
         def session(device: SimulatedDevice) -> Session:
             rng = random.Random(device.seed)
@@ -208,12 +212,14 @@ def run_federation(
             async def dial() -> Link:
                 ours, theirs = fake_links(rng)
                 device.links.append(ours)
-                task = asyncio.create_task(DeviceSession(theirs, federations, roster).run())
+                session = DeviceSession(theirs, federations, roster, gate)
+                task = asyncio.create_task(session.run())
                 serving.add(task)
                 task.add_done_callback(serving.discard)
                 return ours
 
-            return Session(dial, device, federation=settings.name, device=device.name, rng=rng)
+            identity = Identity.named(device.name)
+            return Session(dial, device, federation=settings.name, identity=identity, rng=rng)
 
         await asyncio.gather(*(session(device).run() for device in devices))
         service.close()

@@ -76,7 +76,7 @@ def kept(store: SqlStore, update: NamedTensors, number: int, together: int) -> N
     store.open_round("load", RoundRecord(number, 1, update.digest(), 0.0, 1.0, cohort))
     for begin in range(0, UPDATES, together):
         records = [
-            ReportRecord(name, name, number, 1, 100, (), 0.0, update)
+            ReportRecord(name, name, number, 1, 100, (), 0.0, update, bytes(32), bytes(64))
             for name in names[begin : begin + together]
         ]
         store.keep_reports("load", records)

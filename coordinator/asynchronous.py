@@ -69,6 +69,11 @@ class AsynchronousMachine(Machine):
     def _leave(self, device: str, now: float) -> None:  # noqa: ARG002
         self._waiting.remove(device)
 
+    def _expel(self, device: str) -> str | None:
+        self._waiting.remove(device)
+        given = self._under_way.get(device)
+        return given.assignment if given and self.open_round else None
+
     def _settled(self, device: str, assignment: str, now: float) -> Answer | None:
         round_, given = self.open_round, self._under_way.get(device)
         if round_ and assignment in round_.kept:

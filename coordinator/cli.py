@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from coordinator import config
+from coordinator import config, trust_cli
 from coordinator.control import Wish
 from coordinator.errors import ConfigurationError, CoordinatorError
 from coordinator.log import FORMATS, set_up_log
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--store", required=True, help="database URL")
         if function is _backup:
             command.add_argument("--out", required=True, type=Path, help="the new file")
+    trust_cli.add_commands(commands, EXIT_CODES)
     return parser
 
 
@@ -113,6 +114,13 @@ def _add_setting_flags(command: argparse.ArgumentParser) -> None:
         if key in ("server.host", "server.port", "server.store"):
             names.append("--" + key.removeprefix("server."))
         group.add_argument(*names, dest=key, metavar="VALUE")
+    group.add_argument(
+        "--insecure",
+        dest="server.insecure",
+        action="store_const",
+        const="true",
+        help="listen without TLS where other machines can connect",
+    )
 
 
 def _configuration(options: argparse.Namespace) -> config.Configuration:

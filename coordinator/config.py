@@ -19,7 +19,10 @@ import sqlalchemy as sa
 from safetensors import SafetensorError, safe_open
 
 from coordinator.admin.settings import TOKEN_VARIABLE, AdminSettings, port_after, read_token
+from coordinator.aggregation.base import UPDATE_ELEMENT_MAX
 from coordinator.errors import ConfigurationError
+from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
+from coordinator.security import Enrolment, check_exposure
 from protocol import limits
 from protocol.federation import FederationSettings
 from protocol.schema import (
@@ -37,6 +40,7 @@ from protocol.schema import (
 from protocol.tensors import NamedTensors, Payload
 
 ENVIRONMENT: Final = "PF2LORA_"
+CLIENT_ENVIRONMENT: Final = "PF2LORA_CLIENT_"  # a device's, on the same machine
 START_FORMAT: Final = "pf2lora-start-1"
 
 
@@ -60,6 +64,11 @@ class ServerSettings:
 
     `hold_s` is how long a waiting device is held before it is told to come back later;
     `uploads_mib` and `downloads_mib` bound the memory of all transfers under way together.
+    `certificate` and `key` are PEM files for TLS; with `client_ca` devices must have certificates
+    of that authority too. Without TLS only loopback is listened on, unless `insecure` allows it.
+    `enrolment` says whether a device's key must be enrolled: coordinator/security.py.
+    The last three bound what a report may be; after so many rejected ones (0: never) a device is
+    quarantined: coordinator/screening.py.
     """
 
     host: Annotated[str, Text(255, 1)] = "127.0.0.1"
@@ -72,6 +81,19 @@ class ServerSettings:
     uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 64
     downloads_mib: Annotated[int, Integer(1, 1 << 20)] = 32
     rates: RateSettings = field(default_factory=RateSettings)
+    certificate: Annotated[str, Text(limits.TEXT_BYTES_MAX)] = ""
+    key: Annotated[str, Text(limits.TEXT_BYTES_MAX)] = ""
+    client_ca: Annotated[str, Text(limits.TEXT_BYTES_MAX)] = ""
+    insecure: bool = False
+    enrolment: Enrolment = Enrolment.AUTO
+    update_rms_max: Annotated[float, Real(1e-6, UPDATE_ELEMENT_MAX)] = UPDATE_RMS_MAX
+    examples_max: Annotated[int, Integer(1, limits.EXAMPLES_MAX)] = limits.EXAMPLES_MAX
+    quarantine_after: Annotated[int, Integer(0, limits.ROUNDS_MAX)] = QUARANTINE_AFTER
+
+    @property
+    def bounds(self) -> Bounds:
+        """What a device's report may be."""
+        return Bounds(self.update_rms_max, self.examples_max, self.quarantine_after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +188,14 @@ def _take_server(
         table.get("server", {}).pop("start", None)
     server, said_in = _take_shared("server", record_of(ServerSettings), files, tables)
     beside = said_in.get("store", files[0])
-    return replace(server, store=_beside(beside, server.store), start=str(starts[0])), starts
+    found = {
+        name: str(said_in[name].parent / getattr(server, name))
+        for name in ("certificate", "key", "client_ca")
+        if getattr(server, name)
+    }
+    server = replace(server, store=_beside(beside, server.store), start=str(starts[0]), **found)
+    check_exposure(server)
+    return server, starts
 
 
 def _take_admin(
@@ -255,7 +284,8 @@ def _overrides(flags: Mapping[str, str], environ: Mapping[str, str]) -> list[tup
     variables = {ENVIRONMENT + key.replace(".", "_").upper(): key for key in leaves()}
     found = []
     for name, text in environ.items():
-        if name.startswith(ENVIRONMENT) and name != TOKEN_VARIABLE:
+        ours = name.startswith(ENVIRONMENT) and not name.startswith(CLIENT_ENVIRONMENT)
+        if ours and name != TOKEN_VARIABLE:
             if name not in variables:
                 raise ConfigurationError(name, unknown_name(name, variables))
             found.append((variables[name], name, text))

@@ -4,12 +4,17 @@ CoordinatorError            exit code 1
 ├── ConfigurationError      2   a key, flag or variable is wrong; named
 ├── StoreError              3   the store is damaged, unwritable, or holds something else
 │   └── StorageFullError    3   the disk is full; nothing unkept was acknowledged
-└── AddressError            4   the address cannot be listened on
+├── AddressError            4   the address cannot be listened on
+└── CertificateError        1   a certificate could not be made
+
+RefusedError is none of these: it ends one device's session, and the daemon goes on.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+from protocol.errors import ErrorCode
 
 
 class CoordinatorError(Exception):
@@ -43,3 +48,16 @@ class AddressError(CoordinatorError):
     """The address is in use, or not this machine's."""
 
     exit_code = 4
+
+
+class CertificateError(CoordinatorError):
+    """A certificate authority that cannot be used, or a file that must not be overwritten."""
+
+
+class RefusedError(Exception):
+    """A device's session ends here, with a reason for the device."""
+
+    def __init__(self, code: ErrorCode, reason: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.retry_after_s = retry_after_s

@@ -30,6 +30,14 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class Expelled:
+    """A device is gone and will not be let in again."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Offered:
     """A device has an update for an assignment."""
 
@@ -99,6 +107,7 @@ class WentBack:
 Event = (
     CheckedIn
     | Left
+    | Expelled
     | Offered
     | Uploaded
     | Kept

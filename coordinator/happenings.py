@@ -7,6 +7,7 @@ be quick and must not raise: it is called in the middle of things.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, cast
 from coordinator.events import Action
 from coordinator.store.base import Store
 from protocol.messages import Message
+
+log = logging.getLogger("pf2lora.coordinator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,14 @@ def unobserved(_: Happening) -> None:
 
 
 def all_of(*observers: Observer) -> Observer:
-    """Tells each of them, in order."""
+    """Tells each of them, in order. One that fails is logged: what it watches must go on."""
 
     def tell(happening: Happening) -> None:
         for observer in observers:
-            observer(happening)
+            try:
+                observer(happening)
+            except Exception:
+                log.exception("an observer failed")
 
     return tell
 

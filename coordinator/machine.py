@@ -26,6 +26,7 @@ from coordinator.events import (
     Closed,
     CloseRound,
     Event,
+    Expelled,
     Finish,
     GoBack,
     Keep,
@@ -108,6 +109,12 @@ class Machine(ABC):
             case Left(device):
                 self._leave(device, now)
                 return []
+            case Expelled(device, reason):
+                assignment = self._expel(device)
+                if assignment is not None:
+                    self._opened().refused[assignment] = reason
+                    self._answered(device, assignment)
+                return self._proceed(now)
             case Offered(device, assignment):
                 receipt = self._settled(device, assignment, now)
                 return [receipt] if receipt else [TakeUpdate(device, assignment)]
@@ -152,6 +159,10 @@ class Machine(ABC):
     @abstractmethod
     def _answered(self, device: str, assignment: str) -> None:
         """Note that a report of this assignment is kept or refused."""
+
+    @abstractmethod
+    def _expel(self, device: str) -> str | None:
+        """Forget a device for good; its assignment, if that is awaited."""
 
     @abstractmethod
     def _settled(self, device: str, assignment: str, now: float) -> Answer | None:

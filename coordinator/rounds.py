@@ -75,6 +75,11 @@ class RoundMachine(Machine):
         elif self._is_awaited(device) and device not in self._replaced:
             self._missing[device] = now
 
+    def _expel(self, device: str) -> str | None:
+        self._waiting.remove(device)
+        self._away.pop(device, None)
+        return self._cohort[device] if self._is_awaited(device) else None
+
     def _answered(self, device: str, assignment: str) -> None:  # noqa: ARG002
         self._missing.pop(device, None)
 

@@ -19,10 +19,12 @@ from websockets.asyncio.server import serve as serve_websocket
 from websockets.exceptions import ConnectionClosed
 
 from coordinator.config import Configuration, Federation
+from coordinator.enrolment import Gate
 from coordinator.errors import AddressError
 from coordinator.federations import Federations
 from coordinator.happenings import observed_store
 from coordinator.rates import Buckets, network_of
+from coordinator.security import is_open, log_exposure, server_tls
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.sql import SqlStore
@@ -61,13 +63,19 @@ class WebSocketLink:
     """A server-side WebSocket as a Link, read no faster than the rates allow."""
 
     def __init__(
-        self, connection: ServerConnection, own_messages: Buckets, messages: Buckets, address: str
+        self,
+        connection: ServerConnection,
+        own_messages: Buckets,
+        messages: Buckets,
+        address: str,
+        channel: bytes,
     ) -> None:
         self._connection = connection
         # A device has one connection at a time, so what is counted here is the device's.
         self._own_messages = own_messages
         self._messages = messages
         self._address = address
+        self.channel = channel
 
     async def send(self, data: bytes) -> None:
         try:
@@ -103,6 +111,7 @@ class CoordinatorServer:
 
     async def __aenter__(self) -> CoordinatorServer:
         server = self._configuration.server
+        self.tls = server_tls(server)
         rates = server.rates
         self._roster = Roster(
             server.uploads_mib * limits.MIB,
@@ -126,7 +135,11 @@ class CoordinatorServer:
             for service in self.federations:
                 await service.open()
             await self.watch.begin([service.settings.name for service in self.federations])
+            self._gate = Gate(
+                self._store.devices, is_open=is_open(server), run_blocking=self._run_blocking
+            )
             self._server = await self._listen()
+            self._keeping_out = asyncio.create_task(self._keep_out())
             self.watch.ready()
         except BaseException:
             await self.watch.end()
@@ -147,6 +160,7 @@ class CoordinatorServer:
                     await self._ended.wait()
         await asyncio.gather(*(session.hang_up() for session in self._sessions))
         await self._server.wait_closed()
+        self._keeping_out.cancel()
         self.federations.close()
         await self.watch.end()
         await self._run_blocking(self._store.close)
@@ -167,6 +181,7 @@ class CoordinatorServer:
         waits: set[asyncio.Future[Any]] = {
             asyncio.ensure_future(self.stopping.wait()),
             *self.federations.failures,
+            self._keeping_out,
         }
         if self._configuration.server.exit_when_finished:
             waits.add(asyncio.ensure_future(self._finished()))
@@ -175,6 +190,8 @@ class CoordinatorServer:
             for failure in self.federations.failures:
                 if failure.done():
                     failure.result()
+            if self._keeping_out.done():
+                self._keeping_out.result()
         finally:
             for one in waits:
                 one.cancel()
@@ -189,6 +206,7 @@ class CoordinatorServer:
             hold_s=self._configuration.server.hold_s,
             control_every_s=CONTROL_EVERY_S,
             observe=self.watch.observe,
+            bounds=self._configuration.server.bounds,
         )
 
     async def _listen(self) -> Server:
@@ -204,6 +222,7 @@ class CoordinatorServer:
                 write_limit=WRITE_BYTES_MAX,
                 open_timeout=OPEN_TIMEOUT_S,
                 close_timeout=CLOSE_TIMEOUT_S,
+                ssl=self.tls.context if self.tls else None,
                 compression=None,
                 ping_interval=PING_INTERVAL_S,
                 ping_timeout=PONG_TIMEOUT_S,
@@ -223,8 +242,11 @@ class CoordinatorServer:
     async def _handle(self, connection: ServerConnection) -> None:
         address = network_of(str(connection.remote_address[0]))
         own = _buckets(self._configuration.server.rates.messages_per_device, MESSAGES_BURST_S)
-        link = WebSocketLink(connection, own, self._messages, address)
-        session = DeviceSession(link, self.federations, self._roster, self.watch.observe)
+        channel = self.tls.channel if self.tls else b""
+        link = WebSocketLink(connection, own, self._messages, address, channel)
+        session = DeviceSession(
+            link, self.federations, self._roster, self._gate, self.watch.observe
+        )
         wait_s = self._visits.take(address)
         if len(self._sessions) >= self._connections_max:
             await session.turn_away("too many connections", TURNED_AWAY_RETRY_S)
@@ -245,6 +267,11 @@ class CoordinatorServer:
             return "the coordinator is stopping"
         failed = any(failure.done() for failure in self.federations.failures)
         return "the coordinator has failed" if failed else None
+
+    async def _keep_out(self) -> None:
+        while True:
+            await asyncio.sleep(CONTROL_EVERY_S)
+            await self._roster.expel_barred(self._gate)
 
     async def _finished(self) -> None:
         """Returns when every device knows the end, or those that do not stay away for long."""
@@ -319,6 +346,7 @@ async def serve(configuration: Configuration) -> None:
         log.info("listening on %s:%d", configuration.server.host, server.port)
         if server.watch.port:
             log.info("dashboard at http://%s:%d/", configuration.admin.host, server.watch.port)
+        log_exposure(configuration.server, server.tls)
         await server.wait()
         log.info("stopping")
 

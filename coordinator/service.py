@@ -33,6 +33,7 @@ from coordinator.events import (
     Closed,
     CloseRound,
     Event,
+    Expelled,
     Finish,
     GoBack,
     Keep,
@@ -52,6 +53,7 @@ from coordinator.happenings import Acted, Observer, unobserved
 from coordinator.log import FederationLog
 from coordinator.machine import Machine, Phase
 from coordinator.rounds import RoundMachine
+from coordinator.screening import Bounds, Screening
 from coordinator.store.base import (
     Member,
     ReportRecord,
@@ -108,11 +110,13 @@ class FederationService:
         control_every_s: float = 0.0,
         clock: Callable[[], float] = time.time,
         observe: Observer = unobserved,
+        bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
     ) -> None:
         """`control_every_s` is how often the store is asked for the operator's wishes; 0: never."""
         self.settings = settings
         self._log = FederationLog(log, settings.name)
         self._start = start
+        self._screening = Screening(store.devices, bounds)
         self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
         self._store = store
         self._rng = rng
@@ -176,6 +180,13 @@ class FederationService:
         """What was offered under this digest, as long as its base version is kept."""
         return self._base.offered(digest) or await self._write(self._store.base, digest)
 
+    def ineligible(self, device: str, examples: int) -> str | None:
+        """Why a device with so many examples cannot take part, if so."""
+        least = self.settings.rounds.minimum_examples
+        if examples < least:
+            return f"the device has {examples} examples, the federation asks for {least}"
+        return self._screening.ineligible(device, examples)
+
     async def check_in(self, device: str, rank: int) -> Message:
         """Assignment, RetryWindow or Finished; may take as long as a device is held."""
         self._ranks[device] = min(rank, self.settings.adapter.rank)
@@ -183,7 +194,7 @@ class FederationService:
 
     async def offer(self, device: str, report: Report) -> Resume | Receipt:
         """Resume if the update is wanted, or the receipt of a report that is not."""
-        unfit = self._unfit(device, report)
+        unfit = self._unfit(device, report) or self._screening.misfit(device, report)
         event = Refused(device, report.assignment, unfit) if unfit else None
         reply = await self._ask(device, event or Offered(device, report.assignment))
         return cast(Resume | Receipt, reply)
@@ -196,10 +207,14 @@ class FederationService:
 
     async def left(self, device: str) -> None:
         """The device's connection is gone."""
-        reply = self._replies.pop(device, None)
-        if reply is not None:
-            reply.cancel()
+        self._forget_question(device)
         await self._drive(Left(device))
+
+    async def expelled(self, device: str, reason: str) -> None:
+        """The device's connection is gone, and it may not come back."""
+        self._forget_question(device)
+        self._unfinished.discard(device)
+        await self._drive(Expelled(device, reason))
 
     def close(self) -> None:
         """Stop the timer; the store is the caller's."""
@@ -240,6 +255,11 @@ class FederationService:
         self._replies[device] = reply
         await self._drive(event)
         return await reply
+
+    def _forget_question(self, device: str) -> None:
+        reply = self._replies.pop(device, None)
+        if reply is not None:
+            reply.cancel()
 
     async def _drive(self, event: Event | _Arrived) -> None:
         # In a task of its own: a session that is cancelled must not stop a change halfway.
@@ -324,6 +344,9 @@ class FederationService:
             case TakeUpdate(device, _):
                 self._reply(device, Resume(0))
             case Answer(device, assignment, status, reason):
+                if status is ReceiptStatus.REJECTED:
+                    count = partial(self._screening.count, device, assignment, reason)
+                    await self._run_blocking(count)
                 if status is ReceiptStatus.LATE:
                     status, reason = await self._late_or_kept(assignment, reason)
                 self._reply(device, Receipt(assignment, status, reason))
@@ -410,6 +433,8 @@ class FederationService:
             report.metrics,
             self._clock(),
             arrived.update,
+            report.base_version,
+            report.signature,
             open_round.number - given_in,
         )
 
@@ -426,6 +451,7 @@ class FederationService:
     def _unusable(self, update: NamedTensors) -> str | None:
         try:
             self._base.check(update)
+            self._screening.check(update)
         except UpdateError as error:
             return str(error)
         return None
@@ -475,9 +501,13 @@ class FederationService:
             return misfit
         given_in = self._machine.given_in(device, report.assignment)
         given = None if given_in is None else self._versions.get(given_in)
-        if given is None or report.base_version == given:
+        if given is None:
             return None  # what is too old to be remembered is late, which the machine says
-        return "it was trained from another base version"
+        if report.base_version != given:
+            return "it was trained from another base version"
+        if report.round != given_in:
+            return f"it is of round {report.round}, its assignment of {given_in}"
+        return None
 
     def _schedule_tick(self) -> None:
         if self._timer:

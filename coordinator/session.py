@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
+from coordinator.enrolment import Admitted, Gate
+from coordinator.errors import RefusedError, StoreError
 from coordinator.federations import Federations, UnknownFederationError
 from coordinator.happenings import Connected, Disconnected, Heard, Observer, Said, unobserved
 from coordinator.rates import Buckets
@@ -18,6 +21,7 @@ from protocol.connection import Connection, Role, State, default_hello
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.link import Link, LinkClosedError
 from protocol.messages import (
+    Challenge,
     CheckIn,
     Chunk,
     Fetch,
@@ -43,6 +47,7 @@ SEND_TIMEOUT_S: Final = 60.0
 # Silence while a device has nothing to say ends this long after a round's deadline.
 SILENCE_GRACE_S: Final = 600.0
 RETRY_AFTER_S: Final = 1.0
+HANG_UP_S: Final = 1.0
 BUSY_RETRY_AFTER_S: Final = 5.0
 UPLOADS_BYTES_MAX: Final = 64 * limits.MIB
 DOWNLOADS_BYTES_MAX: Final = 32 * limits.MIB
@@ -50,15 +55,6 @@ DOWNLOADS_BYTES_MAX: Final = 32 * limits.MIB
 JOINS_BURST_S: Final = 100.0
 
 Result = TypeVar("Result")
-
-
-class RefusedError(Exception):
-    """This session ends here, with a reason for the device."""
-
-    def __init__(self, code: ErrorCode, reason: str, retry_after_s: float = RETRY_AFTER_S) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.retry_after_s = retry_after_s
 
 
 class DeviceSession:
@@ -69,6 +65,7 @@ class DeviceSession:
         link: Link,
         federations: Federations,
         roster: Roster,
+        gate: Gate,
         observe: Observer = unobserved,
     ) -> None:
         self._link = link
@@ -76,11 +73,19 @@ class DeviceSession:
         self._service: FederationService
         self._roster = roster
         self._observe = observe
+        self._gate = gate
         self._connection = Connection(Role.COORDINATOR, default_hello("pf2lora-coordinator"))
         self._incoming: asyncio.Task[bytes] | None = None
         self._stop: asyncio.Future[RefusedError | None] = asyncio.get_running_loop().create_future()
-        self.device = ""
         self.federation = ""
+        self._admitted: Admitted | None = None
+        self._expelled: RefusedError | None = None
+        self._putting_out: asyncio.Task[None] | None = None
+
+    @property
+    def device(self) -> str:
+        """Who is at the other end, once that is proven; empty before."""
+        return self._admitted.device if self._admitted else ""
 
     async def run(self) -> None:
         """Hold the conversation; returns when the connection is over, whatever the reason."""
@@ -95,7 +100,7 @@ class DeviceSession:
             await self._refuse(ErrorCode.BUSY, "too many transfers", BUSY_RETRY_AFTER_S)
         except LinkClosedError:
             pass
-        except ConnectionError as error:
+        except (ConnectionError, StoreError) as error:
             await self._refuse(ErrorCode.INTERNAL, str(error))
         finally:
             self._observe(Disconnected(self.federation, self.device))
@@ -103,7 +108,10 @@ class DeviceSession:
                 self._incoming.cancel()
             if self._roster.remove(self):
                 with contextlib.suppress(Exception):
-                    await self._service.left(self.device)
+                    if self._expelled:
+                        await self._service.expelled(self.device, str(self._expelled))
+                    else:
+                        await self._service.left(self.device)
             await self._link.close()
 
     async def turn_away(self, reason: str, retry_after_s: float) -> None:
@@ -121,6 +129,19 @@ class DeviceSession:
 
     async def hang_up(self) -> None:
         """End now; what has come of an upload is kept."""
+        await self._link.close()
+
+    def expel(self, refusal: RefusedError) -> None:
+        """End now, whatever is under way: nothing that comes from here on is looked at."""
+        if self._expelled is None:
+            self._expelled = refusal
+            self._putting_out = asyncio.create_task(self._put_out(refusal))
+
+    async def _put_out(self, refusal: RefusedError) -> None:
+        # The device may be in the middle of a transfer, or not listening at all.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANG_UP_S):
+                await self._refuse(refusal.code, str(refusal))
         await self._link.close()
 
     async def _converse(self) -> None:
@@ -141,20 +162,26 @@ class DeviceSession:
         if not isinstance(hello, Hello):
             raise LinkClosedError
         await self._send(default_hello("pf2lora-coordinator"))
+        challenge = Challenge(secrets.token_bytes(limits.NONCE_BYTES))
+        await self._send(challenge)
         join = await self._receive()
         if not isinstance(join, Join):
             raise LinkClosedError
+        # First of all: who is not let in learns of no federation's name.
+        self._admitted = await self._gate.admit(
+            join, challenge.nonce, self._connection.version, self._link.channel
+        )
         try:
             self._service = self._federations.named(join.federation)
         except UnknownFederationError as error:
             raise RefusedError(ErrorCode.UNKNOWN_FEDERATION, str(error)) from None
         settings = self._service.settings
-        self.device, self.federation = join.device, settings.name
-        wait_s = self._roster.joins.take(join.device)
+        self.federation = settings.name
+        wait_s = self._roster.joins.take(self.device)
         if wait_s:
             raise RefusedError(ErrorCode.BUSY, "this device connects too often", wait_s)
         self._roster.add(self)
-        self._service.joined(join.device)
+        self._service.joined(self.device)
         await self._send(Joined(settings))
 
     async def _check_in(self, message: CheckIn) -> None:
@@ -164,12 +191,9 @@ class DeviceSession:
                 ErrorCode.FINGERPRINT,
                 f"the device's backbone is {message.fingerprint}, the federation's is {wanted}",
             )
-        least = self._service.settings.rounds.minimum_examples
-        if message.examples < least:
-            raise RefusedError(
-                ErrorCode.INELIGIBLE,
-                f"the device has {message.examples} examples, the federation asks for {least}",
-            )
+        ineligible = self._service.ineligible(self.device, message.examples)
+        if ineligible:
+            raise RefusedError(ErrorCode.INELIGIBLE, ineligible)
         answer = await self._unless_left(self._service.check_in(self.device, message.rank))
         await self._send(answer)
 
@@ -186,11 +210,16 @@ class DeviceSession:
                     raise _turn_is_over()
 
     async def _take_report(self, report: Report) -> None:
+        if self._admitted is None:
+            raise LinkClosedError
+        self._admitted.check_report(report, self._service.settings.name)
         reply = await self._service.offer(self.device, report)
         if isinstance(reply, Resume):
             # Also what the socket has read ahead.
             size_bytes = report.payload.size_bytes + 2 * self._connection.chunk_bytes
             async with self._roster.uploads.place(size_bytes) as place:
+                if self._expelled:
+                    raise self._expelled
                 if place.waited:  # its round may be over meanwhile
                     reply = await self._service.offer(self.device, report)
                 if isinstance(reply, Resume):
@@ -214,6 +243,11 @@ class DeviceSession:
     # --- the wire -----------------------------------------------------------------------------
 
     async def _send(self, message: Message) -> None:
+        if self._expelled:
+            raise self._expelled
+        await self._put(message)
+
+    async def _put(self, message: Message) -> None:
         data = self._connection.send(message)
         try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -238,6 +272,8 @@ class DeviceSession:
         )
         if self._incoming.done():
             task, self._incoming = self._incoming, None
+            if self._expelled:
+                raise self._expelled
             message = self._connection.receive(task.result())
             self._observe(Heard(self.federation, self.device, message, len(task.result())))
             return message
@@ -282,14 +318,14 @@ class DeviceSession:
     async def _refuse(
         self, code: ErrorCode, reason: str, retry_after_s: float = RETRY_AFTER_S
     ) -> None:
+        if self._connection.state is State.CLOSED:
+            return
         about = {"federation": self.federation, "device": self.device, "code": code.value}
         who = self.device or "a device"
         log.warning("refused %s: %s: %s", who, code.value, reason, extra=about)
-        if self._connection.state is State.CLOSED:
-            return
         short = reason.encode()[:500].decode(errors="ignore")
         with contextlib.suppress(LinkClosedError):
-            await self._send(Refusal(code, short, retry_after_s))
+            await self._put(Refusal(code, short, retry_after_s))
 
 
 def _turn_is_over() -> RefusedError:
@@ -331,3 +367,10 @@ class Roster:
             return False
         del self._sessions[key]
         return True
+
+    async def expel_barred(self, gate: Gate) -> None:
+        """End the sessions of devices that may not be here any more."""
+        barred = await gate.barred()
+        for session in list(self._sessions.values()):
+            if session.device in barred:
+                session.expel(barred[session.device])

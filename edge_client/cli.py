@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from quantization.schemes import Scheme
 _SCHEMES = [scheme.value for scheme in Scheme]
 _COMPUTE_DTYPES = ["float32", "bfloat16"]
 _COMPUTE_DTYPE_HELP = "of the products of 4- and 8-bit layers; default float32, on CUDA bfloat16"
+ENROLMENT_VARIABLE = "PF2LORA_CLIENT_TOKEN"
 EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"
 
 
@@ -60,7 +62,15 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="take part until the federation's rounds are over")
     run.set_defaults(command=_run)
-    run.add_argument("--coordinator", required=True, help="ws://host:port")
+    run.add_argument("--coordinator", required=True, help="wss://host:port or ws://host:port")
+    run.add_argument("--ca-file", type=Path, help="PEM file of the authorities to trust for wss")
+    run.add_argument("--client-certificate", type=Path, help="PEM file, where TLS is mutual")
+    run.add_argument("--client-key", type=Path, help="its private key")
+    run.add_argument(
+        "--token",
+        default=os.environ.get(ENROLMENT_VARIABLE, ""),
+        help=f"enrols this device; others on this machine cannot see it in ${ENROLMENT_VARIABLE}",
+    )
     run.add_argument("--federation", default="", help="its name; none asks for the only one")
     run.add_argument(
         "--tell-accuracy",
@@ -157,12 +167,17 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
+_TLS_FLAGS = ("ca_file", "client_certificate", "client_key")
+
+
 def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> EdgeClient:
     return EdgeClient(
         coordinator,
         options.data,
         options.state_dir,
         federation=getattr(options, "federation", ""),
+        **{name: getattr(options, name, None) for name in _TLS_FLAGS},
+        token=getattr(options, "token", ""),
         backbone=options.backbone,
         scheme=options.scheme,
         device=options.device,

@@ -20,8 +20,10 @@ from pathlib import Path
 from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
 from edge_client.backends.loading import choose, load_trainer
 from edge_client.data import Example, FieldNames
+from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
+from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
 from protocol.federation import FederationSettings
@@ -69,6 +71,10 @@ class EdgeClient:
             holds out (with the common adapter alone, and with its personal one) and the range of
             its learned ranks: four numbers for its operators to look at.
         seed: of the held-out choice, the batches and the personal adapter's start.
+        ca_file: PEM file of the authorities to trust for wss, where the system's do not do.
+        client_certificate: PEM file, where the coordinator wants to see one.
+        client_key: its private key.
+        token: enrols this device where the coordinator does not know it yet; used up by that.
         progress: called with one line of text now and then, possibly from another thread.
 
     Raises:
@@ -94,6 +100,10 @@ class EdgeClient:
         fields: FieldNames | None = None,
         seed: int = 0,
         tell_accuracy: bool = False,
+        ca_file: str | Path | None = None,
+        client_certificate: str | Path | None = None,
+        client_key: str | Path | None = None,
+        token: str = "",
         progress: Progress = _silent,
     ) -> None:
         self._choice = choose(
@@ -105,13 +115,16 @@ class EdgeClient:
             artifact=artifact,
             artifact_digest=artifact_digest,
         )
-        self._dial = websocket_dial(coordinator)
+        tls = TlsFiles(ca_file, client_certificate, client_key)
+        self._dial = websocket_dial(coordinator, tls)
         self._federation = federation
+        self._token = token
         self._seed = seed
         self._backbone = backbone
         self._store = PrivateStore(Path(state_dir))
         self._open = contextlib.ExitStack()
         self._open.enter_context(self._store.lock())
+        self._identity = Identity.from_pem(self._store.secret("device.key", new_key))
         self._traffic = Traffic()
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         self._worker = DeviceWorker(
@@ -133,7 +146,7 @@ class EdgeClient:
         asyncio.run(self._run())
         state = self._worker.state
         return RunSummary(
-            state.device_id,
+            self._identity.device,
             state.rounds_done,
             self._traffic.sent_bytes,
             self._traffic.received_bytes,
@@ -201,8 +214,9 @@ class EdgeClient:
             self._dial,
             self._worker,
             federation=self._federation,
-            device=self._store.device_id(),
+            identity=self._identity,
             rng=random.Random(),
+            token=self._token,
         )
         session.traffic = self._traffic
         task = asyncio.ensure_future(session.run())

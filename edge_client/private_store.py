@@ -11,9 +11,9 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import struct
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +39,6 @@ class DeviceState:
 
     federation: str
     fingerprint: str
-    device_id: str
     steps_done: int
     rounds_done: int
     groups: Mapping[str, Group]
@@ -93,7 +92,6 @@ class PrivateStore:
             "format": FORMAT,
             "federation": state.federation,
             "fingerprint": state.fingerprint,
-            "device_id": state.device_id,
             "steps_done": state.steps_done,
             "rounds_done": state.rounds_done,
             "groups": {group: list(arrays) for group, arrays in state.groups.items()},
@@ -117,12 +115,26 @@ class PrivateStore:
                     "use another state folder"
                 )
 
-    def device_id(self) -> str:
-        """This device's name: random, made once, kept for good."""
-        path = self.folder / "device-id"
+    def secret(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """A small file that only its owner may read: made once, kept for good.
+
+        Raises:
+            StateError: it cannot be read, or others than its owner could have read it.
+        """
+        path = self.folder / name
         if not path.exists():
-            self._write(path.name, uuid.uuid4().hex.encode())
-        return path.read_text().strip()
+            self._write(name, make())
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            data = path.read_bytes()
+        except OSError as error:
+            raise StateError(f"{path} cannot be read: {error.strerror}") from error
+        if mode & 0o077:
+            raise StateError(
+                f"{path} has mode {mode:03o}: others could have read it; if nobody has, chmod 600 "
+                "it, otherwise remove it, and the device is a new one to its coordinators"
+            )
+        return data
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -183,7 +195,6 @@ def _parsed(data: bytes, path: Path) -> DeviceState:
     return DeviceState(
         header["federation"],
         header["fingerprint"],
-        header["device_id"],
         header["steps_done"],
         header["rounds_done"],
         groups,

@@ -15,17 +15,19 @@ import contextlib
 import logging
 import random
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar, cast, overload
 
 from edge_client.errors import RefusedError, UnreachableError
-from edge_client.transport import Dial
+from edge_client.identity import Identity
+from edge_client.transport import Dial, UntrustedError
 from protocol.connection import Connection, Role, default_hello
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.federation import FederationSettings
 from protocol.link import Link, LinkClosedError
 from protocol.messages import (
     Assignment,
+    Challenge,
     CheckIn,
     Chunk,
     Fetch,
@@ -42,6 +44,7 @@ from protocol.messages import (
     Resume,
     RetryWindow,
 )
+from protocol.signing import UNSIGNED, join_statement, report_statement
 from protocol.tensors import NamedTensors, Payload
 from protocol.transfer import Receiver, chunks
 
@@ -78,6 +81,7 @@ class FinishedReport:
     """The result of an assignment, as it will be sent."""
 
     assignment: str
+    round: int
     base_version: bytes
     examples: int
     metrics: tuple[Metric, ...]
@@ -135,8 +139,9 @@ class Session:
         worker: Worker,
         *,
         federation: str,
-        device: str,
+        identity: Identity,
         rng: random.Random,
+        token: str = "",
         patience_s: float = PATIENCE_S,
         first_contact_patience_s: float | None = None,
         reply_timeout_s: float = REPLY_TIMEOUT_S,
@@ -144,7 +149,8 @@ class Session:
         self._dial = dial
         self._worker = worker
         self._federation = federation
-        self._device = device
+        self._identity = identity
+        self._token = token
         self._rng = rng
         self._patience_s = patience_s
         self._first_contact_patience_s = first_contact_patience_s or FIRST_CONTACT_PATIENCE_S
@@ -182,12 +188,15 @@ class Session:
     async def _converse(self, line: _Line) -> bool:
         """True when the federation is finished, False to connect anew later."""
         await line.ask(default_hello("pf2lora-client"), Hello)
-        joined = await line.ask(Join(self._federation, self._device), Joined)
+        challenge = await line.receive(Challenge)
+        self._met = True
+        joined = await line.ask(self._join(line, challenge), Joined)
         await self._worker.prepare(joined.settings)
         while True:
             report = self._worker.unsent()
             if report is not None:
-                await self._worker.settled(await self._send_report(line, report))
+                receipt = await self._send_report(line, report, joined.settings.name)
+                await self._worker.settled(receipt)
                 self._progressed()
             offer = self._worker.offer()
             answer = await line.ask(
@@ -211,6 +220,11 @@ class Session:
                     await line.send(Goodbye("finished"))
                     return True
 
+    def _join(self, line: _Line, challenge: Challenge) -> Join:
+        join = Join(self._federation, self._identity.key, line.channel, self._token, UNSIGNED)
+        statement = join_statement(join, challenge.nonce, line.connection.version)
+        return replace(join, signature=self._identity.sign(statement))
+
     async def _payload(self, line: _Line, payload: Payload) -> NamedTensors:
         held = self._worker.held(payload.digest)
         if held is not None:
@@ -226,14 +240,18 @@ class Session:
         self._receiver = None
         return receiver.tensors()
 
-    async def _send_report(self, line: _Line, report: FinishedReport) -> Receipt:
+    async def _send_report(self, line: _Line, report: FinishedReport, federation: str) -> Receipt:
         message = Report(
             report.assignment,
+            report.round,
             report.base_version,
             report.examples,
             report.metrics,
             report.update.payload(),
+            UNSIGNED,
         )
+        statement = report_statement(message, federation, self._identity.device)
+        message = replace(message, signature=self._identity.sign(statement))
         reply = await line.ask(message, Resume, Receipt)
         if isinstance(reply, Receipt):
             return reply
@@ -242,7 +260,6 @@ class Session:
         return await line.receive(Receipt)
 
     def _progressed(self) -> None:
-        self._met = True
         self._failures = 0
         self._failing_since = None
 
@@ -253,6 +270,8 @@ class Session:
         if self._failing_since is None:
             self._failing_since = now
         patience_s = self._patience_s if self._met else self._first_contact_patience_s
+        if isinstance(error, UntrustedError) and not self._met:
+            patience_s = -1.0  # a wrong authority or address, and no moment's trouble
         self._failures += 1
         if now - self._failing_since > patience_s:
             raise UnreachableError(str(error), self._failures) from error
@@ -270,6 +289,7 @@ class _Line:
 
     def __init__(self, link: Link, traffic: Traffic, reply_timeout_s: float) -> None:
         self.connection = Connection(Role.DEVICE, default_hello("pf2lora-client"))
+        self.channel = link.channel
         self._link = link
         self._traffic = traffic
         self._reply_timeout_s = reply_timeout_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Final
 from urllib.parse import urlsplit
@@ -10,8 +11,10 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from edge_client.errors import ConfigurationError
+from edge_client.tls import TlsFiles, client_context, explained, is_untrusted
 from protocol import limits
 from protocol.link import Link, LinkClosedError
+from protocol.signing import channel_of
 
 Dial = Callable[[], Awaitable[Link]]
 
@@ -20,11 +23,18 @@ PING_INTERVAL_S: Final = 20.0
 PONG_TIMEOUT_S: Final = 60.0
 
 
+class UntrustedError(LinkClosedError):
+    """The coordinator's certificate is not one that this device takes."""
+
+
 class WebSocketLink:
     """A client-side WebSocket as a Link."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
+        tls: ssl.SSLObject | None = socket.transport.get_extra_info("ssl_object")
+        certificate = tls.getpeercert(binary_form=True) if tls else None
+        self.channel = channel_of(certificate) if certificate else b""
 
     async def send(self, data: bytes) -> None:
         try:
@@ -42,8 +52,10 @@ class WebSocketLink:
         await self._socket.close()
 
 
-def websocket_dial(coordinator: str) -> Dial:
+def websocket_dial(coordinator: str, tls: TlsFiles | None = None) -> Dial:
     """What opens connections to `ws://host:port`, `wss://host:port` or plain `host:port`.
+
+    Over wss the coordinator's certificate and host name are checked.
 
     Raises:
         ConfigurationError: the address is none.
@@ -59,10 +71,16 @@ def websocket_dial(coordinator: str) -> Dial:
             "coordinator", f"{coordinator!r} is no address", "ws://host:port, wss://host:port"
         )
 
+    files = tls or TlsFiles()
+    if parts.scheme == "ws" and files != TlsFiles():
+        raise ConfigurationError("coordinator", f"{address} has no TLS", "wss://host:port")
+    context = client_context(files) if parts.scheme == "wss" else None
+
     async def dial() -> Link:
         try:
             socket = await connect(
                 address,
+                ssl=context,
                 max_size=limits.MESSAGE_BYTES_MAX,
                 compression=None,
                 proxy=None,
@@ -71,7 +89,8 @@ def websocket_dial(coordinator: str) -> Dial:
                 ping_timeout=PONG_TIMEOUT_S,
             )
         except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed) as error:
-            raise LinkClosedError(f"{address}: {error or type(error).__name__}") from error
+            kind = UntrustedError if is_untrusted(error) else LinkClosedError
+            raise kind(f"{address}: {explained(error, encrypted=bool(context))}") from error
         return WebSocketLink(socket)
 
     return dial

@@ -116,8 +116,9 @@ class DeviceWorker:
         metrics = json.loads(str(facts["report_metrics"]))
         return FinishedReport(
             str(facts["report_assignment"]),
+            int(facts["report_round"] or 0),
             bytes.fromhex(str(facts["report_base"])),
-            len(self.training_rows),
+            int(facts["report_examples"] or 0),
             tuple(Metric(name, value) for name, value in metrics.items()),
             NamedTensors(tuple(specs), state.groups["report"]["buffer"].tobytes()),
         )
@@ -242,7 +243,6 @@ class DeviceWorker:
             DeviceState(
                 federation=settings.name,
                 fingerprint=trainer.fingerprint,
-                device_id=self._store.device_id(),
                 steps_done=0,
                 rounds_done=0,
                 groups={"personal": trainer.personal(), "optimizer": trainer.optimizer_state()},
@@ -284,6 +284,8 @@ class DeviceWorker:
                 facts={
                     **state.facts,
                     "report_assignment": assignment.assignment,
+                    "report_round": assignment.round,
+                    "report_examples": len(self.training_rows),
                     "report_base": assignment.base_version.hex(),
                     "report_metrics": json.dumps(metrics),
                     "report_specs": json.dumps([(s.name, s.shape) for s in update.specs]),

@@ -13,6 +13,7 @@ from protocol import codec, limits
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.messages import (
     Assignment,
+    Challenge,
     CheckIn,
     Chunk,
     Fetch,
@@ -46,6 +47,7 @@ class State(Enum):
 
     NEW = auto()
     GREETED = auto()
+    CHALLENGING = auto()
     OPEN = auto()
     JOINING = auto()
     READY = auto()
@@ -62,7 +64,8 @@ _DEVICE, _COORDINATOR = Role.DEVICE, Role.COORDINATOR
 # (state, who speaks) -> what may be said -> the state after it. Chunks: the state after the last.
 TABLE: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.NEW, _DEVICE): {Hello: State.GREETED},
-    (State.GREETED, _COORDINATOR): {Hello: State.OPEN},
+    (State.GREETED, _COORDINATOR): {Hello: State.CHALLENGING},
+    (State.CHALLENGING, _COORDINATOR): {Challenge: State.OPEN},
     (State.OPEN, _DEVICE): {Join: State.JOINING},
     (State.JOINING, _COORDINATOR): {Joined: State.READY},
     (State.READY, _DEVICE): {

@@ -25,6 +25,11 @@ class ErrorCode(Enum):
     UNKNOWN_FEDERATION = "unknown_federation"
     FINGERPRINT = "fingerprint"
     INELIGIBLE = "ineligible"
+    SIGNATURE = "signature"
+    TOKEN = "token"  # noqa: S105 - the reason, no secret
+    PENDING = "pending"
+    REVOKED = "revoked"
+    QUARANTINED = "quarantined"
     NOT_FOUND = "not_found"
     SUPERSEDED = "superseded"
     BUSY = "busy"
@@ -44,6 +49,10 @@ class ErrorCode(Enum):
             ErrorCode.UNKNOWN_FEDERATION,
             ErrorCode.FINGERPRINT,
             ErrorCode.INELIGIBLE,
+            ErrorCode.SIGNATURE,
+            ErrorCode.TOKEN,
+            ErrorCode.REVOKED,
+            ErrorCode.QUARANTINED,
         }
 
 

@@ -31,6 +31,7 @@ class FakeLink:
         self._last_arrival = 0.0
         self.other: FakeLink
         self.sent: list[bytes] = []  # everything this end put on the wire
+        self.channel = b""
 
     async def send(self, data: bytes) -> None:
         if self._closed:

@@ -8,7 +8,7 @@ from typing import Final
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
-PROTOCOL_VERSIONS: Final = (1,)
+PROTOCOL_VERSIONS: Final = (2,)
 VERSIONS_MAX: Final = 16
 
 MESSAGE_BYTES_MAX: Final = 2 * MIB
@@ -24,7 +24,10 @@ TENSOR_SIDE_MAX: Final = 1 << 28
 
 NAME_BYTES_MAX: Final = 128
 TEXT_BYTES_MAX: Final = 2 * KIB
-DEVICE_ID_BYTES_MAX: Final = 64
+KEY_BYTES: Final = 32  # Ed25519
+SIGNATURE_BYTES: Final = 64
+NONCE_BYTES: Final = 32
+TOKEN_BYTES_MAX: Final = 128
 METRICS_MAX: Final = 32
 LABELS_MAX: Final = 1024
 TARGET_MODULES_MAX: Final = 256

@@ -15,6 +15,13 @@ class LinkClosedError(ConnectionError):
 class Link(Protocol):
     """Ordered delivery of whole messages while it lasts."""
 
+    @property
+    def channel(self) -> bytes:
+        """Names the coordinator's certificate (signing.channel_of); empty without TLS.
+
+        Each end says what it knows by itself: where the two differ, someone is in between.
+        """
+
     async def send(self, data: bytes) -> None:
         """Hand over one message; waits while the other side is slow.
 

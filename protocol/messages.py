@@ -3,6 +3,7 @@
 A session from the device's side (connection.py holds who may say what when):
 
     Hello ->            <- Hello                versions and limits, both ways
+                        <- Challenge            what the device must sign to prove its key
     Join ->             <- Joined               the federation's settings
     CheckIn ->          <- Assignment           train this base version; or
                         <- RetryWindow          come back later; or
@@ -26,7 +27,11 @@ from protocol.schema import Blob, Integer, Items, Real, Text
 from protocol.tensors import Digest, Payload
 
 NameOrNone = Annotated[str, Text(limits.NAME_BYTES_MAX, 0, NAME_PATTERN + "|")]
-DeviceId = Annotated[str, Text(limits.DEVICE_ID_BYTES_MAX, 1, r"[A-Za-z0-9._-]+")]
+PublicKey = Annotated[bytes, Blob(limits.KEY_BYTES, limits.KEY_BYTES)]
+Signature = Annotated[bytes, Blob(limits.SIGNATURE_BYTES, limits.SIGNATURE_BYTES)]
+Nonce = Annotated[bytes, Blob(limits.NONCE_BYTES, limits.NONCE_BYTES)]
+Channel = Annotated[bytes, Blob(32)]
+Token = Annotated[str, Text(limits.TOKEN_BYTES_MAX, 0, r"[A-Za-z0-9_-]*")]
 AssignmentId = Annotated[str, Text(64, 1, r"[A-Za-z0-9._-]+")]
 Offset = Annotated[int, Integer(0, limits.PAYLOAD_BYTES_MAX)]
 Examples = Annotated[int, Integer(1, limits.EXAMPLES_MAX)]
@@ -49,12 +54,27 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Challenge:
+    """Sign this, new for every connection, to prove that you have your key."""
+
+    CODE: ClassVar[int] = 15
+    nonce: Nonce
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
-    """A device names itself and the federation it wants; no name asks for the only one there."""
+    """A device shows its key and names the federation it wants; no name asks for the only one.
+
+    `channel` is the SHA-256 of the certificate that it was shown, empty without TLS; `token` enrols
+    a key that is not known yet, and may be empty. signing.py says what is signed.
+    """
 
     CODE: ClassVar[int] = 2
     federation: NameOrNone
-    device: DeviceId
+    key: PublicKey
+    channel: Channel
+    token: Token
+    signature: Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +166,12 @@ class Report:
 
     CODE: ClassVar[int] = 10
     assignment: AssignmentId
+    round: Round
     base_version: Digest
     examples: Examples
     metrics: Annotated[tuple[Metric, ...], Items(limits.METRICS_MAX)]
     payload: Payload
+    signature: Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +224,7 @@ class Goodbye:
 
 Message = (
     Hello
+    | Challenge
     | Join
     | Joined
     | CheckIn

@@ -17,6 +17,7 @@ import numpy as np
 
 from coordinator.aggregation.staleness import staleness_factor
 from coordinator.control import Control
+from coordinator.store.devices import DeviceStore
 from protocol.federation import FederationSettings
 from protocol.messages import Metric
 from protocol.tensors import Array, NamedTensors, decoded
@@ -62,6 +63,7 @@ class ReportRecord:
 
     `round` and `attempt` are what it counts in; `staleness` is how many base versions there have
     been since its assignment's.
+    With the device's key, `base_version` and `signature` prove it: protocol/signing.py.
     """
 
     assignment: str
@@ -72,6 +74,8 @@ class ReportRecord:
     metrics: tuple[Metric, ...]
     received_at: float
     update: NamedTensors
+    base_version: bytes
+    signature: bytes
     staleness: int = 0
 
 
@@ -136,6 +140,10 @@ class RoundOutcome:
 
 class Store(Protocol):
     """All federations of one coordinator."""
+
+    @property
+    def devices(self) -> DeviceStore:
+        """Who may take part in them."""
 
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         """Begin a federation from its first base version; its name must be new."""

@@ -19,6 +19,7 @@ from coordinator.store.base import (
     RoundRecord,
     Snapshot,
 )
+from coordinator.store.memory_devices import MemoryDevices
 from protocol.federation import FederationSettings
 from protocol.tensors import NamedTensors
 
@@ -46,6 +47,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._federations: dict[str, _Federation] = {}
+        self.devices = MemoryDevices()
 
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         if settings.name in self._federations:

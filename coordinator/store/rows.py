@@ -19,7 +19,15 @@ def columns(name: str, tensors: NamedTensors) -> dict[str, Any]:
 
 def report_columns(federation: str, record: ReportRecord) -> dict[str, Any]:
     payload = record.update.payload()
-    message = Report(record.assignment, bytes(32), record.examples, record.metrics, payload)
+    message = Report(
+        record.assignment,
+        record.round - record.staleness,
+        record.base_version,
+        record.examples,
+        record.metrics,
+        payload,
+        record.signature,
+    )
     return {
         "assignment": record.assignment,
         "federation": federation,

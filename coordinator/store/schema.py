@@ -14,7 +14,7 @@ from coordinator.control import Wish
 from protocol import limits
 
 # All revisions, oldest first; migrations/versions has a file for each.
-REVISIONS: Final = ("0001", "0002", "0003", "0004")
+REVISIONS: Final = ("0001", "0002", "0003", "0004", "0005")
 # A length makes MySQL choose a type that holds this much; the others do not care.
 _Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
 
@@ -125,6 +125,24 @@ round_metrics = sa.Table(
     sa.Column("low", sa.Double, nullable=False),  # the quartiles
     sa.Column("median", sa.Double, nullable=False),
     sa.Column("high", sa.Double, nullable=False),
+)
+devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("device", sa.String(64), primary_key=True),
+    sa.Column("key", sa.LargeBinary(32), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("seen_at", sa.Double, nullable=False),
+    sa.Column("rejected", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Index("devices_by_status", "status"),
+)
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Column("used_by", sa.String(64)),
 )
 
 IS_CURRENT: Final = sa.and_(

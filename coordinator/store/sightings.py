@@ -61,6 +61,32 @@ class Sighting:
     told: dict[str, float] = field(default_factory=dict)
 
 
+_ADDED: Final = ("sent_bytes", "received_bytes", "kept", "rejected")
+_REPLACED: Final = ("round", "examples")  # where something is new
+_OF_DEVICE: Final = sa.and_(
+    sightings.c.federation == sa.bindparam("of_federation"),
+    sightings.c.device == sa.bindparam("of_device"),
+)
+_ADD: Final = (
+    sightings.update()
+    .where(_OF_DEVICE)
+    .values(
+        {
+            "state": sa.bindparam("new_state"),
+            "last_seen_at": sa.bindparam("new_seen_at"),
+            **{key: sightings.c[key] + sa.bindparam(f"new_{key}") for key in _ADDED},
+            **{
+                key: sa.func.coalesce(sa.bindparam(f"new_{key}"), sightings.c[key])
+                for key in _REPLACED
+            },
+        }
+    )
+)
+_TELL: Final = (
+    sightings.update().where(_OF_DEVICE).values({key: sa.bindparam(f"new_{key}") for key in TOLD})
+)
+
+
 def write_sightings(db: sa.Connection, seen: Mapping[tuple[str, str], Sighting]) -> None:
     """Add what is new to what is known of each (federation, device)."""
     known = _known(db, seen)
@@ -78,12 +104,12 @@ def write_sightings(db: sa.Connection, seen: Mapping[tuple[str, str], Sighting])
     if fresh:
         db.execute(sightings.insert(), fresh)
         _forget_oldest(db)
-    for (federation, device), sighting in seen.items():
-        db.execute(
-            sightings.update()
-            .where(sightings.c.federation == federation, sightings.c.device == device)
-            .values(_changes(sighting))
-        )
+    rows = [_row(name, sighting) for name, sighting in seen.items()]
+    if rows:
+        db.execute(_ADD, rows)
+    told = [_told_row(name, sighting) for name, sighting in seen.items() if sighting.told]
+    if told:
+        db.execute(_TELL, told)
 
 
 def all_away(db: sa.Connection, federations: Iterable[str]) -> None:
@@ -149,23 +175,23 @@ def _known(
     return frozenset(found)
 
 
-def _changes(sighting: Sighting) -> dict[str, Any]:
-    columns = sightings.c
-    changes: dict[str, Any] = {
-        "state": sighting.state.value,
-        "last_seen_at": sighting.seen_at,
-        "sent_bytes": columns.sent_bytes + sighting.sent_bytes,
-        "received_bytes": columns.received_bytes + sighting.received_bytes,
-        "kept": columns.kept + sighting.kept,
-        "rejected": columns.rejected + sighting.rejected,
+def _row(name: tuple[str, str], sighting: Sighting) -> dict[str, Any]:
+    row = {f"new_{key}": getattr(sighting, key) for key in (*_ADDED, *_REPLACED)}
+    federation, device = name
+    return {
+        **row,
+        "of_federation": federation,
+        "of_device": device,
+        "new_state": sighting.state.value,
+        "new_seen_at": sighting.seen_at,
     }
-    for name, value in (("round", sighting.round), ("examples", sighting.examples)):
-        if value is not None:
-            changes[name] = value
-    if sighting.told:
-        # What it no longer tells is no longer known.
-        changes |= {name: sighting.told.get(name) for name in TOLD}
-    return changes
+
+
+def _told_row(name: tuple[str, str], sighting: Sighting) -> dict[str, Any]:
+    federation, device = name
+    # What it no longer tells is no longer known.
+    told = {f"new_{key}": sighting.told.get(key) for key in TOLD}
+    return {**told, "of_federation": federation, "of_device": device}
 
 
 def _forget_oldest(db: sa.Connection) -> None:

@@ -43,6 +43,7 @@ from coordinator.store.schema import (
     reports,
     rounds,
 )
+from coordinator.store.sql_devices import SqlDevices
 from protocol.federation import FederationSettings, settings_from_json, settings_to_json
 from protocol.messages import Assignment, Report
 from protocol.tensors import NamedTensors
@@ -68,6 +69,10 @@ class SqlStore(PartsTable):
         except BaseException:
             self.database.close()
             raise
+
+    @property
+    def devices(self) -> SqlDevices:
+        return SqlDevices(self._begin)
 
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         with self._begin() as db:
@@ -195,6 +200,8 @@ class SqlStore(PartsTable):
                     report.metrics,
                     row.received_at,
                     rows.tensors(report.payload, row.update_bytes),
+                    report.base_version,
+                    report.signature,
                     number - row.given_in,
                 )
             yield record

@@ -103,7 +103,9 @@ def test_exit_codes_and_messages_of_the_commands(
     assert cli.main(["serve", "--config", str(path.parent / "none.toml")]) == 2
     (path.parent / "bad.sqlite").write_bytes(b"rubbish" * 1000)
     assert cli.main(["serve", "--config", str(path), "--store", "sqlite:///bad.sqlite"]) == 3
-    assert cli.main(["serve", "--config", str(path), "--host", "203.0.113.7"]) == 4
+    elsewhere = ["serve", "--config", str(path), "--host", "203.0.113.7"]
+    assert cli.main(elsewhere) == 2
+    assert cli.main([*elsewhere, "--insecure"]) == 4
     (path.parent / "start.safetensors").unlink()
     assert cli.main(["check-config", "--config", str(path)]) == 2
     assert "pf2lora-client prepare" in capsys.readouterr().err

@@ -58,6 +58,11 @@ OTHER = {
     "server.hold_s": "3.5",
     "server.exit_when_finished": "true",
     "server.connections_max": "77",
+    "server.insecure": "true",
+    "server.enrolment": "required",
+    "server.update_rms_max": "0.5",
+    "server.examples_max": "99",
+    "server.quarantine_after": "7",
     "rounds.count": "7",
     "rounds.cohort": "5",
     "rounds.deadline_s": "12.5",
@@ -115,7 +120,8 @@ def test_every_key_has_a_flag_that_refuses_nonsense_by_name_and_a_variable_that_
 
 
 def test_keys_of_the_daemon_are_documented() -> None:
-    documented = OPERATIONS + (DOCS / "coordinator.md").read_text()
+    pages = ("operations.md", "coordinator.md", "security.md")
+    documented = "".join((DOCS / page).read_text() for page in pages)
     undocumented = [
         key
         for key in KEYS
@@ -187,7 +193,7 @@ def test_metrics_are_those_of_the_table(admin: AdminPort) -> None:
     admin.tell(
         Connected(),
         Said("reviews", "d", Joined(settings), 1),
-        Heard("reviews", "d", Report("a", bytes(32), 1, (), payload), 1),
+        Heard("reviews", "d", Report("a", 1, bytes(32), 1, (), payload, bytes(64)), 1),
         Said("reviews", "d", Receipt("a", ReceiptStatus.LATE, ""), 1),
         Said("reviews", "d", Refusal(ErrorCode.TIMEOUT, "", 1.0), 1),
         Acted("reviews", OpenRound(9, 1, 9.0, ()), 0.1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from coordinator.happenings import (
     Happening,
     Heard,
     Said,
+    all_of,
     observed_store,
 )
 from coordinator.ledger import Ledger
@@ -57,7 +59,7 @@ TOLD = (
     Metric("rank_max", 5.0),
     Metric("steps", 3.0),
 )
-REPORT = Report("a-1", bytes(32), 70, TOLD, PAYLOAD)
+REPORT = Report("a-1", 1, bytes(32), 70, TOLD, PAYLOAD, bytes(64))
 
 
 @pytest.fixture
@@ -144,7 +146,7 @@ def test_bytes_reports_and_what_is_told_add_up_over_writes(store: SqlStore) -> N
     assert (second.sent_bytes, second.kept, second.rejected) == (12, 1, 1)
     assert second.accuracy_personal == 0.8
     assert second.first_seen_at == first.first_seen_at
-    silent = Report("a-1", bytes(32), 70, (Metric("loss", 0.4),), PAYLOAD)
+    silent = replace(REPORT, metrics=(Metric("loss", 0.4),))
     (third,) = _after(
         store, _said(JOINED), _heard(silent), _receipt(ReceiptStatus.ACCEPTED)
     ).devices
@@ -181,7 +183,9 @@ def _close_round(store: SqlStore, values: list[float]) -> None:
     store.open_round("reviews", RoundRecord(1, 1, BASE.digest(), 10.0, 70.0, cohort))
     for member, value in zip(cohort, values, strict=True):
         told = (Metric("loss", value), *((Metric("own", 1.0),) if value > 2 else ()))
-        report = ReportRecord(member.assignment, member.device, 1, 1, 9, told, 20.0, BASE)
+        report = ReportRecord(
+            member.assignment, member.device, 1, 1, 9, told, 20.0, BASE, bytes(32), bytes(64)
+        )
         store.keep_reports("reviews", [report])
     store.close_round("reviews", 1, 1, BASE, 80.0)
 
@@ -219,3 +223,14 @@ def test_an_observed_store_gives_and_raises_what_the_store_does() -> None:
     with pytest.raises(Exception, match="already"):
         store.create(SETTINGS, BASE)
     assert seen == ["create", "load", "create"]
+
+
+def test_an_observer_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Happening] = []
+
+    def fail(_: Happening) -> None:
+        raise RuntimeError("a fault in it")
+
+    all_of(fail, seen.append)(GONE)
+    assert seen == [GONE]
+    assert "a fault in it" in caplog.text

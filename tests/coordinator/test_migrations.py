@@ -67,7 +67,8 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date_with_all_it_holds(old
         assert snapshot.last_asked == {"a": 2, "b": 2}
         assert store.control("demo") == Control(Wish.PAUSE)
         (report,) = store.reports("demo", 2, 1)
-        assert (report.device, report.examples) == ("b", 9)
+        assert (report.device, report.round, report.examples) == ("b", 2, 9)
+        assert report.signature == bytes(64)
         assert bytes(report.update.buffer) == bytes(UPDATE.buffer)
         assert store.has_report("demo", "1-2-a")
         assert [base.number for base in store.bases("demo")] == [0, 1]
@@ -75,6 +76,7 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date_with_all_it_holds(old
             (o.number, o.attempt, o.outcome.value, o.reports) for o in store.history("demo")
         ]
         assert outcomes == [(1, 1, "abandoned", 1), (1, 2, "aggregated", 2)]
+        assert store.devices.all() == []
         assert upkeep.check(store) == ["demo"]
 
 

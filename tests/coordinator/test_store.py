@@ -51,7 +51,18 @@ def _round(number: int = 1, attempt: int = 1) -> RoundRecord:
 def _report(device: str, number: int = 1, attempt: int = 1) -> ReportRecord:
     metrics = (Metric("loss", 0.5),)
     name = f"{number}-{attempt}-{device}"
-    return ReportRecord(name, device, number, attempt, 9, metrics, 20.0, UPDATE)
+    return ReportRecord(
+        name,
+        device,
+        number,
+        attempt,
+        9,
+        metrics,
+        20.0,
+        UPDATE,
+        BASE.digest(),
+        bytes(range(64)),
+    )
 
 
 class StoreContract:
@@ -87,6 +98,7 @@ class StoreContract:
         kept = list(store.reports("demo", 1, 1))
         assert [report.device for report in kept] == ["a", "b"]
         assert kept[0].metrics == (Metric("loss", 0.5),)
+        assert (kept[0].base_version, kept[0].signature) == (BASE.digest(), bytes(range(64)))
         assert kept[0].update.specs == UPDATE.specs
         assert bytes(kept[0].update.buffer) == bytes(UPDATE.buffer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import signal
 import stat
@@ -12,15 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from edge_client.errors import StateError
+from edge_client.identity import Identity, new_key
 from edge_client.private_store import STATE_FILE, DeviceState, PrivateStore
 
 
 def _state(steps: int, size: int = 100) -> DeviceState:
     value = np.full((size,), steps, np.float32)
     groups = {"personal": {"x.C": value, "x.D": value[:0]}, "report": {}}
-    return DeviceState("fed", "sha256:1", "dev", steps, 2, groups, {"a": None, "b": 1.5, "c": "x"})
+    return DeviceState("fed", "sha256:1", steps, 2, groups, {"a": None, "b": 1.5, "c": "x"})
 
 
 def test_a_state_comes_back_whole(tmp_path: Path) -> None:
@@ -38,14 +42,51 @@ def test_a_state_comes_back_whole(tmp_path: Path) -> None:
 def test_only_the_owner_may_read(tmp_path: Path) -> None:
     store = PrivateStore(tmp_path / "state")
     store.save(_state(1))
-    store.device_id()
+    store.secret("device.key", new_key)
     assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
     for file in store.folder.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_the_device_id_is_made_once(tmp_path: Path) -> None:
-    assert PrivateStore(tmp_path).device_id() == PrivateStore(tmp_path).device_id()
+def _identity(folder: Path) -> Identity:
+    return Identity.from_pem(PrivateStore(folder).secret("device.key", new_key))
+
+
+def test_the_device_key_is_made_once_and_gives_the_device_its_id(tmp_path: Path) -> None:
+    first, again, other = (_identity(tmp_path / name) for name in ("a", "a", "b"))
+    assert first.key == again.key != other.key
+    assert first.device == again.device == hashlib.sha256(first.key).hexdigest()[:32]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o622])
+def test_a_key_that_others_could_have_read_is_refused(tmp_path: Path, mode: int) -> None:
+    _identity(tmp_path)
+    (tmp_path / "device.key").chmod(mode)
+    with pytest.raises(StateError, match=rf"device\.key has mode {mode:o}: others could"):
+        _identity(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "damaged"),
+        (b"rubbish", "damaged"),
+        (
+            ec.generate_private_key(ec.SECP256R1()).private_bytes(
+                Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+            ),
+            "no Ed25519 key",
+        ),
+    ],
+)
+def test_a_key_that_is_none_is_refused_and_not_replaced(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    store = PrivateStore(tmp_path)
+    store.secret("device.key", lambda: content)
+    with pytest.raises(StateError, match=problem):
+        _identity(tmp_path)
+    assert (tmp_path / "device.key").read_bytes() == content
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, 300])
@@ -77,7 +118,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 big = {"personal": {"x": np.ones(50_000, np.float32)}}
 try:
-    PrivateStore(Path(sys.argv[1])).save(DeviceState("fed", "f", "d", 9, 9, big))
+    PrivateStore(Path(sys.argv[1])).save(DeviceState("fed", "f", 9, 9, big))
 except StorageFullError as error:
     print(error)
     sys.exit(7)
@@ -107,7 +148,7 @@ store, steps = PrivateStore(Path(sys.argv[1])), 0
 while True:
     steps += 1
     arrays = {"x": np.full(20_000, steps, np.float32)}
-    store.save(DeviceState("fed", "f", "d", steps, 0, {"personal": arrays}))
+    store.save(DeviceState("fed", "f", steps, 0, {"personal": arrays}))
     print(steps, flush=True)
 """
 

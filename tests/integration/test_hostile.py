@@ -17,11 +17,11 @@ from websockets.exceptions import WebSocketException
 from edge_client.session import Session
 from edge_client.transport import websocket_dial
 from protocol import codec, limits
-from protocol.connection import default_hello
-from protocol.messages import Assignment, CheckIn, Chunk, Fetch, Join, Message, Report
+from protocol.messages import Assignment, CheckIn, Chunk, Fetch, Message
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
 from tests.integration.daemon import Daemon, write_federation
+from tests.simulation.raw_device import RawDevice
 from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
 
 HONEST = 27
@@ -58,16 +58,15 @@ async def _open(port: int) -> ClientConnection:
 
 async def _joined(port: int, name: str) -> ClientConnection:
     socket = await _open(port)
-    for message in (default_hello("hostile"), Join("sim", name)):
-        await socket.send(codec.encode(message))
-        await socket.recv(decode=False)
+    await RawDevice.over(socket, name).join()
     return socket
 
 
-async def _assigned(port: int, name: str) -> tuple[ClientConnection, Message]:
-    socket = await _joined(port, name)
-    await socket.send(codec.encode(CheckIn(FINGERPRINT, 100)))
-    return socket, codec.decode(await socket.recv(decode=False))
+async def _assigned(port: int, name: str) -> tuple[RawDevice, ClientConnection, Message]:
+    socket = await _open(port)
+    device = RawDevice.over(socket, name)
+    await device.join()
+    return device, socket, await device.ask(CheckIn(FINGERPRINT, 100))
 
 
 async def _malformed(port: int, name: str) -> None:
@@ -85,7 +84,7 @@ async def _stalled_frame(port: int, name: str) -> None:
 
 async def _stalled_reader(port: int, name: str) -> None:
     """Asks for downloads and does not read them."""
-    socket, answer = await _assigned(port, name)
+    _, socket, answer = await _assigned(port, name)
     socket.transport.pause_reading()
     if isinstance(answer, Assignment):
         for _ in range(1000):
@@ -94,11 +93,10 @@ async def _stalled_reader(port: int, name: str) -> None:
 
 
 async def _stalled_upload(port: int, name: str) -> None:
-    socket, answer = await _assigned(port, name)
+    device, _, answer = await _assigned(port, name)
     update = NamedTensors.from_flat(START.specs, np.zeros_like(START.flat()))
-    assignment = getattr(answer, "assignment", "none")
-    report = Report(assignment, START.digest(), 100, (), update.payload())
-    await socket.send(codec.encode(report))
+    if isinstance(answer, Assignment):
+        await device.send(device.report(answer, update.payload(), 100))
     await asyncio.sleep(3600)
 
 
@@ -130,13 +128,11 @@ async def _oversized(port: int, name: str) -> None:
 
 async def _lying(port: int, name: str) -> None:
     """Promises one update and sends another."""
-    socket, answer = await _assigned(port, name)
+    device, socket, answer = await _assigned(port, name)
     update = NamedTensors.from_flat(START.specs, np.ones_like(START.flat()))
     if isinstance(answer, Assignment):
-        report = Report(answer.assignment, answer.base_version, 100, (), update.payload())
-        await socket.send(codec.encode(report))
-        await socket.recv(decode=False)
-        await socket.send(codec.encode(Chunk(0, True, bytes(len(update.buffer)))))
+        await device.ask(device.report(answer, update.payload(), 100))
+        await device.send(Chunk(0, True, bytes(len(update.buffer))))
     await socket.wait_closed()
 
 
@@ -192,7 +188,7 @@ async def _take_part(device: FakeDevice, address: str) -> None:
         websocket_dial(address),
         device,
         federation="sim",
-        device=device.name,
+        identity=device.identity,
         rng=random.Random(device.name),
     )
     await session.run()

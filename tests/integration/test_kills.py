@@ -136,19 +136,28 @@ def _made_again(
     rules = settings(
         mode=Mode.ASYNCHRONOUS, count=len(kept), cohort=cohort, report_goal=goal, deadline_s=1e5
     )
-    by_name = {device.name: device for device in devices}
+    by_id = {device.id: device for device in devices}
     bases = [START]
     for number in sorted(kept):
         current = BaseVersion(rules, bases[-1], None)
         for assignment, name, given_in in kept[number]:
-            device = by_name[name]
+            device = by_id[name]
             update = device.update(given_in, bases[given_in - 1])
             staleness = number - given_in
-            current.add(
-                ReportRecord(
-                    assignment, name, number, 1, device.examples, (), 0.0, update, staleness
-                )
+            record = ReportRecord(
+                assignment=assignment,
+                device=name,
+                round=number,
+                attempt=1,
+                examples=device.examples,
+                metrics=(),
+                received_at=0.0,
+                update=update,
+                base_version=bases[given_in - 1].digest(),
+                signature=bytes(64),
+                staleness=staleness,
             )
+            current.add(record)
         store = MemoryStore()
         store.create(rules, START)
         base, _ = current.following(StoredReports(store, rules, number, 1))
@@ -219,7 +228,7 @@ class Harness:
                 websocket_dial(f"ws://127.0.0.1:{self.port}"),
                 device,
                 federation="sim",
-                device=device.name,
+                identity=device.identity,
                 rng=self.rng,
                 first_contact_patience_s=600.0,
             )

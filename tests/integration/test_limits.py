@@ -26,14 +26,13 @@ from protocol.messages import (
     CheckIn,
     Chunk,
     Hello,
-    Join,
     Message,
     Refusal,
-    Report,
     Resume,
 )
 from protocol.tensors import NamedTensors
 from tests.integration.daemon import write_federation
+from tests.simulation.raw_device import RawDevice
 from tests.simulation.world import FINGERPRINT, START, FakeDevice
 
 
@@ -44,11 +43,16 @@ def _configured(folder: Path, settings: str) -> CoordinatorServer:
 
 async def _first_word(port: int, *said: Message) -> Message:
     async with connect(f"ws://127.0.0.1:{port}") as socket:
-        answer: Message = Hello((1,), "", 2048, 1024)
+        answer: Message = default_hello("")
         for message in said:
             await socket.send(codec.encode(message))
             answer = codec.decode(await socket.recv(decode=False))
         return answer
+
+
+async def _joined(port: int, name: str) -> Message:
+    async with connect(f"ws://127.0.0.1:{port}") as socket:
+        return await RawDevice.over(socket, name).join()
 
 
 def test_over_the_cap_a_device_is_told_when_to_come_back(
@@ -73,7 +77,7 @@ def test_over_the_cap_a_device_is_told_when_to_come_back(
                     websocket_dial(address),
                     device,
                     federation="sim",
-                    device="patient",
+                    identity=device.identity,
                     rng=random.Random(1),
                     first_contact_patience_s=0.01,  # to be told to wait is to be answered
                 )
@@ -90,7 +94,7 @@ def test_an_address_or_a_device_that_comes_too_often_is_told_so(tmp_path: Path) 
     rates = "[server.rates]\nconnections_per_address = {}\nconnections_per_device = {}\n"
 
     async def scenario() -> None:
-        hello, join = default_hello("test"), Join("sim", "often")
+        hello = default_hello("test")
         (tmp_path / "a").mkdir()
         async with _configured(tmp_path / "a", rates.format(0.02, 0)) as running:
             answers = [await _first_word(running.port, hello) for _ in range(3)]
@@ -100,8 +104,8 @@ def test_an_address_or_a_device_that_comes_too_often_is_told_so(tmp_path: Path) 
         assert 40.0 <= answers[2].retry_after_s <= 50.0
         (tmp_path / "b").mkdir()
         async with _configured(tmp_path / "b", rates.format(0, 0.02)) as running:
-            answers = [await _first_word(running.port, hello, join) for _ in range(3)]
-            other = await _first_word(running.port, hello, Join("sim", "another"))
+            answers = [await _joined(running.port, "often") for _ in range(3)]
+            other = await _joined(running.port, "another")
         assert [isinstance(answer, Refusal) for answer in answers] == [False, False, True]
         assert not isinstance(other, Refusal)
 
@@ -172,10 +176,9 @@ def test_a_draining_daemon_puts_what_has_come_on_disk(
 
 async def _offering(socket: ClientConnection, update: NamedTensors) -> str:
     """Get an assignment and offer this update for it; the assignment."""
-    for message in (default_hello("test"), Join("sim", "slow"), CheckIn(FINGERPRINT, 10)):
-        await socket.send(codec.encode(message))
-        answer = codec.decode(await socket.recv(decode=False))
+    device = RawDevice.over(socket, "slow")
+    await device.join()
+    answer = await device.ask(CheckIn(FINGERPRINT, 10))
     assert isinstance(answer, Assignment)
-    report = Report(answer.assignment, answer.base_version, 10, (), update.payload())
-    await socket.send(codec.encode(report))
+    await device.send(device.report(answer, update.payload(), 10))
     return answer.assignment

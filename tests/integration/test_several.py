@@ -96,7 +96,7 @@ class Daemon:
             websocket_dial(f"ws://127.0.0.1:{self.port}"),
             device,
             federation=federation,
-            device=device.name,
+            identity=device.identity,
             rng=random.Random(device.name),
             first_contact_patience_s=100.0,
         )

@@ -30,6 +30,7 @@ class Watched:
     """A link that counts an update's bytes, and does something once when so many have gone."""
 
     def __init__(self, link: Link, watch: Watch) -> None:
+        self.channel = link.channel
         self._link = link
         self._watch = watch
 
@@ -79,7 +80,7 @@ def test_a_killed_coordinator_has_the_upload_go_on_where_the_disk_has_it(tmp_pat
 
         device = FakeDevice("device-0", training_s=0.0)
         session = Session(
-            watched, device, federation="sim", device=device.name, rng=random.Random(1)
+            watched, device, federation="sim", identity=device.identity, rng=random.Random(1)
         )
         await session.run()
         await daemon.kill()
@@ -117,7 +118,8 @@ async def main(address):
         link.send = loud
         return link
     device = FakeDevice("device-0", training_s=0.0)
-    await Session(spoken, device, federation="sim", device=device.name, rng=random.Random(1)).run()
+    who = device.identity
+    await Session(spoken, device, federation="sim", identity=who, rng=random.Random(1)).run()
 
 asyncio.run(main(sys.argv[1]))
 """

@@ -13,6 +13,7 @@ from protocol.federation import (
 )
 from protocol.messages import (
     Assignment,
+    Challenge,
     CheckIn,
     Chunk,
     Fetch,
@@ -43,8 +44,9 @@ SETTINGS = FederationSettings(
 SAMPLES: dict[type[Message], Message] = {
     type(message): message
     for message in (
-        Hello((1,), "test", 65536, 4096),
-        Join("demo", "device-1"),
+        Hello((2,), "test", 65536, 4096),
+        Challenge(bytes(range(32))),
+        Join("demo", b"\x01" * 32, b"\x02" * 32, "token", b"\x03" * 64),
         Joined(SETTINGS),
         CheckIn(FINGERPRINT, 100),
         Assignment("a1", 3, bytes(32), 60.0, PAYLOAD),
@@ -52,7 +54,7 @@ SAMPLES: dict[type[Message], Message] = {
         Finished(3, bytes(32), PAYLOAD),
         Fetch(bytes(32), 7),
         Chunk(7, True, b"\x00\x01"),
-        Report("a1", bytes(32), 100, (Metric("loss", 0.5),), PAYLOAD),
+        Report("a1", 3, bytes(32), 100, (Metric("loss", 0.5),), PAYLOAD, b"\x04" * 64),
         Resume(4096),
         Receipt("a1", ReceiptStatus.ACCEPTED, ""),
         Refusal(ErrorCode.BUSY, "full", 5.0),

@@ -118,7 +118,7 @@ def hold_in_every_round(outcome: Outcome) -> None:
         counted += [report.assignment for report in buffer.reports]
         for report in buffer.reports:
             given_in = report.round - report.staleness
-            (device,) = [device for device in outcome.devices if device.name == report.device]
+            (device,) = [device for device in outcome.devices if device.id == report.device]
             wanted = device.update(given_in, bases[given_in - 1])
             assert bytes(report.update.buffer) == bytes(wanted.buffer)
         if buffer.base:

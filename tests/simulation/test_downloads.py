@@ -71,7 +71,7 @@ def _added(base: BaseVersion, rank: int, change: float) -> None:
     before = received.arrays()
     update = NamedTensors.from_arrays({name: moved[name] - before[name] for name in moved})
     base.check(update)
-    base.add(ReportRecord("a", "d", 1, 1, 1, (), 0.0, update))
+    base.add(ReportRecord("a", "d", 1, 1, 1, (), 0.0, update, bytes(32), bytes(64)))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

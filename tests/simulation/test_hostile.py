@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 
 from edge_client.errors import RefusedError
+from edge_client.identity import Identity
 from protocol import codec
-from protocol.connection import Connection, Role, default_hello
+from protocol.connection import default_hello
 from protocol.federation import FederationSettings, Mode
 from protocol.link import Link, LinkClosedError
-from protocol.messages import CheckIn, Chunk, Join, Message, Report
+from protocol.messages import CheckIn, Chunk, Report
+from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
 from tests.simulation.laws import Outcome, WatchedStore, hold_in_every_round
+from tests.simulation.raw_device import RawDevice
 from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
 
 HONEST = 9
@@ -73,16 +76,10 @@ async def _again(attack: Callable[[Link], Awaitable[None]], world: World) -> Non
         await asyncio.sleep(0.2)
 
 
-async def _joined(link: Link) -> Connection:
-    connection = Connection(Role.DEVICE, default_hello("hostile"))
-
-    async def ask(message: Message) -> Message:
-        await link.send(connection.send(message))
-        return connection.receive(await link.receive())
-
-    await ask(default_hello("hostile"))
-    await ask(Join("sim", "hostile"))
-    return connection
+async def _joined(link: Link) -> RawDevice:
+    device = RawDevice(link, Identity.named("hostile"))
+    await device.join()
+    return device
 
 
 async def _garbage(link: Link) -> None:
@@ -105,20 +102,25 @@ async def _flood(link: Link) -> None:
 
 
 async def _takes_an_assignment_and_stalls(link: Link) -> None:
-    connection = await _joined(link)
-    await link.send(connection.send(CheckIn(FINGERPRINT, 100)))
+    device = await _joined(link)
+    await device.send(CheckIn(FINGERPRINT, 100))
 
 
 def _lying_about(change: Callable[[Report], Report], data: bytes) -> object:
     async def attack(link: Link) -> None:
-        connection = await _joined(link)
-        await link.send(connection.send(CheckIn(FINGERPRINT, 100)))
-        answer = connection.receive(await link.receive())
+        device = await _joined(link)
+        answer = await device.ask(CheckIn(FINGERPRINT, 100))
         update = NamedTensors.from_flat(START.specs, np.zeros_like(START.flat()))
         honest = Report(
-            getattr(answer, "assignment", "none"), START.digest(), 100, (), update.payload()
+            getattr(answer, "assignment", "none"),
+            getattr(answer, "round", 1),
+            START.digest(),
+            100,
+            (),
+            update.payload(),
+            UNSIGNED,
         )
-        await link.send(codec.encode(change(honest)))
+        await device.force(device.signed(change(honest)))
         await link.receive()
         await link.send(codec.encode(Chunk(0, True, data)))
 

@@ -23,21 +23,21 @@ def _vanishing(
     async def scenario() -> None:
         world = World(rules)
         await world.start()
-        tasks = {device.name: asyncio.create_task(world.take_part(device)) for device in devices}
+        tasks = {device.id: asyncio.create_task(world.take_part(device)) for device in devices}
         await asyncio.sleep(gone_at_s)
         snapshot = world.store.load("sim")
         assert snapshot is not None
         assert snapshot.open_round is not None
         asked = [member.device for member in snapshot.open_round.cohort]
-        by_name = {device.name: device for device in devices}
+        by_name = {device.id: device for device in devices}
         lost = by_name[asked[0]]
         (spare,) = (by_name[name] for name in by_name if name not in asked)
         found.update(world=world, lost=lost, spare=spare)
-        tasks.pop(lost.name).cancel()
+        tasks.pop(lost.id).cancel()
         if back_at_s is not None:
             await asyncio.sleep(back_at_s - gone_at_s)
             lost.training_s = min(lost.training_s, 100.0)
-            tasks[lost.name] = asyncio.create_task(world.take_part(lost))
+            tasks[lost.id] = asyncio.create_task(world.take_part(lost))
         await asyncio.gather(*tasks.values())
 
     simulate(scenario)
@@ -100,7 +100,7 @@ def test_the_assignment_of_a_spare_outlives_a_restart() -> None:
         assert snapshot is not None
         assert snapshot.open_round is not None
         asked = {member.device for member in snapshot.open_round.cohort}
-        gone = next(i for i, device in enumerate(devices) if device.name in asked)
+        gone = next(i for i, device in enumerate(devices) if device.id in asked)
         tasks.pop(gone).cancel()
         await asyncio.sleep(120.0)  # the spare trains
         await world.kill()

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
+from coordinator.enrolment import Gate
 from coordinator.errors import StoreError
 from coordinator.federations import Federations
+from coordinator.happenings import Happening, Said
+from coordinator.screening import Bounds
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession, Roster
 from coordinator.store.base import Store
 from coordinator.store.memory import MemoryStore
+from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from edge_client.splits import seeded
+from protocol.errors import ErrorCode
 from protocol.fake_link import FakeLink, Faults, fake_links
 from protocol.federation import (
     Backbone,
@@ -30,7 +36,7 @@ from protocol.federation import (
     WireDtype,
 )
 from protocol.link import Link, LinkClosedError
-from protocol.messages import Assignment, Metric, Receipt
+from protocol.messages import Assignment, Metric, Receipt, Refusal
 from protocol.tensors import NamedTensors, TensorSpec
 from protocol.virtual_time import at_once
 
@@ -65,11 +71,21 @@ class FakeDevice:
     dtype: WireDtype = WireDtype.FLOAT32
     training_s: float = 5.0
     fingerprint: str = FINGERPRINT
+    claimed: int = 0  # examples in reports, where not those that it has
     damage: Callable[[NamedTensors], NamedTensors] = _unharmed
     trained: list[int] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
     final: NamedTensors | None = None
     report: FinishedReport | None = None
+
+    @property
+    def identity(self) -> Identity:
+        return Identity.named(self.name)
+
+    @property
+    def id(self) -> str:
+        """As the coordinator knows it."""
+        return self.identity.device
 
     @property
     def examples(self) -> int:
@@ -92,8 +108,9 @@ class FakeDevice:
         await asyncio.sleep(self.training_s)
         self.report = FinishedReport(
             assignment.assignment,
+            assignment.round,
             assignment.base_version,
-            self.examples,
+            self.claimed or self.examples,
             (Metric("loss", 1.0),),
             self.damage(self.update(assignment.round, base)),
         )
@@ -180,6 +197,8 @@ class World:
         faults: Faults | None = None,
         store: Store | None = None,
         base: NamedTensors = START,
+        is_open: bool = True,
+        bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
     ) -> None:
         self.base = base
         self.settings = settings
@@ -188,6 +207,9 @@ class World:
         self.faults = faults or Faults()
         self.store = store or MemoryStore()
         self.writing_s = 0.0  # how long a call of the store takes
+        self.is_open = is_open
+        self.refusals: Counter[ErrorCode] = Counter()
+        self.bounds = bounds
         self.service: FederationService | None = None
         self.device_ends: list[FakeLink] = []
         self._sessions: set[asyncio.Task[None]] = set()
@@ -201,8 +223,15 @@ class World:
             rng=random.Random(1),
             run_blocking=self._process.run,
             clock=asyncio.get_running_loop().time,
+            bounds=self.bounds,
         )
         self.roster = Roster()
+        self.gate = Gate(
+            self.store.devices,
+            is_open=self.is_open,
+            run_blocking=at_once,
+            clock=asyncio.get_running_loop().time,
+        )
         await service.open()
         self.service = service  # from now on it listens
 
@@ -232,11 +261,17 @@ class World:
             raise LinkClosedError("nobody listens")
         device_end, coordinator_end = fake_links(self.rng, self.faults)
         self.device_ends.append(device_end)
-        session = DeviceSession(coordinator_end, Federations([self.service]), self.roster)
+        federations = Federations([self.service])
+        session = DeviceSession(coordinator_end, federations, self.roster, self.gate, self._observe)
         task = asyncio.create_task(session.run())
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
         return device_end
+
+    def _observe(self, happening: Happening) -> None:
+        match happening:
+            case Said(message=Refusal(code=code)):
+                self.refusals[code] += 1
 
     async def take_part(self, device: FakeDevice) -> None:
         await self.session(device).run()
@@ -246,7 +281,7 @@ class World:
             self.dial,
             device,
             federation="sim",
-            device=device.name,
+            identity=device.identity,
             rng=random.Random(f"{self.seed}/{device.name}"),
             first_contact_patience_s=3600.0,
         )

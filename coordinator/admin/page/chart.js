@@ -5,7 +5,7 @@ import { element } from "./format.js";
 
 const SPACE = "http://www.w3.org/2000/svg";
 const HEIGHT = 200;
-const MARGIN = { top: 8, right: 8, bottom: 22, left: 46 };
+const MARGIN = { top: 8, right: 8, bottom: 22, left: 52 };
 
 function svg(name, attributes, text) {
   const made = document.createElementNS(SPACE, name);
@@ -38,8 +38,8 @@ function extent(values, zero) {
 
 export class Chart {
   // curves: [{label, kind: "one" | "two" | "three", points: [{x, y, low?, high?}]}], sorted by x
-  constructor(host, { title, format, tick = format, zero = false, empty }) {
-    Object.assign(this, { title, format, tick, zero });
+  constructor(host, { title, format, tick = format, zero = false, counts = false, empty }) {
+    Object.assign(this, { title, format, tick, zero, counts });
     this.caption = element("figcaption");
     this.plot = svg("svg", { class: "plot", role: "img" });
     this.tip = element("div", { class: "tip", hidden: true });
@@ -77,11 +77,12 @@ export class Chart {
     this.y = (value) => bottom - ((value - ys[0]) / (ys[1] - ys[0])) * (bottom - MARGIN.top);
     const parts = [];
     for (const tick of ticks(ys[0], ys[1], 5)) {
+      if (this.counts && !Number.isInteger(tick)) continue;
       const y = this.y(tick);
       parts.push(svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y, y2: y }));
       parts.push(svg("text", { x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, this.tick(tick)));
     }
-    for (const tick of ticks(span[0], span[1], Math.max(2, Math.floor(width / 110)))) {
+    for (const tick of ticks(span[0], span[1], Math.max(2, Math.floor(width / 80)))) {
       if (!Number.isInteger(tick)) continue;
       const x = this.x(tick);
       const anchor = x > right - 12 ? "end" : "middle";

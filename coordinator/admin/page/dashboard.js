@@ -160,7 +160,7 @@ function makeCharts() {
   charts = {
     accuracy: make("accuracy", { title: "Held-out accuracy", format: percent, tick: (share) => `${number(100 * share)} %`, empty: accuracy }),
     loss: make("loss", { title: "Training loss", format: number, empty: "No round has ended yet." }),
-    reports: make("reports", { title: "Reports", format: (n) => number(n), zero: true, empty: "No round has ended yet." }),
+    reports: make("reports", { title: "Reports", format: number, zero: true, counts: true, empty: "No round has ended yet." }),
     time: make("time", { title: "Time of a round", format: seconds, zero: true, empty: "No round has ended yet." }),
   };
 }
@@ -192,7 +192,7 @@ function showCharts() {
 // --- devices ------------------------------------------------------------------------------------
 
 const COLUMNS = [
-  ["Device", "device", (d) => d.device],
+  ["Device", "device", (d) => element("span", { title: d.device }, d.device)],
   ["State", "state", (d) => element("span", { class: `state ${d.state}` }, d.state)],
   ["Last seen", "last_seen_at", (d) => element("span", { "data-at": d.last_seen_at }, ago(d.last_seen_at))],
   ["Round", "round", (d) => d.round ?? "–"],
@@ -217,9 +217,9 @@ function personal(device) {
   const said = percent(device.accuracy_personal);
   if (device.accuracy_common === null) return said;
   const gain = 100 * (device.accuracy_personal - device.accuracy_common);
-  const sign = gain > 0.05 ? "up" : gain < -0.05 ? "down" : "";
-  const text = ` ${gain < 0 ? "−" : "+"}${Math.abs(gain).toFixed(1)}`;
-  return element("span", {}, said, element("span", { class: sign }, text));
+  const [kind, sign] = gain >= 0.05 ? ["up", "+"] : gain <= -0.05 ? ["down", "−"] : ["", "±"];
+  const text = ` ${sign}${Math.abs(gain).toFixed(1)}`;
+  return element("span", {}, said, element("span", { class: kind }, text));
 }
 
 function showColumns() {

@@ -1,0 +1,83 @@
+"""Devices and tokens that are forgotten with their process: for simulations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from coordinator.store.devices import (
+    BARRED,
+    DeviceRecord,
+    DeviceStatus,
+    TokenUse,
+    token_digest,
+)
+
+
+@dataclass(slots=True)
+class _Token:
+    expires_at: float
+    used: bool = False
+
+
+class MemoryDevices:
+    """The DeviceStore contract on dictionaries."""
+
+    def __init__(self) -> None:
+        self._devices: dict[str, DeviceRecord] = {}
+        self._tokens: dict[str, _Token] = {}
+
+    def find(self, device: str) -> DeviceRecord | None:
+        return self._devices.get(device)
+
+    def all(self) -> list[DeviceRecord]:
+        return [self._devices[device] for device in sorted(self._devices)]
+
+    def add(self, record: DeviceRecord) -> None:
+        self._devices[record.device] = record
+
+    def set_status(self, device: str, status: DeviceStatus, reason: str) -> bool:
+        record = self._devices.get(device)
+        if record is None:
+            return False
+        rejected = 0 if status is DeviceStatus.APPROVED else record.rejected
+        self.add(replace(record, status=status, reason=reason, rejected=rejected))
+        return True
+
+    def add_token(self, token: str, expires_at: float) -> None:
+        self._tokens[token_digest(token)] = _Token(expires_at)
+
+    def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
+        found = self._tokens.get(token_digest(token))
+        if found is None:
+            return TokenUse.UNKNOWN
+        if found.used:
+            return TokenUse.USED
+        if found.expires_at <= now:
+            return TokenUse.EXPIRED
+        found.used = True
+        self.add(record)
+        return TokenUse.ACCEPTED
+
+    def count_pending(self, since: float) -> int:
+        for record in self.all():
+            if record.status is DeviceStatus.PENDING and record.seen_at < since:
+                del self._devices[record.device]
+        return sum(record.status is DeviceStatus.PENDING for record in self._devices.values())
+
+    def count_rejection(
+        self, device: str, reason: str, quarantine_after: int
+    ) -> DeviceRecord | None:
+        record = self._devices.get(device)
+        if record is None:
+            return None
+        record = replace(record, rejected=record.rejected + 1, reason=reason)
+        too_many = 0 < quarantine_after <= record.rejected
+        if too_many and record.status is not DeviceStatus.REVOKED:
+            record = replace(record, status=DeviceStatus.QUARANTINED)
+        self.add(record)
+        return record
+
+    def barred(self) -> dict[str, DeviceRecord]:
+        return {
+            device: record for device, record in self._devices.items() if record.status in BARRED
+        }

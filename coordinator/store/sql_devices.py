@@ -1,0 +1,123 @@
+"""Devices and tokens in the SQL store's database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from coordinator.store.devices import (
+    BARRED,
+    DeviceRecord,
+    DeviceStatus,
+    TokenUse,
+    token_digest,
+)
+from coordinator.store.schema import devices, tokens
+
+_IS_PENDING: Final = devices.c.status == DeviceStatus.PENDING.value
+
+
+class SqlDevices:
+    """The DeviceStore contract; `begin` opens a transaction."""
+
+    def __init__(self, begin: Callable[[], AbstractContextManager[sa.Connection]]) -> None:
+        self._begin = begin
+
+    def find(self, device: str) -> DeviceRecord | None:
+        with self._begin() as db:
+            return _found(db, device)
+
+    def all(self) -> list[DeviceRecord]:
+        with self._begin() as db:
+            return [_record(row) for row in db.execute(sa.select(devices).order_by("device"))]
+
+    def add(self, record: DeviceRecord) -> None:
+        with self._begin() as db:
+            _put(db, record)
+
+    def set_status(self, device: str, status: DeviceStatus, reason: str) -> bool:
+        forgotten = {"rejected": 0} if status is DeviceStatus.APPROVED else {}
+        with self._begin() as db:
+            changed = db.execute(
+                devices.update()
+                .where(devices.c.device == device)
+                .values(status=status.value, reason=reason, **forgotten)
+            )
+        return changed.rowcount == 1
+
+    def add_token(self, token: str, expires_at: float) -> None:
+        with self._begin() as db:
+            db.execute(tokens.insert().values(digest=token_digest(token), expires_at=expires_at))
+
+    def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
+        is_this = tokens.c.digest == token_digest(token)
+        with self._begin() as db:
+            # Taken before it is looked at: of two that come at once, one finds it used.
+            taken = db.execute(
+                tokens.update()
+                .where(is_this, tokens.c.used_by.is_(None), tokens.c.expires_at > now)
+                .values(used_by=record.device)
+            )
+            if taken.rowcount == 1:
+                _put(db, record)
+                return TokenUse.ACCEPTED
+            row = db.execute(sa.select(tokens).where(is_this)).first()
+        if row is None:
+            return TokenUse.UNKNOWN
+        return TokenUse.EXPIRED if row.used_by is None else TokenUse.USED
+
+    def count_pending(self, since: float) -> int:
+        with self._begin() as db:
+            db.execute(devices.delete().where(_IS_PENDING, devices.c.seen_at < since))
+            count = db.scalar(sa.select(sa.func.count()).select_from(devices).where(_IS_PENDING))
+        return int(count or 0)
+
+    def count_rejection(
+        self, device: str, reason: str, quarantine_after: int
+    ) -> DeviceRecord | None:
+        rejected = devices.c.rejected + 1
+        with self._begin() as db:
+            values: dict[str, Any] = {"rejected": rejected, "reason": reason}
+            if quarantine_after:
+                too_many = sa.and_(
+                    rejected >= quarantine_after,
+                    devices.c.status != DeviceStatus.REVOKED.value,
+                )
+                quarantined = DeviceStatus.QUARANTINED.value
+                values["status"] = sa.case((too_many, quarantined), else_=devices.c.status)
+            db.execute(devices.update().where(devices.c.device == device).values(**values))
+            return _found(db, device)
+
+    def barred(self) -> dict[str, DeviceRecord]:
+        out = [status.value for status in BARRED]
+        with self._begin() as db:
+            rows = db.execute(sa.select(devices).where(devices.c.status.in_(out)))
+            return {row.device: _record(row) for row in rows}
+
+
+def _found(db: sa.Connection, device: str) -> DeviceRecord | None:
+    row = db.execute(sa.select(devices).where(devices.c.device == device)).first()
+    return _record(row) if row else None
+
+
+def _put(db: sa.Connection, record: DeviceRecord) -> None:
+    db.execute(devices.delete().where(devices.c.device == record.device))
+    db.execute(
+        devices.insert().values(
+            device=record.device,
+            key=record.key,
+            status=record.status.value,
+            seen_at=record.seen_at,
+            rejected=record.rejected,
+            reason=record.reason,
+        )
+    )
+
+
+def _record(row: sa.Row[Any]) -> DeviceRecord:
+    return DeviceRecord(
+        row.device, row.key, DeviceStatus(row.status), row.seen_at, row.rejected, row.reason
+    )

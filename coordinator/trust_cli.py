@@ -1,0 +1,161 @@
+"""`pf2lora-coordinator certs` and `devices`: certificates for trials, keys, tokens."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from coordinator.certificates import Authority
+from coordinator.errors import ConfigurationError
+from coordinator.store.devices import DeviceRecord, DeviceStatus
+from coordinator.store.sql import SqlStore
+
+TOKENS_MAX: Final = 10_000
+_UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def add_commands(commands: Any, epilog: str) -> None:
+    """Add both commands to the parser's."""
+    certs = commands.add_parser(
+        "certs",
+        help="make a private CA and certificates for trials",
+        epilog=epilog,
+        allow_abbrev=False,
+    )
+    certs.set_defaults(command=_certs)
+    certs.add_argument("--out", required=True, type=Path, help="folder; a CA in it is used again")
+    certs.add_argument("--host", nargs="+", default=[], help="the server's names and addresses")
+    certs.add_argument("--client", nargs="+", default=[], help="names for client certificates")
+    certs.add_argument("--days", type=float, default=90.0, help="good for so long, default 90")
+
+    devices = commands.add_parser("devices", help="who may take part", epilog=epilog)
+    actions = devices.add_subparsers(required=True)
+    for name, function, about in (
+        ("list", _list, "every device that has come, and how it stands"),
+        ("approve", _approve, "let devices take part; lifts a quarantine or revocation"),
+        ("revoke", _revoke, "shut devices out, also in the middle of a session"),
+        ("token", _token, "make tokens that enrol a device each; shown this once"),
+    ):
+        action = actions.add_parser(name, help=about, epilog=epilog, allow_abbrev=False)
+        action.set_defaults(command=function)
+        action.add_argument("--store", required=True, help="database URL")
+        action.add_argument("--json", action="store_true", help="one JSON object a line")
+        if function in (_approve, _revoke):
+            action.add_argument("device", nargs="+", help="its id, or the beginning of it")
+        if function is _revoke:
+            action.add_argument("--reason", default="", help="told to the device")
+        if function is _token:
+            action.add_argument("--expires", default="1h", help="30m, 1h, 7d, ...; default 1h")
+            action.add_argument("--count", type=int, default=1, help="how many, default 1")
+
+
+def _certs(options: argparse.Namespace) -> int:
+    if not options.host and not options.client:
+        raise ConfigurationError("--host", "is missing: the names that devices connect to")
+    if not 0 < options.days <= 3650:
+        raise ConfigurationError("--days", f"expected over 0 to 3650, got {options.days:g}")
+    for name in options.client:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise ConfigurationError("--client", f"{name!r} is no name for a file")
+    authority = Authority(options.out)
+    written = authority.issue_server(options.host, options.days) if options.host else []
+    for name in options.client:
+        written += authority.issue_client(name, options.days)
+    for path in (authority.folder / "ca.pem", *written):
+        print(path)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A device as it is shown."""
+
+    record: DeviceRecord
+
+    def facts(self) -> dict[str, Any]:
+        record = self.record
+        return {
+            "device": record.device,
+            "status": record.status.value,
+            "seen_at": record.seen_at,
+            "rejected": record.rejected,
+            "reason": record.reason,
+            "key": record.key.hex(),
+        }
+
+    def text(self) -> str:
+        record = self.record
+        seen = datetime.fromtimestamp(record.seen_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        rejected = f"  {record.rejected} rejected" if record.rejected else ""
+        reason = f"  {record.reason}" if record.reason else ""
+        return f"{record.device}  {record.status.value:<11}  {seen}{rejected}{reason}"
+
+
+def _list(options: argparse.Namespace) -> int:
+    with _store(options) as store:
+        records = store.devices.all()
+    for record in records:
+        line = _Line(record)
+        print(json.dumps(line.facts()) if options.json else line.text())
+    return 0
+
+
+def _approve(options: argparse.Namespace) -> int:
+    return _set(options, DeviceStatus.APPROVED, "")
+
+
+def _revoke(options: argparse.Namespace) -> int:
+    return _set(options, DeviceStatus.REVOKED, options.reason)
+
+
+def _set(options: argparse.Namespace, status: DeviceStatus, reason: str) -> int:
+    """Write it down: a daemon on this store sees it within a second."""
+    with _store(options) as store:
+        known = [record.device for record in store.devices.all()]
+        chosen = [_chosen(known, beginning) for beginning in options.device]
+        for device in chosen:
+            store.devices.set_status(device, status, reason)
+    for device in chosen:
+        facts = {"device": device, "status": status.value}
+        print(json.dumps(facts) if options.json else f"{device}: {status.value}")
+    return 0
+
+
+def _chosen(known: list[str], beginning: str) -> str:
+    found = [device for device in known if device.startswith(beginning)]
+    if len(found) != 1:
+        problem = f"{len(found)} devices begin with" if found else "the store has no device"
+        raise ConfigurationError("device", f"{problem} {beginning!r}")
+    return found[0]
+
+
+def _token(options: argparse.Namespace) -> int:
+    expires_at = time.time() + _seconds(options.expires)
+    if not 1 <= options.count <= TOKENS_MAX:
+        raise ConfigurationError("--count", f"expected 1 to {TOKENS_MAX}, got {options.count}")
+    with _store(options) as store:
+        for _ in range(options.count):
+            token = secrets.token_urlsafe(24)
+            store.devices.add_token(token, expires_at)
+            facts = {"token": token, "expires_at": expires_at}
+            print(json.dumps(facts) if options.json else token)
+    return 0
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if not found or not int(found[1]):
+        raise ConfigurationError("--expires", f"{text!r} is no span of time, such as 30m, 1h or 7d")
+    return float(int(found[1]) * _UNIT_S[found[2]])
+
+
+def _store(options: argparse.Namespace) -> contextlib.closing[SqlStore]:
+    return contextlib.closing(SqlStore(options.store, create=False))

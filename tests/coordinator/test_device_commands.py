@@ -1,0 +1,139 @@
+"""`devices list|approve|revoke|token`: what they print, change and refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator import cli
+from coordinator.store.devices import DeviceRecord, DeviceStatus, DeviceStore, TokenUse
+from coordinator.store.sql import SqlStore
+
+PENDING = DeviceRecord("aa11", bytes(32), DeviceStatus.PENDING, 0.0)
+QUARANTINED = DeviceRecord("aa22", b"\x01" * 32, DeviceStatus.QUARANTINED, 86400.0, 3, "NaN")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/store.sqlite"
+
+
+@pytest.fixture
+def devices(url: str) -> Iterator[DeviceStore]:
+    """Those of a store that a coordinator has open meanwhile."""
+    with contextlib.closing(SqlStore(url)) as store:
+        store.devices.add(PENDING)
+        store.devices.add(QUARANTINED)
+        yield store.devices
+
+
+def _run(url: str, action: str, *arguments: str) -> int:
+    return cli.main(["devices", action, "--store", url, *arguments])
+
+
+def test_a_list_has_a_line_a_device(
+    url: str, devices: DeviceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(url, "list") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "aa11  pending      1970-01-01 00:00:00",
+        "aa22  quarantined  1970-01-02 00:00:00  3 rejected  NaN",
+    ]
+    assert _run(url, "list", "--json") == 0
+    _, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert second == {
+        "device": "aa22",
+        "status": "quarantined",
+        "seen_at": 86400.0,
+        "rejected": 3,
+        "reason": "NaN",
+        "key": "01" * 32,
+    }
+
+
+def test_devices_are_approved_and_revoked_by_the_beginning_of_their_ids(
+    url: str, devices: DeviceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(url, "approve", "aa1", "aa22") == 0
+    assert capsys.readouterr().out == "aa11: approved\naa22: approved\n"
+    assert {record.status for record in devices.all()} == {DeviceStatus.APPROVED}
+    assert [record.rejected for record in devices.all()] == [0, 0]
+    assert _run(url, "revoke", "aa1", "--reason", "lost", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"device": "aa11", "status": "revoked"}
+    found = devices.find("aa11")
+    assert found is not None
+    assert (found.status, found.reason) == (DeviceStatus.REVOKED, "lost")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "problem"),
+    [
+        ("bb", "device: the store has no device 'bb'"),
+        ("aa", "device: 2 devices begin with 'aa'"),
+    ],
+)
+def test_a_device_that_is_not_one_changes_nothing(
+    url: str,
+    devices: DeviceStore,
+    capsys: pytest.CaptureFixture[str],
+    chosen: str,
+    problem: str,
+) -> None:
+    assert _run(url, "approve", "aa11", chosen) == 2
+    assert problem in capsys.readouterr().err
+    assert devices.find("aa11") == PENDING
+
+
+@pytest.mark.parametrize(("expires", "span_s"), [("90s", 90), ("30m", 1800), ("7d", 604800)])
+def test_tokens_are_shown_once_and_each_enrols_one_device_in_time(
+    url: str,
+    devices: DeviceStore,
+    capsys: pytest.CaptureFixture[str],
+    expires: str,
+    span_s: int,
+) -> None:
+    before = time.time()
+    assert _run(url, "token", "--expires", expires, "--count", "3") == 0
+    tokens = capsys.readouterr().out.split()
+    assert len(set(tokens)) == 3
+    assert min(map(len, tokens)) >= 32
+    for number, token in enumerate(tokens[:2]):
+        record = DeviceRecord(f"new{number}", bytes(32), DeviceStatus.APPROVED, 0.0)
+        assert devices.enrol(record, token, before + span_s - 1) is TokenUse.ACCEPTED
+    assert devices.enrol(PENDING, tokens[0], before) is TokenUse.USED
+    assert devices.enrol(PENDING, tokens[2], time.time() + span_s) is TokenUse.EXPIRED
+    assert _run(url, "token", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["expires_at"] == pytest.approx(time.time() + 3600, abs=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--expires", "soon"], "--expires: 'soon' is no span of time, such as 30m, 1h or 7d"),
+        (["--expires", "0h"], "--expires: '0h'"),
+        (["--count", "0"], "--count: expected 1 to 10000, got 0"),
+    ],
+)
+def test_a_token_that_cannot_be_made_is_named(
+    url: str,
+    devices: DeviceStore,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    assert _run(url, "token", *arguments) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_looking_makes_no_store(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(url, "list") == 3
+    assert "no such file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,106 @@
+"""The DeviceStore contract, on both stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.store.devices import DeviceRecord, DeviceStatus, DeviceStore, TokenUse
+from coordinator.store.memory import MemoryStore
+from coordinator.store.sql import SqlStore
+
+ONE = DeviceRecord("aa", bytes(32), DeviceStatus.PENDING, 10.0)
+TWO = DeviceRecord("bb", b"\x01" * 32, DeviceStatus.OPEN, 20.0)
+
+
+class DeviceStoreContract:
+    @pytest.fixture
+    def devices(self, tmp_path: Path) -> Iterator[DeviceStore]:
+        raise NotImplementedError
+
+    def test_what_was_added_is_found(self, devices: DeviceStore) -> None:
+        assert devices.find("aa") is None
+        devices.add(TWO)
+        devices.add(ONE)
+        assert devices.find("aa") == ONE
+        assert devices.all() == [ONE, TWO]
+
+    def test_a_device_is_approved_revoked_and_approved_again(self, devices: DeviceStore) -> None:
+        assert not devices.set_status("aa", DeviceStatus.APPROVED, "")
+        devices.add(ONE)
+        assert devices.set_status("aa", DeviceStatus.REVOKED, "lost")
+        assert devices.barred() == {"aa": replace(ONE, status=DeviceStatus.REVOKED, reason="lost")}
+        assert devices.set_status("aa", DeviceStatus.APPROVED, "")
+        assert devices.find("aa") == replace(ONE, status=DeviceStatus.APPROVED)
+        assert devices.barred() == {}
+
+    def test_a_token_enrols_one_device_in_its_time(self, devices: DeviceStore) -> None:
+        devices.add_token("secret", 100.0)
+        approved = replace(ONE, status=DeviceStatus.APPROVED)
+        assert devices.enrol(approved, "other", 50.0) is TokenUse.UNKNOWN
+        assert devices.enrol(approved, "secret", 100.0) is TokenUse.EXPIRED
+        assert devices.all() == []
+        assert devices.enrol(approved, "secret", 99.0) is TokenUse.ACCEPTED
+        assert devices.find("aa") == approved
+        assert devices.enrol(replace(TWO), "secret", 99.0) is TokenUse.USED
+        assert devices.find("bb") is None
+
+    def test_a_token_enrols_a_device_that_was_pending(self, devices: DeviceStore) -> None:
+        devices.add(ONE)
+        devices.add_token("secret", 100.0)
+        approved = replace(ONE, status=DeviceStatus.APPROVED)
+        assert devices.enrol(approved, "secret", 50.0) is TokenUse.ACCEPTED
+        assert devices.all() == [approved]
+
+    def test_old_pending_keys_are_forgotten_and_others_are_not(self, devices: DeviceStore) -> None:
+        later = replace(ONE, device="cc", seen_at=30.0)
+        for record in (ONE, TWO, later):
+            devices.add(record)
+        assert devices.count_pending(30.0) == 1
+        assert devices.all() == [TWO, later]
+
+    def test_repeated_rejections_quarantine_until_approval(self, devices: DeviceStore) -> None:
+        devices.add(TWO)
+        assert devices.count_rejection("bb", "NaN", 2).status is DeviceStatus.OPEN
+        found = devices.count_rejection("bb", "shape", 2)
+        quarantined = DeviceStatus.QUARANTINED
+        assert found == replace(TWO, status=quarantined, rejected=2, reason="shape")
+        assert devices.barred() == {"bb": found}
+        devices.set_status("bb", DeviceStatus.APPROVED, "")
+        assert devices.find("bb") == replace(TWO, status=DeviceStatus.APPROVED)
+        assert devices.count_rejection("bb", "NaN", 0).status is DeviceStatus.APPROVED
+
+    def test_a_revoked_device_does_not_become_quarantined(self, devices: DeviceStore) -> None:
+        devices.add(replace(ONE, status=DeviceStatus.REVOKED))
+        assert devices.count_rejection("aa", "NaN", 1).status is DeviceStatus.REVOKED
+
+
+class TestMemoryDevices(DeviceStoreContract):
+    @pytest.fixture
+    def devices(self) -> DeviceStore:
+        return MemoryStore().devices
+
+
+class TestSqlDevices(DeviceStoreContract):
+    @pytest.fixture
+    def devices(self, tmp_path: Path) -> Iterator[DeviceStore]:
+        store = SqlStore(f"sqlite:///{tmp_path}/store.sqlite")
+        yield store.devices
+        store.close()
+
+    def test_a_token_is_nowhere_in_the_file(self, devices: DeviceStore, tmp_path: Path) -> None:
+        devices.add_token("not-to-be-found", 100.0)
+        for file in tmp_path.iterdir():
+            assert b"not-to-be-found" not in file.read_bytes()
+
+    def test_two_coordinators_of_one_file_use_a_token_once(
+        self, devices: DeviceStore, tmp_path: Path
+    ) -> None:
+        other = SqlStore(f"sqlite:///{tmp_path}/store.sqlite")
+        devices.add_token("secret", 100.0)
+        assert devices.enrol(ONE, "secret", 50.0) is TokenUse.ACCEPTED
+        assert other.devices.enrol(TWO, "secret", 50.0) is TokenUse.USED
+        other.close()

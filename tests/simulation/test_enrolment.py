@@ -1,0 +1,181 @@
+"""Pending keys, approval, revocation and quarantine, on a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+
+from coordinator.enrolment import PENDING_KEPT_S, PENDING_MAX
+from coordinator.screening import Bounds
+from coordinator.store.devices import DeviceRecord, DeviceStatus
+from edge_client.errors import RefusedError
+from edge_client.identity import Identity
+from protocol.errors import ErrorCode
+from protocol.link import LinkClosedError
+from protocol.messages import Assignment, CheckIn, Refusal
+from protocol.tensors import NamedTensors
+from protocol.virtual_time import simulate
+from tests.simulation.raw_device import RawDevice
+from tests.simulation.world import (
+    FINGERPRINT,
+    FakeDevice,
+    World,
+    settings,
+)
+
+
+def _devices(count: int) -> list[FakeDevice]:
+    return [FakeDevice(f"device-{number}", training_s=1.0) for number in range(count)]
+
+
+def test_a_pending_device_waits_and_takes_part_once_it_is_approved() -> None:
+    device = FakeDevice("new")
+
+    async def scenario() -> World:
+        world = World(settings(count=2, cohort=1), is_open=False)
+        await world.start()
+        running = asyncio.create_task(world.take_part(device))
+        await asyncio.sleep(600.0)
+        (record,) = world.store.devices.all()
+        assert record.status is DeviceStatus.PENDING
+        assert (record.device, record.key) == (device.identity.device, device.identity.key)
+        assert device.trained == []
+        world.store.devices.set_status(record.device, DeviceStatus.APPROVED, "")
+        await running
+        return world
+
+    world = simulate(scenario)
+    assert device.trained == [1, 2]
+    assert world.refusals[ErrorCode.PENDING] > 1
+
+
+def test_keys_that_wait_are_bounded_in_number_and_time() -> None:
+    async def scenario() -> list[object]:
+        world = World(settings(count=1, cohort=1), is_open=False)
+        await world.start()
+        now = asyncio.get_running_loop().time()
+        for number in range(PENDING_MAX):
+            key = number.to_bytes(32, "big")
+            record = DeviceRecord(f"{number:032x}", key, DeviceStatus.PENDING, now)
+            world.store.devices.add(record)
+        answers = []
+        for pause_s in (0.0, PENDING_KEPT_S + 1):
+            await asyncio.sleep(pause_s)
+            answers.append(await RawDevice(await world.dial(), Identity.named("new")).join())
+            answers.append(len(world.store.devices.all()))
+        return answers
+
+    crowded, before, later, after = simulate(scenario)
+    assert isinstance(crowded, Refusal)
+    assert isinstance(later, Refusal)
+    assert "1000 devices wait for approval already" in crowded.reason
+    assert "waits for the operator's approval" in later.reason
+    assert (before, after) == (PENDING_MAX, 1)
+
+
+def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
+    """It holds an assignment: nobody waits for it, and it is not chosen again."""
+    devices = _devices(3)
+    rules = settings(count=3, cohort=4, report_goal=3, minimum_reports=3, deadline_s=1e6)
+
+    async def scenario() -> World:
+        world = World(rules)
+        await world.start()
+        lost = RawDevice(await world.dial(), Identity.named("lost"))
+        await lost.join()
+        await lost.send(CheckIn(FINGERPRINT, 10))
+        everyone = asyncio.gather(*(world.take_part(device) for device in devices))
+        assert isinstance(await lost.receive(), Assignment)
+        world.store.devices.set_status(lost.identity.device, DeviceStatus.REVOKED, "stolen")
+        await world.roster.expel_barred(world.gate)
+        refusal = await lost.receive()
+        assert isinstance(refusal, Refusal)
+        assert refusal.code is ErrorCode.REVOKED
+        assert refusal.reason.endswith("is revoked: stolen")
+        with pytest.raises(LinkClosedError):
+            await lost.link.receive()
+        await everyone
+        again = await RawDevice(await world.dial(), Identity.named("lost")).join()
+        assert isinstance(again, Refusal)
+        assert again.code is ErrorCode.REVOKED
+        return world
+
+    world = simulate(scenario)
+    assert [device.trained for device in devices] == [[1, 2, 3]] * 3
+    assert [o.reports for o in world.store.history("sim")] == [3, 3, 3]
+
+
+async def _keep_out(world: World) -> None:
+    """As the server does."""
+    while True:
+        await asyncio.sleep(1.0)
+        await world.roster.expel_barred(world.gate)
+
+
+def _poisoned(update: NamedTensors) -> NamedTensors:
+    flat = np.full_like(update.flat(), 1.1)
+    return NamedTensors.from_flat(update.specs, flat)
+
+
+def test_who_repeats_bad_reports_is_quarantined_until_approval(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    devices, bad = _devices(2), FakeDevice("bad", training_s=1.0, damage=_poisoned)
+    rules = settings(count=8, cohort=3, report_goal=2, minimum_reports=2, deadline_s=1e6)
+
+    async def scenario() -> World:
+        world = World(rules)
+        await world.start()
+        honest = asyncio.gather(*(world.take_part(device) for device in devices))
+        keeping_out = asyncio.create_task(_keep_out(world))
+        with pytest.raises(RefusedError, match=r"quarantined.*root mean square of 1\.1, over 1"):
+            await world.take_part(bad)
+        await honest
+        keeping_out.cancel()
+        return world
+
+    with caplog.at_level(logging.WARNING):
+        world = simulate(scenario)
+    record = world.store.devices.find(bad.identity.device)
+    assert record is not None
+    assert (record.status, record.rejected) == (DeviceStatus.QUARANTINED, 3)
+    assert {receipt.status.value for receipt in bad.receipts} == {"rejected"}
+    assert [device.trained for device in devices] == [list(range(1, 9))] * 2
+    assert world.refusals[ErrorCode.QUARANTINED] == 1
+    assert f"device {bad.identity.device} is quarantined after 3 rejected" in caplog.text
+
+
+@pytest.mark.parametrize("claimed", [100, 1 << 20])
+def test_more_examples_than_a_device_has_are_rejected(claimed: int) -> None:
+    liar = FakeDevice("liar", training_s=1.0, claimed=claimed)
+
+    async def scenario() -> None:
+        world = World(
+            settings(count=1, cohort=1, deadline_s=1e6), bounds=Bounds(quarantine_after=1)
+        )
+        await world.start()
+        keeping_out = asyncio.create_task(_keep_out(world))
+        with pytest.raises(RefusedError, match="quarantined"):
+            await world.take_part(liar)
+        keeping_out.cancel()
+
+    simulate(scenario)
+    assert liar.receipts[0].status.value == "rejected"
+    assert liar.receipts[0].reason == (
+        f"it claims {claimed} examples, the device had {liar.examples}"
+    )
+
+
+def test_a_device_of_more_examples_than_are_taken_is_refused() -> None:
+    device = FakeDevice("rich")
+
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1), bounds=Bounds(examples_max=5))
+        await world.start()
+        await world.take_part(device)
+
+    with pytest.raises(RefusedError, match=r"ineligible.*takes 5 at most"):
+        simulate(scenario)
