@@ -346,9 +346,11 @@ def test_torn_pages_are_found(tmp_path: Path) -> None:
     middle = len(content) // 2 // PAGE_BYTES * PAGE_BYTES
     content[middle : middle + PAGE_BYTES] = bytes(range(256)) * (PAGE_BYTES // 256)
     (tmp_path / "s.sqlite").write_bytes(content)
-    with pytest.raises(StoreError, match=r"s\.sqlite"):
-        with contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store:
-            upkeep.check(store)
+    with (
+        pytest.raises(StoreError, match=r"s\.sqlite"),
+        contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store,
+    ):
+        upkeep.check(store)
 
 
 def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
