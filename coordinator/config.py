@@ -25,6 +25,7 @@ from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
 from coordinator.security import Enrolment, check_exposure
 from protocol import limits
 from protocol.federation import FederationSettings
+from protocol.link import is_loopback
 from protocol.schema import (
     Integer,
     Kind,
@@ -113,6 +114,13 @@ class Configuration:
     admin: AdminSettings = AdminSettings()  # noqa: RUF009 - it is frozen
     admin_token: str = ""
 
+    @property
+    def admin_certificate(self) -> tuple[str, str]:
+        """What the admin port speaks TLS with, off loopback: the server's certificate and key."""
+        if is_loopback(self.admin.host):
+            return "", ""
+        return self.server.certificate, self.server.key
+
 
 def leaves() -> dict[str, Kind]:
     """Every single setting by its dotted key."""
@@ -160,6 +168,7 @@ def load(
     federations = tuple(map(_federation, files, tables, starts))
     _check_names(files, federations)
     admin_token = read_token(admin, environ.get(TOKEN_VARIABLE, ""))
+    _check_token_is_safe(admin, server)
     return Configuration(server, federations, admin, admin_token)
 
 
@@ -209,6 +218,16 @@ def _take_admin(
         admin,
         port=admin.port or port_after(server.port),
         token_file=str(beside.parent / admin.token_file) if admin.token_file else "",
+    )
+
+
+def _check_token_is_safe(admin: AdminSettings, server: ServerSettings) -> None:
+    if not admin.enabled or is_loopback(admin.host) or server.certificate or server.insecure:
+        return
+    raise ConfigurationError(
+        "admin.host",
+        f"{admin.host} can be reached from other machines, and without server.certificate the "
+        "token would travel in the clear: give one, listen on 127.0.0.1, or say --insecure",
     )
 
 

@@ -125,6 +125,7 @@ class CoordinatorServer:
         self.watch = Watch(
             self._configuration.admin,
             self._configuration.admin_token,
+            self._configuration.admin_certificate,
             server.store,
             self._store.database,
             self._run_blocking,
@@ -344,8 +345,8 @@ async def serve(configuration: Configuration) -> None:
         loop.add_signal_handler(number, _stop_or_die, server, number)
     async with server:
         log.info("listening on %s:%d", configuration.server.host, server.port)
-        if server.watch.port:
-            log.info("dashboard at http://%s:%d/", configuration.admin.host, server.watch.port)
+        if server.watch.address:
+            log.info("dashboard at %s", server.watch.address)
         log_exposure(configuration.server, server.tls)
         await server.wait()
         log.info("stopping")

@@ -36,6 +36,7 @@ class Watch:
 
     Args:
         settings, token: of the admin port.
+        certificate: its PEM file and that of its key, to speak TLS with; empty for none.
         store_url, database: the store; the admin port reads it over a connection of its own.
         run_blocking: of the store's thread.
         problem: why the coordinator cannot serve devices, if it cannot.
@@ -45,6 +46,7 @@ class Watch:
         self,
         settings: AdminSettings,
         token: str,
+        certificate: tuple[str, str],
         store_url: str,
         database: Database,
         run_blocking: RunBlocking,
@@ -52,6 +54,7 @@ class Watch:
     ) -> None:
         self._settings = settings
         self._token = token
+        self._certificate = certificate
         self._store_url = store_url
         self._problem = problem
         self.ledger = Ledger(database, run_blocking)
@@ -67,6 +70,12 @@ class Watch:
         self.app: Starlette | None = None
 
     @property
+    def address(self) -> str | None:
+        """The dashboard's, if the admin port is open."""
+        scheme = "https" if any(self._certificate) else "http"
+        return f"{scheme}://{self._settings.host}:{self.port}/" if self._server else None
+
+    @property
     def port(self) -> int | None:
         """The admin port in use, if it is open."""
         return self._server.port if self._server else None
@@ -80,7 +89,8 @@ class Watch:
         if self._settings.enabled:
             sources = Sources(self._read, self._live, self._metrics.render, self._problems)
             self.app = admin_app(sources, self._token)
-            self._server = AdminServer(self.app, self._settings.host, self._settings.port)
+            host, port = self._settings.host, self._settings.port
+            self._server = AdminServer(self.app, host, port, *self._certificate)
             self._server.open()
         await self.ledger.begin(federations)
         watching: list[Awaitable[None]] = [

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coordinator.admin.settings import is_loopback
+from protocol.link import is_loopback
 
 # Probes come from the machine that runs the process, and learn nothing but yes or no.
 OPEN_PATHS: Final = ("/livez", "/readyz")

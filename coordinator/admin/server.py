@@ -18,13 +18,15 @@ BACKLOG: Final = 128
 
 
 class AdminServer:
-    """Listens from `open` to `close`.
+    """Listens from `open` to `close`; with a certificate and its key it speaks TLS.
 
     Raises:
         AddressError: the address cannot be listened on.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, certificate: str = "", key: str = ""
+    ) -> None:
         self._socket = _listen(host, port)
         config = uvicorn.Config(
             app,
@@ -36,6 +38,8 @@ class AdminServer:
             timeout_graceful_shutdown=DRAIN_S,
             limit_concurrency=256,
             h11_max_incomplete_event_size=16 * 1024,
+            ssl_certfile=certificate or None,
+            ssl_keyfile=key or None,
         )
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None

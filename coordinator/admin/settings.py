@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
 from coordinator.errors import ConfigurationError
 from protocol import limits
+from protocol.link import is_loopback
 from protocol.schema import Integer, Text
 
 TOKEN_VARIABLE: Final = "PF2LORA_ADMIN_TOKEN"  # noqa: S105 - its name, not a token
@@ -32,16 +32,6 @@ class AdminSettings:
 def port_after(server_port: int) -> int:
     """The admin port where none is set."""
     return 0 if server_port in (0, 65535) else server_port + 1
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_token(settings: AdminSettings, from_environment: str) -> str:

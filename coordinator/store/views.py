@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from coordinator.control import Wish
 from coordinator.store.schema import (
     IS_OPEN,
+    devices,
     federations,
     members,
     of_round,
@@ -103,6 +104,7 @@ class DeviceView:
     accuracy_personal: float | None
     rank_min: float | None
     rank_max: float | None
+    standing: str | None  # whether it is let in, see DeviceStatus; None where it has no key
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,8 @@ def some_devices(
     column = sightings.c[order]
     total = db.scalar(sa.select(sa.func.count()).select_from(sightings).where(*wanted))
     rows = db.execute(
-        sa.select(sightings)
+        sa.select(sightings, devices.c.status.label("standing"))
+        .outerjoin(devices, devices.c.device == sightings.c.device)
         .where(*wanted)
         .order_by(column.is_(None), column.desc() if descending else column, sightings.c.device)
         .limit(min(limit, PAGE_MAX))
@@ -262,4 +265,4 @@ def _cohorts(
 
 
 def _device(row: sa.Row[Any]) -> DeviceView:
-    return DeviceView(**{name: getattr(row, name) for name in DEVICE_ORDERS})
+    return DeviceView(**{name: getattr(row, name) for name in (*DEVICE_ORDERS, "standing")})

@@ -61,6 +61,7 @@ class AdminPort:
 def admin_port(
     url: str,
     token: str = "",
+    certificate: tuple[str, str] = ("", ""),
     problem: Callable[[], str | None] = lambda: None,
     federations: tuple[str, ...] = (),
 ) -> Iterator[AdminPort]:
@@ -75,7 +76,9 @@ def admin_port(
             return await asyncio.get_running_loop().run_in_executor(thread, call)
 
         store = await run_blocking(lambda: SqlStore(url))
-        watch = Watch(AdminSettings(), token, url, store.database, run_blocking, problem)
+        watch = Watch(
+            AdminSettings(), token, certificate, url, store.database, run_blocking, problem
+        )
         await watch.begin(federations)
         watch.ready()
         opened.append(AdminPort(watch, asyncio.get_running_loop()))

@@ -7,18 +7,22 @@ import contextlib
 import http.client
 import json
 import socket
+import ssl
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 
-from coordinator import config
+from coordinator import cli, config
 from coordinator.admin.server import AdminServer
 from coordinator.admin.settings import AdminSettings, read_token
 from coordinator.errors import AddressError, ConfigurationError
 from coordinator.events import CloseRound, OpenRound
 from coordinator.happenings import Acted, Called, Connected, Disconnected, Heard, Said
+from coordinator.store import views
+from coordinator.store.devices import DeviceRecord, DeviceStatus
 from coordinator.store.sql import SqlStore
 from protocol.errors import ErrorCode
 from protocol.messages import Goodbye, Joined, Receipt, ReceiptStatus, Refusal
@@ -257,6 +261,46 @@ def test_a_token_is_needed_off_loopback_and_must_be_long(tmp_path: Path) -> None
     file.write_text("\n")
     with pytest.raises(ConfigurationError, match=r"admin\.token_file: holds no token"):
         read_token(from_file, TOKEN)
+
+
+def test_off_loopback_the_token_travels_by_tls_unless_the_operator_says_so(
+    tmp_path: Path,
+) -> None:
+    path = write_federation(tmp_path)
+    environ = {"PF2LORA_ADMIN_TOKEN": TOKEN}
+    everywhere = {"admin.host": "0.0.0.0"}
+    with pytest.raises(ConfigurationError, match=r"admin\.host: .* travel in the clear"):
+        config.load(path, everywhere, environ)
+    insecure = config.load(path, {**everywhere, "server.insecure": "true"}, environ)
+    assert insecure.admin_certificate == ("", "")
+    files = {"server.certificate": "c.pem", "server.key": "k.pem"}
+    safe = config.load(path, {**everywhere, **files}, environ)
+    assert safe.admin_certificate == (str(tmp_path / "c.pem"), str(tmp_path / "k.pem"))
+    assert config.load(path, files, environ).admin_certificate == ("", "")  # on loopback
+
+
+def test_with_a_certificate_the_admin_port_speaks_tls(url: str, tmp_path: Path) -> None:
+    tls = tmp_path / "tls"
+    assert cli.main(["certs", "--out", str(tls), "--host", "127.0.0.1"]) == 0
+    certificate = (str(tls / "server.pem"), str(tls / "server.key"))
+    with admin_port(url, certificate=certificate) as admin:
+        assert str(admin.watch.address).startswith("https://127.0.0.1:")
+        trusting = ssl.create_default_context(cafile=str(tls / "ca.pem"))
+        with urllib.request.urlopen(f"{admin.watch.address}livez", context=trusting) as answer:
+            assert answer.read() == b"alive\n"
+
+
+def test_a_device_that_was_shut_out_is_shown_so(tmp_path: Path) -> None:
+    store_url = f"sqlite:///{tmp_path}/s.sqlite"
+    with contextlib.closing(fill_store(tmp_path / "s.sqlite", 30, 1)) as store:
+        with store.database.begin() as db:
+            name = views.some_devices(db, "reviews", limit=1).devices[0].device
+        store.devices.add(DeviceRecord(name, bytes(32), DeviceStatus.REVOKED, 0.0))
+    with admin_port(store_url) as admin:
+        (found,) = _json(admin, "/api/devices", federation="reviews", contains=name)["devices"]
+        assert found["standing"] == "revoked"
+        everyone = _json(admin, "/api/devices", federation="reviews")["devices"]
+        assert sum(one["standing"] is None for one in everyone) == 29
 
 
 def test_the_admin_port_is_the_one_after_the_server_s_unless_said(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import sqlite3
@@ -329,7 +330,7 @@ def test_a_store_in_use_is_checked_and_copied(
 def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
     _filled(tmp_path / "s.sqlite").close()
     table = {"base": "bases", "update_bytes": "reports"}[column]
-    with sqlite3.connect(tmp_path / "s.sqlite") as database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.sqlite")) as database, database:
         ((value,),) = database.execute(f"select {column} from {table}").fetchall()
         changed = bytes([value[0] ^ 1]) + value[1:]
         database.execute(f"update {table} set {column} = ?", (changed,))
@@ -345,8 +346,11 @@ def test_torn_pages_are_found(tmp_path: Path) -> None:
     middle = len(content) // 2 // PAGE_BYTES * PAGE_BYTES
     content[middle : middle + PAGE_BYTES] = bytes(range(256)) * (PAGE_BYTES // 256)
     (tmp_path / "s.sqlite").write_bytes(content)
-    with pytest.raises(StoreError, match=r"s\.sqlite"):
-        upkeep.check(SqlStore(f"sqlite:///{tmp_path}/s.sqlite"))
+    with (
+        pytest.raises(StoreError, match=r"s\.sqlite"),
+        contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store,
+    ):
+        upkeep.check(store)
 
 
 def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:

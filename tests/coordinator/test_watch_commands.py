@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ from tests.coordinator.busy_store import fill_store
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SqlStore:
-    return fill_store(tmp_path / "s.sqlite", devices=40, rounds_done=3)
+def store(tmp_path: Path) -> Iterator[SqlStore]:
+    with contextlib.closing(fill_store(tmp_path / "s.sqlite", devices=40, rounds_done=3)) as store:
+        yield store
 
 
 @pytest.fixture

@@ -193,7 +193,7 @@ function showCharts() {
 
 const COLUMNS = [
   ["Device", "device", (d) => element("span", { title: d.device }, d.device)],
-  ["State", "state", (d) => element("span", { class: `state ${d.state}` }, d.state)],
+  ["State", "state", state],
   ["Last seen", "last_seen_at", (d) => element("span", { "data-at": d.last_seen_at }, ago(d.last_seen_at))],
   ["Round", "round", (d) => d.round ?? "–"],
   ["Kept", "kept", (d) => whole(d.kept)],
@@ -205,6 +205,11 @@ const COLUMNS = [
   ["Sent", "sent_bytes", (d) => bytes(d.sent_bytes)],
   ["Received", "received_bytes", (d) => bytes(d.received_bytes)],
 ];
+
+function state(device) {
+  const barred = ["revoked", "quarantined"].includes(device.standing);
+  return element("span", { class: `state ${barred ? "refused" : device.state}` }, barred ? device.standing : device.state);
+}
 
 function rank(device) {
   if (device.rank_max === null) return "–";
