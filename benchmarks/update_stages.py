@@ -93,7 +93,7 @@ def main() -> None:
     decoded = [codec.decode(data) for data in wire]
     whole_chunks = [message for message in decoded if isinstance(message, Chunk)]
     frames = [masked_frame(data) for data in wire]
-    report = codec.encode(Report("a", update.digest(), 100, (), update.payload()))
+    report = codec.encode(Report("a", 1, update.digest(), 100, (), update.payload(), bytes(64)))
     aggregate = FedAvg(update, UPDATES * RUNS * 100)
     print("| stage | CPU ms | wall ms |\n|---|---|---|")
     stage("frames: parse, unmask", lambda: [parsed(frames) for _ in range(UPDATES)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import ssl
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from coordinator.errors import ConfigurationError
+from protocol.link import is_loopback
 from protocol.signing import channel_of
 
 if TYPE_CHECKING:
@@ -63,14 +63,6 @@ def check_exposure(server: ServerSettings) -> None:
             "give one (pf2lora-coordinator certs makes one for trials), listen on 127.0.0.1, or "
             "say --insecure",
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to this host name or address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def is_open(server: ServerSettings) -> bool:

@@ -170,7 +170,7 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
 _TLS_FLAGS = ("ca_file", "client_certificate", "client_key")
 
 
-def _client(options: argparse.Namespace, coordinator: str = "offline:1") -> EdgeClient:
+def _client(options: argparse.Namespace, coordinator: str = "localhost:1") -> EdgeClient:
     return EdgeClient(
         coordinator,
         options.data,

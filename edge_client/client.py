@@ -188,6 +188,11 @@ class EdgeClient:
         return self._worker.save_pretrained(Path(folder), name, rank, energy)
 
     @property
+    def device(self) -> str:
+        """This device's id, which follows from its key; its coordinator's operator sees it."""
+        return self._identity.device
+
+    @property
     def worker(self) -> DeviceWorker:
         """What the device holds and remembers, for reports."""
         return self._worker

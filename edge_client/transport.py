@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -13,8 +14,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from edge_client.errors import ConfigurationError
 from edge_client.tls import TlsFiles, client_context, explained, is_untrusted
 from protocol import limits
-from protocol.link import Link, LinkClosedError
+from protocol.link import Link, LinkClosedError, is_loopback
 from protocol.signing import channel_of
+
+log = logging.getLogger("pf2lora.client")
 
 Dial = Callable[[], Awaitable[Link]]
 
@@ -75,6 +78,10 @@ def websocket_dial(coordinator: str, tls: TlsFiles | None = None) -> Dial:
     if parts.scheme == "ws" and files != TlsFiles():
         raise ConfigurationError("coordinator", f"{address} has no TLS", "wss://host:port")
     context = client_context(files) if parts.scheme == "wss" else None
+    if context is None and not is_loopback(str(parts.hostname)):
+        log.warning(
+            "%s has no TLS: whoever is on the way can read and change what is sent", address
+        )
 
     async def dial() -> Link:
         try:

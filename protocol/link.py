@@ -5,7 +5,16 @@ A WebSocket in production, an in-memory pair with faults in tests. One `send` is
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Protocol
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this host name or address is this machine's own, that no other can connect to."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class LinkClosedError(ConnectionError):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.cli import main
+from edge_client.transport import websocket_dial
 
 TOML = """
 name = "test"
@@ -52,6 +53,43 @@ def test_an_address_that_is_none_is_refused(
     (tmp_path / "rows.jsonl").write_text(ROWS)
     assert main(["run", "--coordinator", address, *_device(tmp_path)]) == 1
     assert "use ws://host:port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "flags", "said"),
+    [
+        ("ws://127.0.0.1:9", ["--ca-file", "ca.pem"], "127.0.0.1:9 has no TLS; use wss://"),
+        ("wss://127.0.0.1:9", ["--ca-file", "none.pem"], "ca_file: none.pem: No such file"),
+        ("wss://127.0.0.1:9", ["--client-key", "x"], "client_key: comes with client_certificate"),
+    ],
+)
+def test_tls_that_cannot_be_is_named_before_anything_is_sent(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    address: str,
+    flags: list[str],
+    said: str,
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    assert main(["run", "--coordinator", address, *flags, *_device(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("ws://coordinator.test:9", True),
+        ("ws://203.0.113.7:9", True),
+        ("ws://127.0.0.1:9", False),
+        ("localhost:9", False),
+        ("wss://203.0.113.7:9", False),
+    ],
+)
+def test_sending_in_the_clear_is_warned_of(
+    caplog: pytest.LogCaptureFixture, address: str, warned: bool
+) -> None:
+    websocket_dial(address)
+    assert ("has no TLS" in caplog.text) is warned
 
 
 def test_looking_at_a_device_that_never_ran_says_so(

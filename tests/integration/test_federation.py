@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 
 from coordinator import config
+from coordinator.certificates import Authority
 from coordinator.server import CoordinatorServer
+from coordinator.store.devices import DeviceStatus
+from coordinator.store.sql import SqlStore
 from edge_client import cli
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, RefusedError, StateError, UnreachableError
@@ -181,6 +185,33 @@ def test_a_coordinator_that_restarts_goes_on_and_devices_come_back(tmp_path: Pat
     assert len(finals) == 1
     for client in clients:
         client.close()
+
+
+def test_a_device_is_enrolled_by_token_over_tls_and_known_from_then_on(tmp_path: Path) -> None:
+    path = _write_config(tmp_path, count=1, cohort=1)
+    Authority(tmp_path).issue_server(["127.0.0.1"], 1.0)
+    tls = '[server]\ncertificate = "server.pem"\nkey = "server.key"\n'
+    path.write_text(path.read_text().replace("[server]\n", tls))
+    file = _write_data(tmp_path / "d.jsonl", 0.5)
+    with _coordinator(path) as address:
+        store = SqlStore(f"sqlite:///{tmp_path}/pf2lora.sqlite")
+        store.devices.add_token("the-token", time.time() + 60.0)
+        secure = address.replace("ws:", "wss:")
+        trust = {"ca_file": tmp_path / "ca.pem"}
+        with EdgeClient(
+            secure, file, tmp_path / "a", scheme="none", token="the-token", **trust
+        ) as a:
+            summary = a.run()
+        with EdgeClient(secure, file, tmp_path / "a", scheme="none", **trust) as again:
+            assert again.run().device == summary.device
+        with (
+            EdgeClient(secure, file, tmp_path / "b", token="the-token", **trust) as other,
+            pytest.raises(RefusedError, match=r"token.*used already"),
+        ):
+            other.run()
+        (record,) = store.devices.all()
+        store.close()
+    assert (record.device, record.status) == (summary.device, DeviceStatus.APPROVED)
 
 
 def test_a_wrong_port_is_told_with_its_address(

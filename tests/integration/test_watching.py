@@ -62,7 +62,7 @@ def test_a_federation_is_watched_and_only_devices_that_choose_to_tell_do(
     log = [json.loads(line) for line in daemon.communicate()[1].splitlines()]
     assert daemon.returncode == 0
     reports = [line for line in log if "report of" in line["message"]]
-    names = {client.worker.state.device_id for client in clients}
+    names = {client.device for client in clients}
     assert {(line["federation"], line["device"]) for line in reports} == {
         ("test", n) for n in names
     }
@@ -75,7 +75,7 @@ def test_a_federation_is_watched_and_only_devices_that_choose_to_tell_do(
     rounds = _read(admin, "/api/rounds?federation=test")["rounds"]
     daemon.send_signal(signal.SIGTERM)
     daemon.communicate()
-    telling, silent = (found[client.worker.state.device_id] for client in clients)
+    telling, silent = (found[client.device] for client in clients)
     held_out = len(clients[0].worker.held_out_rows)
     right = telling["accuracy_personal"] * held_out
     assert abs(right - round(right)) < 1e-6  # a share of the held-out rows
