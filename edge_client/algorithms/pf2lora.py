@@ -56,10 +56,9 @@ LOWER_SHARE: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class _Lower:
-    """The last lower step: where it began, its gradient, and d y+ / d gradient."""
+    """The last lower step: where it began, and d y+ / d gradient."""
 
     start: Vector
-    gradient: Vector
     derivative: Vector | float
 
 
@@ -90,10 +89,9 @@ class PF2LoRAStep(Algorithm):
             return self._one_pass(oracle, below, state, plan)
         before = oracle.gradients(below)
         loss, common_before = before.loss, before.common * 1.0  # gradients hold until the next call
-        lower = self._lower_step(oracle, before.personal * 1.0, state, plan)
+        lower = self._lower_step(oracle, before.personal, state, plan)
         for _ in range(self._settings.lower_steps - 1):
-            gradient = oracle.gradients(below).personal * 1.0
-            lower = self._lower_step(oracle, gradient, state, plan)
+            lower = self._lower_step(oracle, oracle.gradients(below).personal, state, plan)
         hypergradient = self._hypergradient(oracle, below, above, common_before, lower)
         del common_before, lower  # or they would be part of the peak in the lines that follow
         descend(oracle.common, hypergradient, state, "upper", plan.training)
@@ -128,13 +126,13 @@ class PF2LoRAStep(Algorithm):
         gradient = clipped(gradient, plan.training.clip_norm)
         if settings.lower_optimizer is LowerOptimizer.SGD:
             sgd_step(oracle.personal, gradient, memory, "lower", rate, settings.lower_momentum)
-            return _Lower(start, gradient, -rate)
+            return _Lower(start, -rate)
         # A head starts from nothing and is trained as every method trains it.
         rate = rate + oracle.personal_head * (plan.training.learning_rate - rate)
         adamw_step(oracle.personal, gradient, memory, "lower", rate)
         if settings.hypergradient in (Hypergradient.SECANT, Hypergradient.FIRST_ORDER):
-            return _Lower(start, gradient, 0.0)  # these two do not ask for it
-        return _Lower(start, gradient, adam_derivative(gradient, memory, "lower", rate))
+            return _Lower(start, 0.0)  # these two do not ask for it
+        return _Lower(start, adam_derivative(gradient, memory, "lower", rate))
 
     def _hypergradient(
         self,
@@ -150,10 +148,9 @@ class PF2LoRAStep(Algorithm):
             case Hypergradient.FIRST_ORDER:
                 return direct
             case Hypergradient.SECANT:
-                same = direct if above is below else oracle.gradients(below).common
-                ahead = direct + same
-                ahead -= common_before
-                return ahead
+                direct += direct if above is below else oracle.gradients(below).common
+                direct -= common_before
+                return direct
         vector = lower.derivative * after.personal
         landed = oracle.personal * 1.0
         if self._settings.hypergradient is Hypergradient.EXACT:
