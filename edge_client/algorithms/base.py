@@ -22,7 +22,7 @@ Batch = Any
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Mean loss of a batch and its gradients; the vectors hold until the next call."""
+    """Mean loss of a batch and its gradients; the vectors are the caller's until the next call."""
 
     loss: float
     common: Vector

@@ -14,6 +14,8 @@ Vector = Any
 BETA_1: Final = 0.9
 BETA_2: Final = 0.999
 EPSILON: Final = 1e-8
+# So many numbers at a time.
+CACHED: Final = 1 << 14
 
 
 def norm(vector: Vector) -> float:
@@ -64,24 +66,30 @@ def adamw_step(
         memory[f"{name}.m"] = parameters * 0.0
         memory[f"{name}.v"] = parameters * 0.0
         memory[f"{name}.steps"] = parameters[:1] * 0.0
-    m, v, steps = memory[f"{name}.m"], memory[f"{name}.v"], memory[f"{name}.steps"]
+    steps = memory[f"{name}.steps"]
     steps += 1
     count = float(steps[0])
-    m *= BETA_1
-    m += (1 - BETA_1) * gradient
-    v *= BETA_2
-    change = (1 - BETA_2) * gradient
-    change *= gradient
-    v += change
-    if weight_decay:
-        parameters *= 1 - learning_rate * weight_decay
-    # In place as far as can be: a device's peak memory is in these few lines.
-    root = v / (1 - BETA_2**count)
-    root **= 0.5
-    root += EPSILON
-    change = (learning_rate / (1 - BETA_1**count)) * m
-    change /= root
-    parameters -= change
+    for part in _parts(parameters):
+        rate = learning_rate if isinstance(learning_rate, float) else learning_rate[part]
+        p, g = parameters[part], gradient[part]
+        m, v = memory[f"{name}.m"][part], memory[f"{name}.v"][part]
+        m *= BETA_1
+        m += (1 - BETA_1) * g
+        v *= BETA_2
+        v += (1 - BETA_2) * g * g
+        if weight_decay:
+            p *= 1 - rate * weight_decay
+        root = (v / (1 - BETA_2**count)) ** 0.5
+        p -= (rate / (1 - BETA_1**count)) * m / (root + EPSILON)
+
+
+def _parts(vector: Vector) -> list[slice]:
+    """A vector in parts: what is made on the way then stays in the processor's cache.
+
+    A device's peak memory would be here otherwise. On a GPU it is one part, as each costs launches.
+    """
+    size = len(vector) if getattr(vector, "is_cuda", False) else CACHED
+    return [slice(begin, begin + size) for begin in range(0, len(vector), size)]
 
 
 def adam_derivative(

@@ -52,13 +52,15 @@ DIFFERENCE_NORM: Final = 0.01
 # Of the upper rate, where the lower one is not set. At equal rates the personal level takes
 # up what devices share before the common level has it (docs/evidence.md).
 LOWER_SHARE: Final = 0.2
+# These differentiate through the lower step.
+THROUGH: Final = (Hypergradient.EXACT, Hypergradient.FINITE_DIFFERENCE)
 
 
 @dataclass(frozen=True, slots=True)
 class _Lower:
-    """The last lower step: where it began, and d y+ / d gradient."""
+    """The last lower step: where it began, and d y+ / d gradient; neither if nobody asks."""
 
-    start: Vector
+    start: Vector | None
     derivative: Vector | float
 
 
@@ -122,7 +124,8 @@ class PF2LoRAStep(Algorithm):
         settings, memory = self._settings, state.vectors
         own_rate = settings.lower_learning_rate * plan.factor
         rate: Vector | float = own_rate or LOWER_SHARE * plan.training.learning_rate
-        start = oracle.personal * 1.0
+        through = settings.hypergradient in THROUGH
+        start = oracle.personal * 1.0 if through else None
         gradient = clipped(gradient, plan.training.clip_norm)
         if settings.lower_optimizer is LowerOptimizer.SGD:
             sgd_step(oracle.personal, gradient, memory, "lower", rate, settings.lower_momentum)
@@ -130,8 +133,8 @@ class PF2LoRAStep(Algorithm):
         # A head starts from nothing and is trained as every method trains it.
         rate = rate + oracle.personal_head * (plan.training.learning_rate - rate)
         adamw_step(oracle.personal, gradient, memory, "lower", rate)
-        if settings.hypergradient in (Hypergradient.SECANT, Hypergradient.FIRST_ORDER):
-            return _Lower(start, 0.0)  # these two do not ask for it
+        if not through:
+            return _Lower(None, 0.0)
         return _Lower(start, adam_derivative(gradient, memory, "lower", rate))
 
     def _hypergradient(
@@ -143,14 +146,18 @@ class PF2LoRAStep(Algorithm):
         lower: _Lower,
     ) -> Vector:
         after = oracle.gradients(above)
+        if self._settings.hypergradient is Hypergradient.FIRST_ORDER:
+            return after.common
+        if self._settings.hypergradient is Hypergradient.SECANT and above is below:
+            upward = after.common  # ours until the next call: a copy would be part of the peak
+            upward *= 2.0
+            upward -= common_before
+            return upward
         direct = after.common * 1.0
-        match self._settings.hypergradient:
-            case Hypergradient.FIRST_ORDER:
-                return direct
-            case Hypergradient.SECANT:
-                direct += direct if above is below else oracle.gradients(below).common
-                direct -= common_before
-                return direct
+        if self._settings.hypergradient is Hypergradient.SECANT:
+            direct += oracle.gradients(below).common
+            direct -= common_before
+            return direct
         vector = lower.derivative * after.personal
         landed = oracle.personal * 1.0
         if self._settings.hypergradient is Hypergradient.EXACT:
