@@ -28,7 +28,7 @@ from quantization.schemes import Scheme
 
 BATCH_SIZE = 8
 LENGTH = 64
-STEPS = 3
+STEPS = 5
 TIMEOUT_S = 600.0
 
 
