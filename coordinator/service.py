@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import UnionType
 from typing import Any, Final, TypeVar, cast
 
 from coordinator.aggregation.base import UpdateError
@@ -32,6 +33,7 @@ from coordinator.events import (
     CheckedIn,
     Closed,
     CloseRound,
+    DropUpdate,
     Event,
     Expelled,
     Finish,
@@ -52,6 +54,7 @@ from coordinator.events import (
 from coordinator.happenings import Acted, Observer, unobserved
 from coordinator.log import FederationLog
 from coordinator.machine import Machine, Phase
+from coordinator.replies import Replies
 from coordinator.rounds import RoundMachine
 from coordinator.screening import Bounds, Screening
 from coordinator.store.base import (
@@ -64,7 +67,6 @@ from coordinator.store.base import (
 )
 from coordinator.uploads import RunBlocking, Uploads
 from protocol.federation import FederationSettings, Mode
-from protocol.link import LinkClosedError
 from protocol.messages import (
     Assignment,
     Finished,
@@ -130,7 +132,7 @@ class FederationService:
         self._lock = asyncio.Lock()
         self._events: deque[Event] = deque()  # yet to be handled
         self._arrived: deque[_Arrived] = deque()  # likewise; apart, to be kept together
-        self._replies: dict[str, asyncio.Future[Message]] = {}
+        self._replies = Replies()
         self.uploads = Uploads(settings.name, store, run_blocking)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,29 +192,29 @@ class FederationService:
     async def check_in(self, device: str, rank: int) -> Message:
         """Assignment, RetryWindow or Finished; may take as long as a device is held."""
         self._ranks[device] = min(rank, self.settings.adapter.rank)
-        return await self._ask(device, CheckedIn(device))
+        return await self._ask(device, CheckedIn(device), Assignment | RetryWindow | Finished)
 
     async def offer(self, device: str, report: Report) -> Resume | Receipt:
         """Resume if the update is wanted, or the receipt of a report that is not."""
         unfit = self._unfit(device, report) or self._screening.misfit(device, report)
         event = Refused(device, report.assignment, unfit) if unfit else None
-        reply = await self._ask(device, event or Offered(device, report.assignment))
-        return cast(Resume | Receipt, reply)
+        question = event or Offered(device, report.assignment)
+        return cast(Resume | Receipt, await self._ask(device, question, Resume | Receipt))
 
     async def take(self, device: str, report: Report, update: NamedTensors) -> Message:
         """The receipt of a report whose update has come whole."""
-        receipt = await self._ask(device, _Arrived(device, report, update))
+        receipt = await self._ask(device, _Arrived(device, report, update), Receipt)
         await self.uploads.forget(report.assignment)
         return receipt
 
     async def left(self, device: str) -> None:
         """The device's connection is gone."""
-        self._forget_question(device)
+        self._replies.forget(device)
         await self._drive(Left(device))
 
     async def expelled(self, device: str, reason: str) -> None:
         """The device's connection is gone, and it may not come back."""
-        self._forget_question(device)
+        self._replies.forget(device)
         self._unfinished.discard(device)
         await self._drive(Expelled(device, reason))
 
@@ -247,19 +249,12 @@ class FederationService:
 
     # --- events in, actions out ---------------------------------------------------------------
 
-    async def _ask(self, device: str, event: Event | _Arrived) -> Message:
-        reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        older = self._replies.get(device)
-        if older is not None and not older.done():
-            older.set_exception(LinkClosedError("the device asks over a newer connection"))
-        self._replies[device] = reply
+    async def _ask(
+        self, device: str, event: Event | _Arrived, answers: type | UnionType
+    ) -> Message:
+        reply = self._replies.expect(device, answers)
         await self._drive(event)
         return await reply
-
-    def _forget_question(self, device: str) -> None:
-        reply = self._replies.pop(device, None)
-        if reply is not None:
-            reply.cancel()
 
     async def _drive(self, event: Event | _Arrived) -> None:
         # In a task of its own: a session that is cancelled must not stop a change halfway.
@@ -292,7 +287,11 @@ class FederationService:
         else:
             events = deque([self._events.popleft()])
         while events:
-            for action in self._machine.handle(events.popleft(), self._clock()):
+            event = events.popleft()
+            if isinstance(event, Refused):
+                count = partial(self._screening.count, event.device, event.assignment, event.reason)
+                await self._run_blocking(count)
+            for action in self._machine.handle(event, self._clock()):
                 following = await self._act(action)
                 if following is not None:
                     events.append(following)
@@ -333,23 +332,24 @@ class FederationService:
                 member = Member(device, assignment)
                 await self._write(self._store.add_assignment, number, attempt, member, deadline_at)
             case Assign(device, assignment, number, deadline_at):
-                self._reply(device, self._assignment(device, assignment, number, deadline_at))
+                self._replies.give(
+                    device, self._assignment(device, assignment, number, deadline_at)
+                )
             case Retry(device, after_s, spread_s, reason):
-                self._reply(device, RetryWindow(after_s, spread_s, reason))
+                self._replies.give(device, RetryWindow(after_s, spread_s, reason))
             case Finish(device):
                 payload = self._payload_for(device)
                 rounds = self._machine.rounds_done
                 self._unfinished.discard(device)
-                self._reply(device, Finished(rounds, payload.digest, payload))
+                self._replies.give(device, Finished(rounds, payload.digest, payload))
             case TakeUpdate(device, _):
-                self._reply(device, Resume(0))
+                self._replies.give(device, Resume(0))
+            case DropUpdate(_, assignment):
+                await self.uploads.forget(assignment)
             case Answer(device, assignment, status, reason):
-                if status is ReceiptStatus.REJECTED:
-                    count = partial(self._screening.count, device, assignment, reason)
-                    await self._run_blocking(count)
                 if status is ReceiptStatus.LATE:
                     status, reason = await self._late_or_kept(assignment, reason)
-                self._reply(device, Receipt(assignment, status, reason))
+                self._replies.give(device, Receipt(assignment, status, reason))
             case CloseRound(number, attempt, aggregate):
                 await self._close_round(number, attempt, aggregate)
                 return Closed(aggregate)
@@ -371,11 +371,6 @@ class FederationService:
         if await self._write(self._store.has_report, assignment):
             return ReceiptStatus.DUPLICATE, "it was kept before its round ended"
         return ReceiptStatus.LATE, reason
-
-    def _reply(self, device: str, message: Message) -> None:
-        reply = self._replies.pop(device, None)
-        if reply is not None and not reply.done():
-            reply.set_result(message)
 
     def _assignment(
         self, device: str, assignment: str, number: int, deadline_at: float
@@ -408,15 +403,17 @@ class FederationService:
     async def _keep(self, records: list[ReportRecord]) -> list[Event]:
         """What became of each: it is kept, or cannot be used."""
         reasons = await self._run_blocking(partial(self._keep_and_sum, records))
-        events: list[Event] = []
+        kept: list[tuple[str, str]] = []
+        refused: list[Event] = []
         for record, reason in zip(records, reasons, strict=True):
             if reason is None:
                 about = {"round": record.round, "device": record.device}
                 self._log.info("round %d: report of %s", *about.values(), extra=about)
-                events.append(Kept(record.device, record.assignment))
+                kept.append((record.device, record.assignment))
             else:
-                events.append(Refused(record.device, record.assignment, reason))
-        return events
+                refused.append(Refused(record.device, record.assignment, reason))
+        # What is kept comes first: a refusal may be the last that the round waits for.
+        return [Kept(tuple(kept)), *refused] if kept else refused
 
     def _record(self, arrived: _Arrived) -> ReportRecord:
         report = arrived.report

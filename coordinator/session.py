@@ -175,11 +175,12 @@ class DeviceSession:
             self._service = self._federations.named(join.federation)
         except UnknownFederationError as error:
             raise RefusedError(ErrorCode.UNKNOWN_FEDERATION, str(error)) from None
-        settings = self._service.settings
-        self.federation = settings.name
         wait_s = self._roster.joins.take(self.device)
         if wait_s:
             raise RefusedError(ErrorCode.BUSY, "this device connects too often", wait_s)
+        # Only now: whoever watches must not take the end of this for the device's going away.
+        settings = self._service.settings
+        self.federation = settings.name
         self._roster.add(self)
         self._service.joined(self.device)
         await self._send(Joined(settings))
