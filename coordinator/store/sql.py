@@ -250,6 +250,8 @@ class SqlStore(PartsTable):
             )
             if closed.rowcount != 1:
                 raise StoreError(f"{self._label}: attempt {attempt} at round {number} is not open")
+            expired = (is_awaited(federation), members.c.deadline_at <= closed_at)
+            db.execute(members.update().where(*expired).values(deadline_at=None))
             self.drop_unawaited(db, federation)
             if new_base:
                 db.execute(

@@ -11,17 +11,30 @@ from typing import TypeVar, cast
 import numpy as np
 import pytest
 
+from coordinator.happenings import Disconnected, Happening
 from coordinator.service import FederationService
+from coordinator.session import Roster
 from coordinator.store.base import PartialUpdate
 from coordinator.store.devices import DeviceRecord, DeviceStatus
 from coordinator.store.memory import MemoryStore
+from edge_client.identity import Identity
 from protocol.federation import FederationSettings, Mode
 from protocol.link import LinkClosedError
-from protocol.messages import Assignment, Receipt, ReceiptStatus, Report, Resume, RetryWindow
+from protocol.messages import (
+    Assignment,
+    Joined,
+    Receipt,
+    ReceiptStatus,
+    Refusal,
+    Report,
+    Resume,
+    RetryWindow,
+)
 from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
-from tests.simulation.world import START, settings
+from tests.simulation.raw_device import RawDevice
+from tests.simulation.world import START, World, settings
 
 Result = TypeVar("Result")
 UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
@@ -110,6 +123,36 @@ def test_an_answer_to_an_older_connection_is_not_given_to_a_newer_ones_other_que
         with pytest.raises(LinkClosedError):
             await older
         assert isinstance(await newer, RetryWindow)
+
+    simulate(scenario)
+
+
+class WatchedWorld(World):
+    """A world that remembers which connections ended, and whose."""
+
+    def __init__(self, rules: FederationSettings) -> None:
+        super().__init__(rules)
+        self.ended: list[Disconnected] = []
+
+    def _observe(self, happening: Happening) -> None:
+        super()._observe(happening)
+        if isinstance(happening, Disconnected):
+            self.ended.append(happening)
+
+
+def test_a_connection_that_comes_too_soon_is_not_taken_for_the_devices_leaving() -> None:
+    async def scenario() -> None:
+        world = WatchedWorld(settings(count=1, cohort=2))
+        await world.start()
+        world.roster = Roster(joins_s=0.01)  # one at once
+        answers = []
+        for _ in range(2):
+            device = RawDevice(await world.dial(), Identity.named("a"))
+            answers.append(await device.join())
+        assert isinstance(answers[0], Joined)
+        assert isinstance(answers[1], Refusal)
+        await asyncio.sleep(1.0)
+        assert [one.federation for one in world.ended] == [""]
 
     simulate(scenario)
 
