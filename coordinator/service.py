@@ -8,7 +8,6 @@ kept, and no round goes on that is not written down.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -96,7 +95,9 @@ class FederationService:
         self.settings = settings
         self._start = start
         self._screening = Screening(store.devices, bounds)
-        self._ranks: dict[str, int] = {}  # of devices, as they said at their last check-in
+        self._ranks: dict[
+            str, int
+        ] = {}  # of connected devices, as they said at their last check-in
         self._store = store
         self._rng = rng
         self._run_blocking = run_blocking
@@ -187,12 +188,12 @@ class FederationService:
 
     async def left(self, device: str) -> None:
         """The device's connection is gone."""
-        self._replies.forget(device)
+        self._forget(device)
         await self._drive(Left(device))
 
     async def expelled(self, device: str, reason: str) -> None:
         """The device's connection is gone, and it may not come back."""
-        self._replies.forget(device)
+        self._forget(device)
         self._unfinished.discard(device)
         await self._drive(Expelled(device, reason))
 
@@ -209,10 +210,12 @@ class FederationService:
             await self._drive(event)
 
     async def _keep_looking(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the service has failed, and says so itself
-            while True:
-                await asyncio.sleep(self._control_every_s)
+        while not self.failure.done():
+            await asyncio.sleep(self._control_every_s)
+            try:
                 await self.look_at_control()
+            except Exception as error:
+                self._fail(error)  # nobody would obey the operator from here on
 
     # --- events in, actions out ---------------------------------------------------------------
 
@@ -220,6 +223,10 @@ class FederationService:
         reply = self._replies.expect(device, answers)
         await self._drive(event)
         return await reply
+
+    def _forget(self, device: str) -> None:
+        self._replies.forget(device)
+        self._ranks.pop(device, None)
 
     async def _drive(self, event: Event | Arrived) -> None:
         # In a task of its own: a session that is cancelled must not stop a change halfway.
@@ -242,9 +249,13 @@ class FederationService:
                     await self._handle_next()
             except Exception as error:
                 # The machine may now believe what the store does not hold: go no further.
-                self.failure.set_exception(error)
+                self._fail(error)
                 raise
         self._schedule_tick()
+
+    def _fail(self, error: Exception) -> None:
+        if not self.failure.done():
+            self.failure.set_exception(error)
 
     async def _handle_next(self) -> None:
         if self._arrivals:

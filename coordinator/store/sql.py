@@ -303,12 +303,12 @@ class SqlStore(PartsTable):
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
             kept = db.execute(
-                sa.select(bases.c.number).where(
-                    bases.c.federation == federation, bases.c.number == number
-                )
+                sa.select(bases).where(bases.c.federation == federation, bases.c.number == number)
             ).first()
             if kept is None:
                 raise StoreError(f"{self._label}: no base version of round {number} is kept")
+            # There is no way back from a damaged one.
+            rows.tensors(rows.decoded(kept.base_specs, Assignment).payload, kept.base)
             if self._open_round(db, federation):
                 raise StoreError(f"{self._label}: a round is open")
             db.execute(members.update().where(is_awaited(federation)).values(deadline_at=None))

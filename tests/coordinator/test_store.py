@@ -352,6 +352,20 @@ def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
     store.close()
 
 
+def test_a_damaged_base_version_is_found_before_one_goes_back_to_it(tmp_path: Path) -> None:
+    with contextlib.closing(_filled(tmp_path / "s.sqlite")) as store:
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        with store.database.begin() as db:
+            db.execute(sa.text("UPDATE bases SET base = zeroblob(length(base)) WHERE number = 0"))
+        with pytest.raises(StoreError, match="do not match their digest"):
+            upkeep.check(store)
+        with pytest.raises(StoreError, match="do not match their digest"):
+            store.roll_back("demo", 0)
+        snapshot = store.load("demo")
+        assert snapshot
+        assert snapshot.rounds_done == 1
+
+
 def test_torn_pages_are_found(tmp_path: Path) -> None:
     _filled(tmp_path / "s.sqlite").close()
     content = bytearray((tmp_path / "s.sqlite").read_bytes())

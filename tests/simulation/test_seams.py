@@ -11,6 +11,8 @@ from typing import TypeVar, cast
 import numpy as np
 import pytest
 
+from coordinator.control import Control
+from coordinator.errors import StoreError
 from coordinator.happenings import Disconnected, Happening
 from coordinator.service import FederationService
 from coordinator.session import Roster
@@ -32,7 +34,7 @@ from protocol.messages import (
 )
 from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
-from protocol.virtual_time import simulate
+from protocol.virtual_time import at_once, simulate
 from tests.simulation.raw_device import RawDevice
 from tests.simulation.world import START, World, settings
 
@@ -123,6 +125,28 @@ def test_an_answer_to_an_older_connection_is_not_given_to_a_newer_ones_other_que
         with pytest.raises(LinkClosedError):
             await older
         assert isinstance(await newer, RetryWindow)
+
+    simulate(scenario)
+
+
+def test_a_store_that_cannot_tell_the_operators_wishes_ends_the_service() -> None:
+    class Silent(MemoryStore):
+        is_silent = False
+
+        def control(self, federation: str) -> Control:
+            if self.is_silent:
+                raise StoreError("database is locked")
+            return MemoryStore.control(self, federation)
+
+    async def scenario() -> None:
+        store = Silent()
+        service = FederationService(
+            settings(), START, store, rng=random.Random(1), run_blocking=at_once, control_every_s=1
+        )
+        await service.open()
+        store.is_silent = True
+        await asyncio.sleep(3.0)
+        assert isinstance(service.failure.exception(), StoreError)
 
     simulate(scenario)
 
