@@ -14,8 +14,8 @@ import pytest
 from coordinator.control import Control
 from coordinator.errors import StoreError
 from coordinator.happenings import Disconnected, Happening
+from coordinator.roster import Roster
 from coordinator.service import FederationService
-from coordinator.session import Roster
 from coordinator.store.base import PartialUpdate
 from coordinator.store.devices import DeviceRecord, DeviceStatus
 from coordinator.store.memory import MemoryStore
