@@ -16,8 +16,9 @@ import numpy as np
 from benchmarks.tasks import DeviceRows
 from coordinator.enrolment import Gate
 from coordinator.federations import Federations
+from coordinator.roster import Roster
 from coordinator.service import FederationService
-from coordinator.session import DeviceSession, Roster
+from coordinator.session import DeviceSession
 from coordinator.store.memory import MemoryStore
 from edge_client.backends.base import Arrays, Level
 from edge_client.backends.torch_backend import TorchTrainer

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from coordinator.blocking import RunBlocking
 from coordinator.errors import RefusedError
 from coordinator.security import is_signed
 from coordinator.store.devices import (
@@ -24,7 +25,6 @@ from coordinator.store.devices import (
     DeviceStore,
     TokenUse,
 )
-from coordinator.uploads import RunBlocking
 from protocol.errors import ErrorCode
 from protocol.messages import Join, Report
 from protocol.signing import device_id, join_statement, report_statement

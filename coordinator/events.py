@@ -55,10 +55,9 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The report is on disk."""
+    """These reports are on disk, by one write: all count before the round may close."""
 
-    device: str
-    assignment: str
+    reports: tuple[tuple[str, str], ...]  # device, assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +182,14 @@ class TakeUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class DropUpdate:
+    """Forget what has come of an update: it is not awaited any more."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
 class Keep:
     """Put the report on disk, then say Kept."""
 
@@ -223,6 +230,7 @@ Action = (
     | Retry
     | Finish
     | TakeUpdate
+    | DropUpdate
     | Keep
     | Answer
     | CloseRound

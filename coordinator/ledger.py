@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
+from coordinator.blocking import RunBlocking
 from coordinator.errors import StoreError
 from coordinator.events import CloseRound
 from coordinator.happenings import Acted, Disconnected, Happening, Heard, Said
@@ -27,7 +28,6 @@ from coordinator.store.sightings import (
     sum_up_round,
     write_sightings,
 )
-from coordinator.uploads import RunBlocking
 from protocol.messages import (
     Assignment,
     CheckIn,

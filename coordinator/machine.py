@@ -25,6 +25,7 @@ from coordinator.events import (
     CheckedIn,
     Closed,
     CloseRound,
+    DropUpdate,
     Event,
     Expelled,
     Finish,
@@ -111,21 +112,20 @@ class Machine(ABC):
                 return []
             case Expelled(device, reason):
                 assignment = self._expel(device)
-                if assignment is not None:
-                    self._opened().refused[assignment] = reason
-                    self._answered(device, assignment)
-                return self._proceed(now)
+                if assignment is None:
+                    return self._proceed(now)
+                self._opened().refused[assignment] = reason
+                self._answered(device, assignment)
+                return [DropUpdate(device, assignment), *self._proceed(now)]
             case Offered(device, assignment):
                 receipt = self._settled(device, assignment, now)
                 return [receipt] if receipt else [TakeUpdate(device, assignment)]
             case Uploaded(device, assignment):
                 receipt = self._settled(device, assignment, now)
                 return [receipt] if receipt else [Keep(device, assignment)]
-            case Kept(device, assignment):
-                self._opened().kept.add(assignment)
-                self._answered(device, assignment)
-                accepted = Answer(device, assignment, ReceiptStatus.ACCEPTED, "")
-                return [accepted, *self._proceed(now)]
+            case Kept(reports):
+                accepted = [self._accept(device, assignment) for device, assignment in reports]
+                return [*accepted, *self._proceed(now)]
             case Refused(device, assignment, reason):
                 if self.given_in(device, assignment) is not None:
                     self._opened().refused[assignment] = reason
@@ -190,6 +190,11 @@ class Machine(ABC):
         if self.phase is Phase.FINISHED and wish is not Wish.STOP:
             self.phase = Phase.GATHERING  # stopped before, or told to by mistake
         return self._proceed_or_finish(now) if self.phase is Phase.GATHERING else []
+
+    def _accept(self, device: str, assignment: str) -> Answer:
+        self._opened().kept.add(assignment)
+        self._answered(device, assignment)
+        return Answer(device, assignment, ReceiptStatus.ACCEPTED, "")
 
     def _begin_round(self) -> RoundState:
         number = self.rounds_done + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,9 @@ log = logging.getLogger("pf2lora.coordinator")
 # An element of an adapter moves by about its learning rate a step: 0.001 to 0.05 a round.
 UPDATE_RMS_MAX: Final = 1.0
 QUARANTINE_AFTER: Final = 3
+DEVICES_MAX: Final = 100_000  # of whom something is remembered
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,14 @@ class Screening:
         if examples > self._bounds.examples_max:
             most = self._bounds.examples_max
             return f"the device has {examples} examples, the coordinator takes {most} at most"
-        self._examples[device] = examples
+        _remember(self._examples, device, examples)
         return None
 
     def misfit(self, device: str, report: Report) -> str | None:
         """Why a report cannot be used whatever its bytes, if so.
 
-        What was said at a check-in is forgotten with the process: then the bound alone holds.
+        What was said at a check-in is forgotten with the process, or when DEVICES_MAX others have
+        checked in since: then the bound alone holds.
         """
         most = self._examples.get(device, self._bounds.examples_max)
         if report.examples > most:
@@ -83,9 +87,17 @@ class Screening:
         """A report has been rejected; once a report, however often its receipt is asked for."""
         if self._counted.get(device) == assignment:
             return
-        self._counted[device] = assignment
+        _remember(self._counted, device, assignment)
         after = self._bounds.quarantine_after
         record = self._devices.count_rejection(device, reason, after)
         log.warning("report of %s rejected: %s", device, reason)
         if record and record.status is DeviceStatus.QUARANTINED:
             log.warning("device %s is quarantined after %d rejected", device, record.rejected)
+
+
+def _remember(memory: dict[str, Value], device: str, value: Value) -> None:
+    """As the latest; of too many the one that was longest unheard of is forgotten."""
+    memory.pop(device, None)
+    memory[device] = value
+    if len(memory) > DEVICES_MAX:
+        del memory[next(iter(memory))]

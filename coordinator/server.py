@@ -24,9 +24,10 @@ from coordinator.errors import AddressError
 from coordinator.federations import Federations
 from coordinator.happenings import observed_store
 from coordinator.rates import Buckets, network_of
+from coordinator.roster import Roster
 from coordinator.security import is_open, log_exposure, server_tls
 from coordinator.service import FederationService
-from coordinator.session import DeviceSession, Roster
+from coordinator.session import DeviceSession
 from coordinator.store.sql import SqlStore
 from coordinator.watch import Watch
 from protocol import limits

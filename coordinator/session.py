@@ -7,14 +7,13 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Coroutine
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from coordinator.enrolment import Admitted, Gate
 from coordinator.errors import RefusedError, StoreError
 from coordinator.federations import Federations, UnknownFederationError
 from coordinator.happenings import Connected, Disconnected, Heard, Observer, Said, unobserved
-from coordinator.rates import Buckets
-from coordinator.room import NoRoomError, Place, Room
+from coordinator.room import NoRoomError, Place
 from coordinator.service import FederationService
 from protocol import limits
 from protocol.connection import Connection, Role, State, default_hello
@@ -36,6 +35,9 @@ from protocol.messages import (
 )
 from protocol.transfer import chunks
 
+if TYPE_CHECKING:
+    from coordinator.roster import Roster
+
 log = logging.getLogger("pf2lora.coordinator")
 
 # A device that must speak next and does not for this long is let go; an upload resumes.
@@ -49,10 +51,6 @@ SILENCE_GRACE_S: Final = 600.0
 RETRY_AFTER_S: Final = 1.0
 HANG_UP_S: Final = 1.0
 BUSY_RETRY_AFTER_S: Final = 5.0
-UPLOADS_BYTES_MAX: Final = 64 * limits.MIB
-DOWNLOADS_BYTES_MAX: Final = 32 * limits.MIB
-# A device may connect as often at once as it may in so many seconds.
-JOINS_BURST_S: Final = 100.0
 
 Result = TypeVar("Result")
 
@@ -175,11 +173,12 @@ class DeviceSession:
             self._service = self._federations.named(join.federation)
         except UnknownFederationError as error:
             raise RefusedError(ErrorCode.UNKNOWN_FEDERATION, str(error)) from None
-        settings = self._service.settings
-        self.federation = settings.name
         wait_s = self._roster.joins.take(self.device)
         if wait_s:
             raise RefusedError(ErrorCode.BUSY, "this device connects too often", wait_s)
+        # Only now: whoever watches must not take the end of this for the device's going away.
+        settings = self._service.settings
+        self.federation = settings.name
         self._roster.add(self)
         self._service.joined(self.device)
         await self._send(Joined(settings))
@@ -330,47 +329,3 @@ class DeviceSession:
 
 def _turn_is_over() -> RefusedError:
     return RefusedError(ErrorCode.BUSY, "others wait; go on later from here", RETRY_AFTER_S)
-
-
-class Roster:
-    """The joined sessions, one a device and federation: a newer takes an older one's place.
-
-    They share the memory for transfers, and the count of how often each device connects.
-    """
-
-    def __init__(
-        self,
-        uploads_bytes_max: int = UPLOADS_BYTES_MAX,
-        downloads_bytes_max: int = DOWNLOADS_BYTES_MAX,
-        joins_s: float = 0.0,
-    ) -> None:
-        self._sessions: dict[tuple[str, str], DeviceSession] = {}
-        self.uploads = Room(uploads_bytes_max)
-        self.downloads = Room(downloads_bytes_max)
-        clock = asyncio.get_running_loop().time
-        self.joins = Buckets(joins_s, JOINS_BURST_S * joins_s, clock)
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def add(self, session: DeviceSession) -> None:
-        key = session.federation, session.device
-        older = self._sessions.get(key)
-        self._sessions[key] = session
-        if older is not None:
-            older.stop(RefusedError(ErrorCode.SUPERSEDED, "this device has connected anew"))
-
-    def remove(self, session: DeviceSession) -> bool:
-        """Forget a session; True if it was the device's present one."""
-        key = session.federation, session.device
-        if self._sessions.get(key) is not session:
-            return False
-        del self._sessions[key]
-        return True
-
-    async def expel_barred(self, gate: Gate) -> None:
-        """End the sessions of devices that may not be here any more."""
-        barred = await gate.barred()
-        for session in list(self._sessions.values()):
-            if session.device in barred:
-                session.expel(barred[session.device])

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final
 
+from coordinator.blocking import RunBlocking, StoreCalls
 from coordinator.errors import StoreError
 from coordinator.store.base import PartialUpdate, Store
 from protocol import limits
@@ -26,14 +27,6 @@ from protocol.transfer import Receiver
 log = logging.getLogger("pf2lora.coordinator")
 
 FLUSH_BYTES: Final = 4 * limits.MIB
-
-Result = TypeVar("Result")
-
-
-class RunBlocking(Protocol):
-    """Runs a blocking call away from the event loop; in simulations, at once."""
-
-    async def __call__(self, call: Callable[[], Result]) -> Result: ...
 
 
 class Upload:
@@ -103,12 +96,13 @@ class Uploads:
         self._federation = federation
         self._store = store
         self._run_blocking = run_blocking
+        self._call = StoreCalls(federation, run_blocking)
         self._under_way: dict[str, Upload] = {}
         self._stored: set[str] = set()  # assignments; only for these is the store asked
 
     async def open(self) -> None:
         """Learn which updates had come in part when the last process ended."""
-        self._stored = set(await self._write(self._store.partial_updates))
+        self._stored = set(await self._call(self._store.partial_updates))
 
     @contextlib.asynccontextmanager
     async def resumed(self, report: Report) -> AsyncIterator[Upload]:
@@ -131,14 +125,14 @@ class Uploads:
     async def keep(self, part: PartialUpdate) -> None:
         """Put a part of an update on the disk."""
         self._stored.add(part.assignment)
-        await self._write(self._store.keep_part, part)
+        await self._call(self._store.keep_part, part)
         log.info("%d bytes of an update are on disk", part.begin + len(part.data))
 
     async def forget(self, assignment: str) -> None:
         """Nothing of this update is wanted any more."""
         if assignment in self._stored:
             self._stored.discard(assignment)
-            await self._write(self._store.drop_parts, assignment)
+            await self._call(self._store.drop_parts, assignment)
 
     def only(self, awaited: set[str]) -> None:
         """Only these are awaited still; the parts of the others have gone with their round."""
@@ -148,6 +142,3 @@ class Uploads:
         digest = receiver.payload.digest
         for data in self._store.parts(self._federation, assignment, digest):
             receiver.restore(data)
-
-    async def _write(self, call: Callable[..., Result], *args: Any) -> Result:
-        return await self._run_blocking(partial(call, self._federation, *args))

@@ -15,6 +15,7 @@ from coordinator.admin.app import Sources, admin_app
 from coordinator.admin.live import Live
 from coordinator.admin.server import AdminServer
 from coordinator.admin.settings import AdminSettings
+from coordinator.blocking import RunBlocking
 from coordinator.errors import StoreError
 from coordinator.happenings import all_of
 from coordinator.ledger import Ledger
@@ -22,7 +23,6 @@ from coordinator.metrics import Metrics
 from coordinator.store import views
 from coordinator.store.database import Database
 from coordinator.systemd import READY, STOPPING, ServiceManager
-from coordinator.uploads import RunBlocking
 
 log = logging.getLogger("pf2lora.coordinator")
 

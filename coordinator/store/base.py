@@ -216,6 +216,7 @@ class Store(Protocol):
     ) -> None:
         """Write down the open round's end, all or nothing; None for a base abandons it.
 
+        What was awaited for itself until `closed_at` or before is so no longer.
         `memory` is what the server's step remembers from round to round. The updates of its reports
         may be forgotten.
         """

@@ -168,6 +168,7 @@ class MemoryStore:
         )
         found.open_round = None
         found.reports.clear()
+        found.awaited = {d: one for d, one in found.awaited.items() if one.deadline_at > closed_at}
         awaited = self._awaited(found)
         found.parts = {name: part for name, part in found.parts.items() if name in awaited}
         if new_base:

@@ -250,6 +250,8 @@ class SqlStore(PartsTable):
             )
             if closed.rowcount != 1:
                 raise StoreError(f"{self._label}: attempt {attempt} at round {number} is not open")
+            expired = (is_awaited(federation), members.c.deadline_at <= closed_at)
+            db.execute(members.update().where(*expired).values(deadline_at=None))
             self.drop_unawaited(db, federation)
             if new_base:
                 db.execute(
@@ -301,12 +303,12 @@ class SqlStore(PartsTable):
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
             kept = db.execute(
-                sa.select(bases.c.number).where(
-                    bases.c.federation == federation, bases.c.number == number
-                )
+                sa.select(bases).where(bases.c.federation == federation, bases.c.number == number)
             ).first()
             if kept is None:
                 raise StoreError(f"{self._label}: no base version of round {number} is kept")
+            # There is no way back from a damaged one.
+            rows.tensors(rows.decoded(kept.base_specs, Assignment).payload, kept.base)
             if self._open_round(db, federation):
                 raise StoreError(f"{self._label}: a round is open")
             db.execute(members.update().where(is_awaited(federation)).values(deadline_at=None))

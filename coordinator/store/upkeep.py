@@ -14,7 +14,7 @@ from coordinator.store.sql import SqlStore
 
 
 def check(store: SqlStore) -> list[str]:
-    """Read everything that a restart would need; the federations that are sound.
+    """Read everything that a restart or a roll-back would need; the federations that are sound.
 
     Raises:
         StoreError: naming what is damaged.
@@ -29,6 +29,8 @@ def check(store: SqlStore) -> list[str]:
                 raise StoreError(f"{label}: {problem}")
         names = list(db.scalars(sa.select(federations.c.name).order_by("name")))
     for name in names:
+        for base in store.bases(name):
+            store.base(name, base.version)
         snapshot = store.load(name)
         if snapshot and snapshot.open_round:
             open_round = snapshot.open_round

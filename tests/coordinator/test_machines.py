@@ -100,7 +100,7 @@ class Driver:
                 self.kept.append(assignment)
                 self.in_round += 1
                 assert self.in_round <= self.goal
-                return Kept(device, assignment)
+                return Kept(((device, assignment),))
             case CloseRound(_, _, aggregate):
                 return Closed(aggregate)
             case GoBack(number):

@@ -207,6 +207,18 @@ class StoreContract:
         store.close_round("demo", 2, 1, BASE, 30.0)
         assert [outcome.reports for outcome in store.history("demo")] == [1, 2]
 
+    def test_a_rounds_end_ends_what_was_awaited_until_then(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", dataclasses.replace(_round(), deadline_at=None, cohort=()))
+        for device, deadline_at in (("a", 50.0), ("b", 70.0)):
+            store.add_assignment("demo", 1, 1, Member(device, f"for {device}"), deadline_at)
+            store.keep_part("demo", PartialUpdate(f"for {device}", bytes(32), 0, b"some"))
+        store.close_round("demo", 1, 1, BASE, closed_at=50.0)
+        snapshot = store.load("demo")
+        assert snapshot
+        assert [awaited.assignment for awaited in snapshot.awaited] == ["for b"]
+        assert store.partial_updates("demo") == ["for b"]
+
     def test_the_next_assignment_and_a_roll_back_end_what_is_awaited(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", RoundRecord(1, 1, BASE.digest(), 10.0, None, ()))
@@ -338,6 +350,20 @@ def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
     with pytest.raises(StoreError, match="do not match their digest"):
         upkeep.check(store)
     store.close()
+
+
+def test_a_damaged_base_version_is_found_before_one_goes_back_to_it(tmp_path: Path) -> None:
+    with contextlib.closing(_filled(tmp_path / "s.sqlite")) as store:
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        with store.database.begin() as db:
+            db.execute(sa.text("UPDATE bases SET base = zeroblob(length(base)) WHERE number = 0"))
+        with pytest.raises(StoreError, match="do not match their digest"):
+            upkeep.check(store)
+        with pytest.raises(StoreError, match="do not match their digest"):
+            store.roll_back("demo", 0)
+        snapshot = store.load("demo")
+        assert snapshot
+        assert snapshot.rounds_done == 1
 
 
 def test_torn_pages_are_found(tmp_path: Path) -> None:

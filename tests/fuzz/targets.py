@@ -22,8 +22,9 @@ import numpy as np
 
 from coordinator.enrolment import Gate
 from coordinator.federations import Federations
+from coordinator.roster import Roster
 from coordinator.service import FederationService
-from coordinator.session import DeviceSession, Roster
+from coordinator.session import DeviceSession
 from coordinator.store.memory import MemoryStore
 from edge_client.errors import RefusedError, UnreachableError
 from edge_client.identity import Identity

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from coordinator import session, uploads
+from coordinator import uploads
 from coordinator.errors import StorageFullError
+from coordinator.room import Room
 from coordinator.store.base import PartialUpdate
 from coordinator.store.memory import MemoryStore
 from edge_client.session import Session
@@ -137,21 +138,25 @@ def test_broken_links_send_each_chunk_once_and_no_more() -> None:
 def test_many_uploads_share_little_memory_and_all_get_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "UPLOADS_BYTES_MAX", 3 * SIZE)
     count = 12
     rules = settings(count=2, cohort=count, minimum_reports=count, deadline_s=1e5)
     world = World(rules, 1, Faults(delay_s=0.2), base=BASE)
+    world.uploads_bytes_max = 3 * SIZE
     used: list[int] = []
-    place = session.Room.place
+    waited: list[bool] = []
+    enter = Room._enter
 
-    def watched(self: session.Room, size_bytes: int) -> object:
-        used.append(self.used_bytes)
-        return place(self, size_bytes)
+    async def watched(self: Room, wanted: int) -> bool:
+        waited.append(await enter(self, wanted))
+        if self is world.roster.uploads:
+            used.append(self.used_bytes)
+        return waited[-1]
 
-    monkeypatch.setattr(session.Room, "place", watched)
-    devices = _devices(count)
+    monkeypatch.setattr(Room, "_enter", watched)
+    devices = [FakeDevice(f"device-{number}", training_s=1.0) for number in range(count)]
     _run(world, devices)
-    assert max(used) <= 3 * SIZE
+    assert SIZE < max(used) <= 3 * SIZE
+    assert any(waited)
     assert len({device.final.digest() for device in devices if device.final}) == 1
 
 

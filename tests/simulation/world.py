@@ -16,9 +16,10 @@ from coordinator.enrolment import Gate
 from coordinator.errors import StoreError
 from coordinator.federations import Federations
 from coordinator.happenings import Happening, Said
+from coordinator.roster import UPLOADS_BYTES_MAX, Roster
 from coordinator.screening import Bounds
 from coordinator.service import FederationService
-from coordinator.session import DeviceSession, Roster
+from coordinator.session import DeviceSession
 from coordinator.store.base import Store
 from coordinator.store.memory import MemoryStore
 from edge_client.identity import Identity
@@ -207,6 +208,7 @@ class World:
         self.faults = faults or Faults()
         self.store = store or MemoryStore()
         self.writing_s = 0.0  # how long a call of the store takes
+        self.uploads_bytes_max = UPLOADS_BYTES_MAX
         self.is_open = is_open
         self.refusals: Counter[ErrorCode] = Counter()
         self.bounds = bounds
@@ -225,7 +227,7 @@ class World:
             clock=asyncio.get_running_loop().time,
             bounds=self.bounds,
         )
-        self.roster = Roster()
+        self.roster = Roster(self.uploads_bytes_max)
         self.gate = Gate(
             self.store.devices,
             is_open=self.is_open,

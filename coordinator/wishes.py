@@ -1,0 +1,40 @@
+"""What the operator has written into the store, as events for the round machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+
+from coordinator.blocking import RunBlocking, StoreCalls
+from coordinator.control import Control
+from coordinator.events import AskedBack, Event, Wished
+from coordinator.log import FederationLog
+from coordinator.store.base import Store
+
+log = logging.getLogger("pf2lora.coordinator")
+
+
+class Wishes:
+    """The operator's, for one federation; RUN until another is found."""
+
+    def __init__(self, federation: str, store: Store, run_blocking: RunBlocking) -> None:
+        self._store = store
+        self._call = StoreCalls(federation, run_blocking)
+        self._log = FederationLog(log, federation)
+        self._control = Control()
+
+    async def news(self) -> AsyncIterator[Event]:
+        """What has changed since the last look; each is to be obeyed before the next is asked."""
+        control = await self._call(self._store.control)
+        before, self._control = self._control, control
+        if control.wish is not before.wish:
+            self._log.info("the operator's wish: %s", control.wish.value)
+            yield Wished(control.wish)
+        if control.roll_back_to is None:
+            return
+        kept = {base.number for base in await self._call(self._store.bases)}
+        if control.roll_back_to in kept:
+            yield AskedBack(control.roll_back_to)
+        else:
+            self._log.error("cannot roll back to round %d: not kept any more", control.roll_back_to)
+            await self._call(self._store.set_control, Control(control.wish))

@@ -1,0 +1,200 @@
+"""Where two concerns meet in one service: deadlines and shared writes, expulsion and parts, two
+connections of one device."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numpy as np
+import pytest
+
+from coordinator.control import Control
+from coordinator.errors import StoreError
+from coordinator.happenings import Disconnected, Happening
+from coordinator.roster import Roster
+from coordinator.service import FederationService
+from coordinator.store.base import PartialUpdate
+from coordinator.store.devices import DeviceRecord, DeviceStatus
+from coordinator.store.memory import MemoryStore
+from edge_client.identity import Identity
+from protocol.federation import FederationSettings, Mode
+from protocol.link import LinkClosedError
+from protocol.messages import (
+    Assignment,
+    Joined,
+    Receipt,
+    ReceiptStatus,
+    Refusal,
+    Report,
+    Resume,
+    RetryWindow,
+)
+from protocol.signing import UNSIGNED
+from protocol.tensors import NamedTensors
+from protocol.virtual_time import at_once, simulate
+from tests.simulation.raw_device import RawDevice
+from tests.simulation.world import START, World, settings
+
+Result = TypeVar("Result")
+UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
+
+
+class Desk:
+    """A service whose writing takes `writing_s` of virtual time."""
+
+    def __init__(self, rules: FederationSettings) -> None:
+        self.store = MemoryStore()
+        self.writing_s = 0.0
+        self.service = FederationService(
+            rules,
+            START,
+            self.store,
+            rng=random.Random(1),
+            run_blocking=self._run_blocking,
+            clock=asyncio.get_running_loop().time,
+        )
+
+    async def _run_blocking(self, call: Callable[[], Result]) -> Result:
+        if self.writing_s:
+            await asyncio.sleep(self.writing_s)
+        return call()
+
+    async def assigned(self, *devices: str) -> dict[str, Assignment]:
+        asked = [self.service.check_in(device, 0) for device in devices]
+        answers = await asyncio.gather(*asked)
+        return dict(zip(devices, cast(list[Assignment], answers), strict=True))
+
+
+def _report(asked: Assignment) -> Report:
+    told = (asked.assignment, asked.round, asked.base_version, 10, (), UPDATE.payload(), UNSIGNED)
+    return Report(*told)
+
+
+def test_a_deadline_that_comes_while_reports_are_written_leaves_none_of_them_out() -> None:
+    rules = settings(count=1, cohort=4, minimum_reports=3, deadline_s=100.0)
+
+    async def scenario() -> None:
+        desk = Desk(rules)
+        await desk.service.open()
+        asked = await desk.assigned("a", "b", "c", "d")
+        await asyncio.sleep(99.0)
+        desk.writing_s = 0.9  # the first alone, the others together, and past the deadline
+        receipts = await asyncio.gather(
+            *(desk.service.take(name, _report(asked[name]), UPDATE) for name in "abc")
+        )
+        assert {cast(Receipt, one).status for one in receipts} == {ReceiptStatus.ACCEPTED}
+        await asyncio.sleep(10.0)
+        (outcome,) = desk.store.history("sim")
+        assert (outcome.outcome.value, outcome.reports) == ("aggregated", 3)
+
+    simulate(scenario)
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+def test_the_parts_of_an_expelled_device_go_with_it(mode: Mode) -> None:
+    rules = settings(mode=mode, count=2, cohort=2, report_goal=1, deadline_s=1000.0)
+
+    async def scenario() -> None:
+        desk = Desk(rules)
+        await desk.service.open()
+        asked = await desk.assigned("a", "b")
+        assignment = asked["a"].assignment
+        part = PartialUpdate(assignment, UPDATE.payload().digest, 0, b"half of it")
+        await desk.service.uploads.keep(part)
+        assert desk.store.partial_updates("sim") == [assignment]
+        await desk.service.expelled("a", "it is revoked")
+        assert desk.store.partial_updates("sim") == []
+
+    simulate(scenario)
+
+
+def test_an_answer_to_an_older_connection_is_not_given_to_a_newer_ones_other_question() -> None:
+    rules = settings(count=2, cohort=2, deadline_s=1000.0)
+
+    async def scenario() -> None:
+        desk = Desk(rules)
+        await desk.service.open()
+        asked = await desk.assigned("a", "b")
+        desk.writing_s = 1.0
+        older = asyncio.create_task(desk.service.take("a", _report(asked["a"]), UPDATE))
+        await asyncio.sleep(0.5)
+        newer = asyncio.create_task(desk.service.check_in("a", 0))
+        with pytest.raises(LinkClosedError):
+            await older
+        assert isinstance(await newer, RetryWindow)
+
+    simulate(scenario)
+
+
+def test_a_store_that_cannot_tell_the_operators_wishes_ends_the_service() -> None:
+    class Silent(MemoryStore):
+        is_silent = False
+
+        def control(self, federation: str) -> Control:
+            if self.is_silent:
+                raise StoreError("database is locked")
+            return MemoryStore.control(self, federation)
+
+    async def scenario() -> None:
+        store = Silent()
+        service = FederationService(
+            settings(), START, store, rng=random.Random(1), run_blocking=at_once, control_every_s=1
+        )
+        await service.open()
+        store.is_silent = True
+        await asyncio.sleep(3.0)
+        assert isinstance(service.failure.exception(), StoreError)
+
+    simulate(scenario)
+
+
+class WatchedWorld(World):
+    """A world that remembers which connections ended, and whose."""
+
+    def __init__(self, rules: FederationSettings) -> None:
+        super().__init__(rules)
+        self.ended: list[Disconnected] = []
+
+    def _observe(self, happening: Happening) -> None:
+        super()._observe(happening)
+        if isinstance(happening, Disconnected):
+            self.ended.append(happening)
+
+
+def test_a_connection_that_comes_too_soon_is_not_taken_for_the_devices_leaving() -> None:
+    async def scenario() -> None:
+        world = WatchedWorld(settings(count=1, cohort=2))
+        await world.start()
+        world.roster = Roster(joins_s=0.01)  # one at once
+        answers = []
+        for _ in range(2):
+            device = RawDevice(await world.dial(), Identity.named("a"))
+            answers.append(await device.join())
+        assert isinstance(answers[0], Joined)
+        assert isinstance(answers[1], Refusal)
+        await asyncio.sleep(1.0)
+        assert [one.federation for one in world.ended] == [""]
+
+    simulate(scenario)
+
+
+def test_an_expulsion_is_not_counted_as_one_more_bad_report() -> None:
+    rules = settings(count=2, cohort=2, deadline_s=1000.0)
+
+    async def scenario() -> None:
+        desk = Desk(rules)
+        await desk.service.open()
+        asked = await desk.assigned("a", "b")
+        desk.store.devices.add(DeviceRecord("a", bytes(32), DeviceStatus.REVOKED, 0.0, 0, "lost"))
+        await desk.service.expelled("a", "it is revoked")
+        receipt = await desk.service.offer("a", _report(asked["a"]))
+        assert not isinstance(receipt, Resume)
+        assert receipt.status is ReceiptStatus.REJECTED
+        found = desk.store.devices.find("a")
+        assert found is not None
+        assert (found.status, found.rejected, found.reason) == (DeviceStatus.REVOKED, 0, "lost")
+
+    simulate(scenario)
