@@ -70,5 +70,6 @@ class UnreachableError(EdgeClientError):
     """No session could be held for as long as patience lasted."""
 
     def __init__(self, cause: str, attempts: int) -> None:
-        super().__init__(f"no coordinator could be reached in {attempts} attempts: {cause}")
+        tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        super().__init__(f"no coordinator could be reached in {tries}: {cause}")
         self.attempts = attempts
