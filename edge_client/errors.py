@@ -21,8 +21,8 @@ class EdgeClientError(Exception):
 class ConfigurationError(EdgeClientError):
     """An argument that cannot be used."""
 
-    def __init__(self, field: str, problem: str, right: str) -> None:
-        super().__init__(f"{field}: {problem}; use {right}")
+    def __init__(self, field: str, problem: str, right: str = "") -> None:
+        super().__init__(f"{field}: {problem}" + (f"; use {right}" if right else ""))
         self.field = field
 
 
