@@ -36,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        exit_code = int(options.command(options))
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except CoordinatorError as error:
         print(f"pf2lora-coordinator: {error}", file=sys.stderr)
         return error.exit_code

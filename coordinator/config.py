@@ -24,7 +24,7 @@ from coordinator.errors import ConfigurationError
 from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
 from coordinator.security import Enrolment, check_exposure
 from protocol import limits
-from protocol.federation import FederationSettings
+from protocol.federation import FederationSettings, start_settings
 from protocol.link import is_loopback
 from protocol.schema import (
     Integer,
@@ -252,7 +252,7 @@ def _take_shared(
 
 
 def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federation:
-    fingerprint, start = _read_start(start_path, path)
+    fingerprint, made_for, start = _read_start(start_path, path)
     backbone = table.setdefault("backbone", {})
     if isinstance(backbone, dict):
         backbone.setdefault("fingerprint", fingerprint)
@@ -262,6 +262,13 @@ def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federati
             "backbone.fingerprint",
             f"is {settings.backbone.fingerprint}, but {start_path} was made for {fingerprint}",
         )
+    for name, value in start_settings(settings).items():
+        if made_for.get(name, value) != value:
+            raise ConfigurationError(
+                name,
+                f"is {value!r}, but {start_path} was made for {made_for[name]!r}; what shapes the "
+                f"common adapter belongs into {path}, then: pf2lora-client prepare {path}",
+            )
     return Federation(settings, start)
 
 
@@ -358,8 +365,8 @@ def _beside(path: Path, store: str) -> str:
     return url.set(database=database).render_as_string(hide_password=False)
 
 
-def _read_start(start: Path, config: Path) -> tuple[str, NamedTensors]:
-    """The backbone's fingerprint and the first common adapter."""
+def _read_start(start: Path, config: Path) -> tuple[str, dict[str, object], NamedTensors]:
+    """The backbone's fingerprint, the settings it was made for, the first common adapter."""
     if not start.exists():
         raise ConfigurationError(
             "server.start", f"{start} is missing; make it with: pf2lora-client prepare {config}"
@@ -374,7 +381,9 @@ def _read_start(start: Path, config: Path) -> tuple[str, NamedTensors]:
             if sorted(names) != sorted(file.keys()):
                 raise ValueError("its names are not those of its tensors")
             arrays = {name: file.get_tensor(name) for name in names}
-        return metadata["fingerprint"], _as_tensors(arrays)
+            # Start files made by hand need not say more than their backbone.
+            made_for = dict(json.loads(metadata.get("settings", "{}")))
+        return metadata["fingerprint"], made_for, _as_tensors(arrays)
     except KeyError as error:
         raise ConfigurationError("server.start", f"{start} lacks {error} in its header") from error
     except (SafetensorError, OSError, TypeError, ValueError) as error:

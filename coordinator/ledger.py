@@ -24,6 +24,7 @@ from coordinator.store.sightings import (
     DeviceState,
     Sighting,
     all_away,
+    count_kept_again,
     sum_up_last_rounds,
     sum_up_round,
     write_sightings,
@@ -92,6 +93,7 @@ class Ledger:
 
         def put_in_order() -> None:
             with self._database.begin() as db:
+                count_kept_again(db, federations)
                 all_away(db, federations)
                 for federation in federations:
                     sum_up_last_rounds(db, federation)

@@ -122,7 +122,7 @@ class CoordinatorServer:
         self._visits = _buckets(rates.connections_per_address, CONNECTIONS_BURST_S)
         self._messages = _buckets(rates.messages_per_address, MESSAGES_BURST_S)
         self._connections_max = _affordable(server.connections_max)
-        self._store = await self._run_blocking(lambda: SqlStore(server.store))
+        self._store = await self._run_blocking(lambda: SqlStore(server.store, sole=True))
         self.watch = Watch(
             self._configuration.admin,
             self._configuration.admin_token,

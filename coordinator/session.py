@@ -260,6 +260,7 @@ class DeviceSession:
         timeout_s = self._patience_s()
         if self._incoming is None:
             self._incoming = asyncio.create_task(self._link.receive())
+            self._incoming.add_done_callback(_looked_at)
         uploading = self._connection.state is State.UPLOADING
         awaited: set[asyncio.Future[Any]] = {self._incoming}
         if not uploading:
@@ -325,6 +326,12 @@ class DeviceSession:
         short = reason.encode()[:500].decode(errors="ignore")
         with contextlib.suppress(LinkClosedError):
             await self._put(Refusal(code, short, retry_after_s))
+
+
+def _looked_at(task: asyncio.Task[bytes]) -> None:
+    # A session that ends for a reason of its own never asks how its last receive ended.
+    if not task.cancelled():
+        task.exception()
 
 
 def _turn_is_over() -> RefusedError:

@@ -69,7 +69,7 @@ def _certs(options: argparse.Namespace) -> int:
     written = authority.issue_server(options.host, options.days) if options.host else []
     for name in options.client:
         written += authority.issue_client(name, options.days)
-    for path in (authority.folder / "ca.pem", *written):
+    for path in (authority.folder / "ca.pem", authority.folder / "ca.key", *written):
         print(path)
     return 0
 

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -54,11 +57,18 @@ def _is_ours(error: Exception) -> bool:
     return module.startswith(("quantization.", "edge_client."))
 
 
+class _Command(argparse.ArgumentParser):
+    """Takes no short forms of flags: the next release's flags could change what they mean."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pf2lora-client", description="One device of a federation.", epilog=EXIT_CODES
     )
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, parser_class=_Command)
 
     run = commands.add_parser("run", help="take part until the federation's rounds are over")
     run.set_defaults(command=_run)
@@ -310,7 +320,7 @@ def _prepare(options: argparse.Namespace) -> None:
     settings, start = read_federation(options.config)
     federation = checked_settings(settings, str(settings["backbone"]["name"]))
     trainer = load_trainer(federation, backbone=None, scheme="none", device="cpu", personal_seed=0)
-    write_start(start, trainer.common().arrays(), federation.backbone.fingerprint)
+    write_start(start, trainer.common().arrays(), federation)
     print(f"wrote {start}")
 
 

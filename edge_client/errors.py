@@ -21,8 +21,8 @@ class EdgeClientError(Exception):
 class ConfigurationError(EdgeClientError):
     """An argument that cannot be used."""
 
-    def __init__(self, field: str, problem: str, right: str) -> None:
-        super().__init__(f"{field}: {problem}; use {right}")
+    def __init__(self, field: str, problem: str, right: str = "") -> None:
+        super().__init__(f"{field}: {problem}" + (f"; use {right}" if right else ""))
         self.field = field
 
 
@@ -70,5 +70,6 @@ class UnreachableError(EdgeClientError):
     """No session could be held for as long as patience lasted."""
 
     def __init__(self, cause: str, attempts: int) -> None:
-        super().__init__(f"no coordinator could be reached in {attempts} attempts: {cause}")
+        tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        super().__init__(f"no coordinator could be reached in {tries}: {cause}")
         self.attempts = attempts

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from edge_client.errors import ConfigurationError
-from protocol.federation import FederationSettings
+from protocol.federation import FederationSettings, start_settings
 from protocol.schema import SchemaError, record_of
 from quantization.fingerprint import fingerprint, resolve_backbone
 
@@ -47,7 +47,7 @@ def checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings
     try:
         settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
     except SchemaError as error:
-        raise ConfigurationError(error.path, error.problem, "a value that fits") from None
+        raise ConfigurationError(error.path, error.problem) from None
     if settings.backbone.fingerprint != digest:
         raise ConfigurationError(
             "backbone.fingerprint", f"is {settings.backbone.fingerprint}", f"{digest}, or none"
@@ -55,11 +55,12 @@ def checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings
     return settings
 
 
-def write_start(path: Path, arrays: dict[str, Any], digest: str) -> None:
-    """Write the first common adapter for the coordinator, with the backbone's fingerprint."""
+def write_start(path: Path, arrays: dict[str, Any], settings: FederationSettings) -> None:
+    """Write the first common adapter for the coordinator, with what it was made for."""
     metadata = {
         "format": "pf2lora-start-1",
-        "fingerprint": digest,
+        "fingerprint": settings.backbone.fingerprint,
+        "settings": json.dumps(start_settings(settings)),
         # safetensors orders tensors by itself; the federation's order is that of the model.
         "names": json.dumps(list(arrays)),
     }

@@ -277,10 +277,12 @@ class Session:
             raise UnreachableError(str(error), self._failures) from error
         longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(self._failures, 10))
         pause_s = longest * (0.5 + 0.5 * self._rng.random())
+        problem = f"connection failed ({error})"
         if isinstance(error, ComeBackError):
+            problem = str(error)
             # Spread over as long again, so that those who were sent away together do not return so.
             pause_s = max(pause_s, error.retry_after_s * (1.0 + self._rng.random()))
-        log.warning("connection failed (%s); next try in %.1f s", error, pause_s)
+        log.warning("%s; next try in %.1f s", problem, pause_s)
         await asyncio.sleep(pause_s)
 
 

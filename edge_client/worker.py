@@ -89,6 +89,7 @@ class DeviceWorker:
         """
         if self._settings is None:
             await asyncio.to_thread(self._set_up, settings)
+            self._progress("ready; waiting for a round")
         elif settings != self._settings:
             raise ConfigurationError(
                 "federation",
@@ -222,7 +223,7 @@ class DeviceWorker:
             self.training_rows, self.held_out_rows = hold_out(
                 rows, self._data.held_out_share, self._data.seed
             )
-            self._progress(f"{len(rows)} rows; loading backbone {settings.backbone.name}")
+            self._progress(f"{len(rows)} rows; loading the backbone")
             self._trainer = self._make_trainer(settings)
             self._encoded = self._trainer.encode(self.training_rows)
             if self._state is None:

@@ -282,6 +282,21 @@ class FederationSettings:
             raise SchemaError("algorithm.rank_min", f"is over the rank of {self.adapter.rank}")
 
 
+def start_settings(settings: FederationSettings) -> dict[str, object]:
+    """Those settings, as JSON has them, that say which tensors the first common adapter has."""
+    table = record_of(FederationSettings).to_mapping(settings)
+    names = (
+        "task.kind",
+        "task.labels",
+        "adapter.rank",
+        "adapter.target_modules",
+        "adapter.head",
+        "algorithm.name",
+    )
+    chosen = {name: table[name.split(".")[0]][name.split(".")[1]] for name in names}
+    return dict(json.loads(json.dumps(chosen)))
+
+
 def settings_to_json(settings: FederationSettings) -> str:
     """Settings by name, for files that a later version with more settings has to read."""
     return json.dumps(record_of(FederationSettings).to_mapping(settings))

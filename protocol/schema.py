@@ -279,7 +279,14 @@ class Tagged:
         if "name" not in table:
             raise SchemaError(where, f"is missing; expected {self._names()}")
         rest = {key: value for key, value in table.items() if key != "name"}
-        return self._record(table["name"], where).from_mapping(rest, path)
+        record = self._record(table["name"], where)
+        own = dict(record.kinds)
+        for key in rest:
+            if key not in own and any(key in dict(other.kinds) for _, other in self.records):
+                has = ", ".join(own) or "no settings"
+                problem = f"is no setting of {table['name']!r}, which has {has}"
+                raise SchemaError(_joined(path, key), problem)
+        return record.from_mapping(rest, path)
 
     def to_mapping(self, value: Any) -> dict[str, Any]:
         """What `from_mapping` makes the same dataclass from."""

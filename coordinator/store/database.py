@@ -6,6 +6,7 @@ SQLite runs in WAL mode with synchronous=FULL: a transaction that has returned i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,17 +31,21 @@ class Database:
     Args:
         url: any that SQLAlchemy takes.
         create: make a SQLite file where there is none; otherwise that is an error.
+        sole: no other process may open it so until this one closes it, or ends.
 
     Raises:
-        StoreError: the URL is none, or there is no such file.
+        StoreError: the URL is none, there is no such file, or another process has it for itself.
     """
 
-    def __init__(self, url: str, *, create: bool) -> None:
+    def __init__(self, url: str, *, create: bool, sole: bool = False) -> None:
         self.label = "the store"
+        self._lock: int | None = None
         with self.translated():
             address = sa.make_url(url)
             self.label = f"the store {address}"  # SQLAlchemy hides a password in this form
             self._engine = _engine(address, create)
+            if sole:
+                self._lock = _lock(address)
 
     @property
     def is_sqlite(self) -> bool:
@@ -94,13 +99,36 @@ class Database:
     def close(self) -> None:
         with self.translated():
             self._engine.dispose()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+
+def _lock(address: sa.URL) -> int | None:
+    """Hold a file's lock, which the system lets go with the process, however that ends."""
+    path = _file(address)
+    if path is None:
+        return None
+    # A file of its own: closing the database's would let go SQLite's locks on it.
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OSError("another coordinator is running on it") from None
+    return lock
+
+
+def _file(address: sa.URL) -> Path | None:
+    is_file = address.get_backend_name() == "sqlite" and address.database != ":memory:"
+    return Path(address.database) if is_file and address.database else None
 
 
 def _engine(address: sa.URL, create: bool) -> sa.Engine:
     if address.get_backend_name() != "sqlite":
         return sa.create_engine(address, poolclass=sa.pool.StaticPool)
-    if address.database and address.database != ":memory:":
-        path = Path(address.database)
+    path = _file(address)
+    if path is not None:
         if create:
             _make_private(path)
         elif not path.exists():

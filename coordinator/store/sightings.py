@@ -1,7 +1,7 @@
 """What has been seen of devices and told in rounds: written by the ledger, read by views.py.
 
 None of it decides anything: a lost row costs a number on a page, so it is written in batches and
-apart from the store's own transactions.
+apart from the store's own transactions. How many reports are kept is counted again after a crash.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from coordinator.store.rows import decoded
 from coordinator.store.schema import (
+    members,
     of_round,
     reports,
     round_metrics,
@@ -114,14 +115,40 @@ def write_sightings(db: sa.Connection, seen: Mapping[tuple[str, str], Sighting])
 
 def all_away(db: sa.Connection, federations: Iterable[str]) -> None:
     """No device is connected: the coordinator has just started, or is ending."""
-    connected = (DeviceState.WAITING, DeviceState.TRAINING, DeviceState.SENDING)
-    db.execute(
-        sightings.update()
-        .where(
-            sightings.c.federation.in_(list(federations)),
-            sightings.c.state.in_([state.value for state in connected]),
-        )
-        .values(state=DeviceState.AWAY.value)
+    connected = _connected(federations)
+    db.execute(sightings.update().where(connected).values(state=DeviceState.AWAY.value))
+
+
+def count_kept_again(db: sa.Connection, federations: Iterable[str]) -> None:
+    """Count the reports of devices that were connected when a coordinator was killed.
+
+    The last second's were not written down. Call it before `all_away`; after an orderly end there
+    is nothing to count.
+    """
+    cut_off = sa.select(sightings.c.federation, sightings.c.device).where(_connected(federations))
+    if db.execute(cut_off.limit(1)).first() is None:
+        return
+    of_member = members.c.federation, members.c.device
+    counted = (
+        sa.select(*of_member, sa.func.count().label("kept"))
+        .join(reports, reports.c.assignment == members.c.assignment)
+        .where(sa.tuple_(*of_member).in_(cut_off))
+        .group_by(*of_member)
+    )
+    rows = [
+        {"of_federation": row.federation, "of_device": row.device, "new_kept": row.kept}
+        for row in db.execute(counted)
+    ]
+    if rows:
+        set_kept = sightings.update().where(_OF_DEVICE).values(kept=sa.bindparam("new_kept"))
+        db.execute(set_kept, rows)
+
+
+def _connected(federations: Iterable[str]) -> sa.ColumnElement[bool]:
+    states = (DeviceState.WAITING, DeviceState.TRAINING, DeviceState.SENDING)
+    return sa.and_(
+        sightings.c.federation.in_(list(federations)),
+        sightings.c.state.in_([state.value for state in states]),
     )
 
 

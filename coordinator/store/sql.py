@@ -58,11 +58,12 @@ class SqlStore(PartsTable):
             are errors.
 
     Raises:
-        StoreError: it cannot be opened, is damaged, or was written by a newer version.
+        StoreError: it cannot be opened, is damaged, or was written by a newer version; with `sole`,
+            also if another process has it for itself.
     """
 
-    def __init__(self, url: str, *, create: bool = True) -> None:
-        self.database = Database(url, create=create)
+    def __init__(self, url: str, *, create: bool = True, sole: bool = False) -> None:
+        self.database = Database(url, create=create, sole=sole)
         self._label = self.database.label
         try:
             (migrate if create else require_current)(self.database)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from coordinator import cli, config
 from coordinator.errors import ConfigurationError
+from edge_client.federation_file import write_start
 from protocol.federation import Weighting
 from protocol.methods import HomLoRA, PF2LoRA
 from tests.coordinator.federation_file import FINGERPRINT, TOML, write_federation
@@ -91,6 +93,19 @@ def test_a_start_of_another_backbone_is_refused_with_both_named(path: Path) -> N
     path.write_text(TOML.replace('name = "tiny"', f'name = "tiny"\nfingerprint = "{other}"'))
     with pytest.raises(ConfigurationError, match=f"{other}.*{FINGERPRINT}"):
         config.load(path, {}, {})
+
+
+def test_a_start_that_was_made_for_another_method_is_refused(path: Path) -> None:
+    settings = _only(config.load(path, {}, {})).settings
+    start = path.parent / "start.safetensors"
+    write_start(start, load_file(start), settings)
+    assert _only(config.load(path, {"rounds.cohort": "2"}, {})).start.specs
+    with pytest.raises(
+        ConfigurationError, match=r"algorithm\.name: is 'ffa-lora', .*made for 'pf2lora'.* prepare"
+    ):
+        config.load(path, {"algorithm.name": "ffa-lora"}, {})
+    with pytest.raises(ConfigurationError, match=r"adapter\.rank: is 3, .* made for 8"):
+        config.load(path, {"adapter.rank": "3"}, {})
 
 
 def test_exit_codes_and_messages_of_the_commands(

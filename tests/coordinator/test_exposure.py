@@ -124,7 +124,14 @@ def test_certs_makes_an_authority_once_and_overwrites_nothing(
     assert cli.main([*make, "--host", "coordinator.test", "10.0.0.1", "--client", "ward-3"]) == 0
     assert capsys.readouterr().out.split() == [
         str(out / name)
-        for name in ("ca.pem", "server.pem", "server.key", "client-ward-3.pem", "client-ward-3.key")
+        for name in (
+            "ca.pem",
+            "ca.key",
+            "server.pem",
+            "server.key",
+            "client-ward-3.pem",
+            "client-ward-3.key",
+        )
     ]
     for key in out.glob("*.key"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600

@@ -167,6 +167,17 @@ def test_after_a_restart_nobody_is_connected(store: SqlStore) -> None:
     assert states == {"d": "away", "e": "away", "f": "finished"}
 
 
+def test_reports_of_the_second_before_a_crash_are_counted_at_the_next_start(
+    store: SqlStore,
+) -> None:
+    _after(store, _said(JOINED, "0"), _said(JOINED, "1"), _said(JOINED, "idle"))
+    _close_round(store, [1.0, 3.0])  # of devices "0" and "1", whose receipts the ledger lost
+    for _ in range(2):
+        asyncio.run(Ledger(store.database, at_once).begin(["reviews"]))
+        kept = {one.device: one.kept for one in _devices(store).devices}
+        assert kept == {"0": 1, "1": 1, "idle": 0}
+
+
 def test_of_too_many_devices_the_longest_unseen_are_forgotten(
     store: SqlStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

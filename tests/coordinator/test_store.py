@@ -400,6 +400,18 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes) -> No
         SqlStore(f"sqlite:///{file}")
 
 
+def test_one_coordinator_has_a_store_for_itself_and_commands_read_beside_it(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path}/s.sqlite"
+    for _ in range(2):  # closed, it is free again
+        with contextlib.closing(SqlStore(url, sole=True)):
+            with pytest.raises(StoreError, match=r"s\.sqlite: another coordinator is run"):
+                SqlStore(url, sole=True)
+            SqlStore(url, create=False).close()
+    assert stat.S_IMODE((tmp_path / "s.sqlite.lock").stat().st_mode) == 0o600
+
+
 def test_a_url_that_is_none_is_refused() -> None:
     with pytest.raises(StoreError, match="the store: Could not parse"):
         SqlStore("nonsense")

@@ -37,6 +37,14 @@ def test_settings_that_the_writer_did_not_know_take_their_defaults() -> None:
     ("wrong", "said"),
     [
         ({"rounds": {"cohrot": 4}}, r"rounds\.cohrot: is unknown; did you mean 'cohort'"),
+        (
+            {"algorithm": {"name": "ffa-lora", "hypergradient": "exact"}},
+            r"algorithm\.hypergradient: is no setting of 'ffa-lora', which has no settings",
+        ),
+        (
+            {"aggregation": {"name": "trimmed-mean", "norm_max": 1.0}},
+            r"aggregation\.norm_max: is no setting of 'trimmed-mean', which has share",
+        ),
         ({"rounds": {"cohort": 4, "report_goal": 5}}, r"report_goal: is over the cohort of 4"),
         ({"rounds": {"mode": "asynchronous"}}, r"report_goal: must be given: how many reports"),
         (
