@@ -328,7 +328,8 @@ class FederationService:
         self, device: str, assignment: str, number: int, deadline_at: float
     ) -> Assignment:
         payload = self._payload_for(device)
-        remaining_s = max(0.0, deadline_at - self._clock())
+        # A clock that has been set back must not promise more than there ever was.
+        remaining_s = min(max(0.0, deadline_at - self._clock()), self.settings.rounds.deadline_s)
         return Assignment(assignment, number, self._base.version, remaining_s, payload)
 
     def _payload_for(self, device: str) -> Payload:

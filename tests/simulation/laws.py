@@ -79,26 +79,37 @@ def run(
     crashing: float,
     vanishing: float = 0.0,
     writing_s: float = 0.0,
+    jumping_s: float = 0.0,
 ) -> Outcome:
     """A federation to its end; its store dies at writes with the probability `crashing`.
 
     Devices go away for minutes, `vanishing` times each on average. A call of the store takes
-    `writing_s`, in which more may come.
+    `writing_s`, in which more may come. The coordinator's clock is set anew every minute or so, up
+    to `jumping_s` wrong either way.
     """
     outcome = Outcome(rules, devices, WatchedStore(seed, crashing))
 
     async def scenario() -> None:
         world = World(rules, seed, faults, outcome.store)
         world.writing_s = writing_s
-        restarter = asyncio.create_task(world.restart_after_failures())
+        others = [asyncio.create_task(world.restart_after_failures())]
+        if jumping_s:
+            others.append(asyncio.create_task(_set_clocks(world, jumping_s)))
         await asyncio.gather(*(_take_part(world, device, vanishing) for device in devices))
-        restarter.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await restarter
+        for task in others:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
     simulate(scenario)
     outcome.finals = {device.final.digest() for device in devices if device.final}
     return outcome
+
+
+async def _set_clocks(world: World, jumping_s: float) -> None:
+    while True:
+        world.clock_off_s = world.rng.uniform(-jumping_s, jumping_s)
+        await asyncio.sleep(world.rng.random() * 120.0)
 
 
 async def _take_part(world: World, device: FakeDevice, vanishing: float) -> None:

@@ -11,10 +11,11 @@ import pytest
 from coordinator.control import Control, Wish
 from edge_client.errors import RefusedError, UnreachableError
 from protocol.fake_link import Faults
-from protocol.federation import Selection, WireDtype
+from protocol.federation import Mode, Selection, WireDtype
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
+from tests.simulation.laws import hold_in_every_round, made_again, run
 from tests.simulation.world import START, FakeDevice, World, settings
 
 FAULTY = Faults(drop=0.02, duplicate=0.02, cut=0.02, delay_s=2.0)
@@ -330,3 +331,14 @@ def test_a_device_with_too_few_examples_is_refused_for_good() -> None:
 
     with pytest.raises(RefusedError, match=r"ineligible.*has \d+ examples.*asks for 1000"):
         simulate(scenario)
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("jumping_s", [3600.0, 1e9], ids=["an hour", "decades"])
+def test_a_clock_that_jumps_loses_nothing(mode: Mode, jumping_s: float) -> None:
+    rules = settings(mode=mode, count=4, cohort=4, report_goal=3, deadline_s=600.0)
+    for seed in range(5):
+        print(f"seed {seed}")
+        outcome = run(rules, _devices(4), seed, FAULTY, crashing=0.01, jumping_s=jumping_s)
+        hold_in_every_round(outcome)
+        assert made_again(outcome, seed) == outcome.versions

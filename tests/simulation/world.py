@@ -208,6 +208,7 @@ class World:
         self.faults = faults or Faults()
         self.store = store or MemoryStore()
         self.writing_s = 0.0  # how long a call of the store takes
+        self.clock_off_s = 0.0  # by how much the coordinator's clock is wrong
         self.uploads_bytes_max = UPLOADS_BYTES_MAX
         self.is_open = is_open
         self.refusals: Counter[ErrorCode] = Counter()
@@ -224,7 +225,7 @@ class World:
             self.store,
             rng=random.Random(1),
             run_blocking=self._process.run,
-            clock=asyncio.get_running_loop().time,
+            clock=self._wall_clock,
             bounds=self.bounds,
         )
         self.roster = Roster(self.uploads_bytes_max)
@@ -236,6 +237,9 @@ class World:
         )
         await service.open()
         self.service = service  # from now on it listens
+
+    def _wall_clock(self) -> float:
+        return asyncio.get_running_loop().time() + self.clock_off_s
 
     async def kill(self) -> None:
         """The coordinator is gone between two events; only the store remains."""
