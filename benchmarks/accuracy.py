@@ -7,7 +7,7 @@
         --split dev --set algorithm.lower_learning_rate=0.003
 
 A finished cell is one line of benchmarks/results/accuracy.jsonl and is never run again. All methods
-have the same rounds, local steps and batches, and the same learning rates to choose from; each
+have the same rounds, local steps and batches, and the same two learning rates to choose from; each
 is run with the one that was best on the rows for choices. The rest of its settings are the
 federation's defaults, unless `--set` says otherwise.
 """
@@ -37,9 +37,8 @@ from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-LEARNING_RATES = (2e-3, 4e-3)
-# As many to choose from, and lower: it takes the steps of all devices one after the other.
-CENTRALISED_RATES = (5e-4, 1e-3)
+# Centralised training takes the steps of all devices one after the other: as many rates, and lower.
+CENTRALISED_SHARE = 1 / 4
 # So often a run is evaluated, evenly over its rounds.
 EVALUATIONS = 4
 # Of a causal task, how many texts every device writes in a report; choices are made by the loss.
@@ -114,7 +113,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
             cell = {"task": task, "method": method, **common, "set": sorted(options.set)}
             if options.search:
                 half = {"seed": 0, "split": "dev", "rounds": rounds // 2, "every": rounds // 2}
-                cells += [{**cell, **half, "learning_rate": rate} for rate in _rates(method)]
+                cells += [{**cell, **half, "learning_rate": rate} for rate in _rates(task, method)]
                 continue
             rate = options.learning_rate or best_learning_rate(_finished(), task, method)
             whole = {
@@ -137,13 +136,15 @@ def best_learning_rate(records: list[dict[str, Any]], task: str, method: str) ->
         and record["cell"]["rounds"] == TASKS[task].rounds // 2
         and not record["cell"]["set"]
     }
-    if set(_rates(method)) - set(found):
+    rates = _rates(task, method)
+    if set(rates) - set(found):
         raise SystemExit(f"{task} {method}: run --search first, or give --learning-rate")
-    return float(max(_rates(method), key=found.__getitem__))
+    return float(max(rates, key=found.__getitem__))
 
 
-def _rates(method: str) -> tuple[float, ...]:
-    return CENTRALISED_RATES if method == "centralised" else LEARNING_RATES
+def _rates(task: str, method: str) -> list[float]:
+    share = CENTRALISED_SHARE if method == "centralised" else 1
+    return [share * rate for rate in TASKS[task].learning_rates]
 
 
 def _goodness(task: Task, point: dict[str, float]) -> float:

@@ -26,7 +26,8 @@ TRIPLES_MAX = 1
 class Task:
     """A data set and how it is dealt: by label skew, or by a field of the rows.
 
-    `metric` is what a device's result is compared by. Without `test` the data set's `dev` is kept
+    `metric` is what a device's result is compared by, `learning_rates` what a method may choose
+    from. Without `test` the data set's `dev` is kept
     for reporting, and choices are made on rows cut from `train`.
     """
 
@@ -36,6 +37,7 @@ class Task:
     devices: int = 8
     rows: int = 8000
     rounds: int = 20
+    learning_rates: tuple[float, float] = (2e-3, 4e-3)
     max_length: int = 48
     metric: str = "accuracy"
     test: str | None = "test"
@@ -52,6 +54,7 @@ TASKS = {
         "webnlg",
         field="category",
         devices=10,
+        learning_rates=(4e-3, 1e-2),
         max_length=192,
         metric="bleu",
         causal=True,
