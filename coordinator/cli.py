@@ -184,8 +184,8 @@ def _control(options: argparse.Namespace) -> int:
         name = _named(store, options)
         control = store.control(name)
         if options.wish == "rollback":
-            kept = [base.number for base in store.bases(name)]
-            if options.to not in kept:
+            if store.base_after(name, options.to) is None:
+                kept = [base.number for base in store.bases(name)]
                 raise ConfigurationError("--to", f"{options.to} is not kept; there are: {kept}")
             control = replace(control, roll_back_to=options.to)
         else:

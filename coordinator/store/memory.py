@@ -192,6 +192,9 @@ class MemoryStore:
         bases = self._found(federation).bases.values()
         return next((base for base in bases if base.digest() == version), None)
 
+    def base_after(self, federation: str, number: int) -> NamedTensors | None:
+        return self._found(federation).bases.get(number)
+
     def roll_back(self, federation: str, number: int) -> Snapshot:
         found = self._found(federation)
         if number not in found.bases:

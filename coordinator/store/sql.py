@@ -89,7 +89,7 @@ class SqlStore(PartsTable):
     def load(self, federation: str) -> Snapshot | None:
         with self._begin() as db:
             row = db.execute(
-                sa.select(federations, bases.c.base_specs, bases.c.base)
+                sa.select(federations, *bases.c["number", "version", "base_specs", "base"])
                 .join(bases, IS_CURRENT)
                 .where(federations.c.name == federation)
             ).first()
@@ -112,7 +112,7 @@ class SqlStore(PartsTable):
                 settings_from_json(row.settings),
                 row.rounds_done,
                 {one.number: one.attempt for one in attempts},
-                rows.tensors(rows.decoded(row.base_specs, Assignment).payload, row.base),
+                rows.base(row),
                 open_round,
                 reported,
                 {row.device: row.number for row in asked},
@@ -297,19 +297,17 @@ class SqlStore(PartsTable):
         wanted = (bases.c.federation == federation, bases.c.version == version)
         with self._begin() as db:
             row = db.execute(sa.select(bases).where(*wanted)).first()
-            if row is None:
-                return None
-            return rows.tensors(rows.decoded(row.base_specs, Assignment).payload, row.base)
+            return rows.base(row) if row else None
+
+    def base_after(self, federation: str, number: int) -> NamedTensors | None:
+        with self._begin() as db:
+            return self._base_after(db, federation, number)
 
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
-            kept = db.execute(
-                sa.select(bases).where(bases.c.federation == federation, bases.c.number == number)
-            ).first()
-            if kept is None:
+            # Read whole: there is no way back from a damaged one.
+            if self._base_after(db, federation, number) is None:
                 raise StoreError(f"{self._label}: no base version of round {number} is kept")
-            # There is no way back from a damaged one.
-            rows.tensors(rows.decoded(kept.base_specs, Assignment).payload, kept.base)
             if self._open_round(db, federation):
                 raise StoreError(f"{self._label}: a round is open")
             db.execute(members.update().where(is_awaited(federation)).values(deadline_at=None))
@@ -370,6 +368,11 @@ class SqlStore(PartsTable):
         )
         old = (bases.c.federation == federation, bases.c.number <= number - BASES_KEPT)
         db.execute(bases.delete().where(*old))
+
+    def _base_after(self, db: sa.Connection, federation: str, number: int) -> NamedTensors | None:
+        wanted = (bases.c.federation == federation, bases.c.number == number)
+        row = db.execute(sa.select(bases).where(*wanted)).first()
+        return rows.base(row) if row else None
 
     def _begin(self) -> contextlib.AbstractContextManager[sa.Connection]:
         return self.database.begin()

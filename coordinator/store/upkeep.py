@@ -30,7 +30,7 @@ def check(store: SqlStore) -> list[str]:
         names = list(db.scalars(sa.select(federations.c.name).order_by("name")))
     for name in names:
         for base in store.bases(name):
-            store.base(name, base.version)
+            store.base_after(name, base.number)
         snapshot = store.load(name)
         if snapshot and snapshot.open_round:
             open_round = snapshot.open_round
