@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from coordinator.admin.settings import TOKEN_VARIABLE, AdminSettings, port_after, read_token
 from coordinator.aggregation.base import UPDATE_ELEMENT_MAX
+from coordinator.enrolment import NEWCOMERS_MAX
 from coordinator.errors import ConfigurationError
 from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
 from coordinator.security import Enrolment, check_exposure
@@ -67,7 +68,8 @@ class ServerSettings:
     `uploads_mib` and `downloads_mib` bound the memory of all transfers under way together.
     `certificate` and `key` are PEM files for TLS; with `client_ca` devices must have certificates
     of that authority too. Without TLS only loopback is listened on, unless `insecure` allows it.
-    `enrolment` says whether a device's key must be enrolled: coordinator/security.py.
+    `enrolment` says whether a device's key must be enrolled: coordinator/security.py. Where it need
+    not, `newcomers_max` keys are kept of devices that were never asked in a round.
     The last three bound what a report may be; after so many rejected ones (0: never) a device is
     quarantined: coordinator/screening.py.
     """
@@ -87,6 +89,7 @@ class ServerSettings:
     client_ca: Annotated[str, Text(limits.TEXT_BYTES_MAX)] = ""
     insecure: bool = False
     enrolment: Enrolment = Enrolment.AUTO
+    newcomers_max: Annotated[int, Integer(1, 1_000_000)] = NEWCOMERS_MAX
     update_rms_max: Annotated[float, Real(1e-6, UPDATE_ELEMENT_MAX)] = UPDATE_RMS_MAX
     examples_max: Annotated[int, Integer(1, limits.EXAMPLES_MAX)] = limits.EXAMPLES_MAX
     quarantine_after: Annotated[int, Integer(0, limits.ROUNDS_MAX)] = QUARANTINE_AFTER

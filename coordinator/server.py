@@ -138,7 +138,10 @@ class CoordinatorServer:
                 await service.open()
             await self.watch.begin([service.settings.name for service in self.federations])
             self._gate = Gate(
-                self._store.devices, is_open=is_open(server), run_blocking=self._run_blocking
+                self._store.devices,
+                is_open=is_open(server),
+                run_blocking=self._run_blocking,
+                newcomers_max=server.newcomers_max,
             )
             self._server = await self._listen()
             self._keeping_out = asyncio.create_task(self._keep_out())

@@ -15,7 +15,7 @@ from edge_client.errors import RefusedError
 from edge_client.identity import Identity
 from protocol.errors import ErrorCode
 from protocol.link import LinkClosedError
-from protocol.messages import Assignment, CheckIn, Refusal
+from protocol.messages import Assignment, CheckIn, Joined, Refusal
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
 from tests.simulation.raw_device import RawDevice
@@ -74,6 +74,31 @@ def test_keys_that_wait_are_bounded_in_number_and_time() -> None:
     assert "1000 devices wait for approval already" in crowded.reason
     assert "waits for the operator's approval" in later.reason
     assert (before, after) == (PENDING_MAX, 1)
+
+
+def test_fresh_keys_do_not_fill_the_store_and_who_reports_is_remembered() -> None:
+    async def scenario() -> tuple[list[str], FakeDevice]:
+        world = World(settings(count=2, cohort=1))
+        world.newcomers_max = 10
+        await world.start()
+        steady = FakeDevice("steady", training_s=60.0)
+        running = asyncio.create_task(world.take_part(steady))
+        waiting = FakeDevice("waiting")
+        also_running = asyncio.create_task(world.take_part(waiting))
+        await asyncio.sleep(1.0)
+        for number in range(35):
+            raw = RawDevice(await world.dial(), Identity.named(f"fresh-{number}"))
+            assert isinstance(await raw.join(), Joined)
+            await raw.link.close()
+            assert len(world.store.devices.all()) <= 11  # with the one that was asked
+        assert world.store.devices.find(waiting.id) is None
+        await asyncio.gather(running, also_running)
+        reported = {device.id for device in (steady, waiting) if device.receipts}
+        return reported - {record.device for record in world.store.devices.all()}, waiting
+
+    unknown, waiting = simulate(scenario)
+    assert waiting.trained
+    assert not unknown
 
 
 def test_a_revoked_device_leaves_the_round_to_the_others() -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from coordinator.enrolment import Gate
+from coordinator.enrolment import NEWCOMERS_MAX, Gate
 from coordinator.errors import StoreError
 from coordinator.federations import Federations
 from coordinator.happenings import Happening, Said
@@ -211,6 +211,7 @@ class World:
         self.clock_off_s = 0.0  # by how much the coordinator's clock is wrong
         self.uploads_bytes_max = UPLOADS_BYTES_MAX
         self.is_open = is_open
+        self.newcomers_max = NEWCOMERS_MAX
         self.refusals: Counter[ErrorCode] = Counter()
         self.bounds = bounds
         self.service: FederationService | None = None
@@ -234,6 +235,7 @@ class World:
             is_open=self.is_open,
             run_blocking=at_once,
             clock=asyncio.get_running_loop().time,
+            newcomers_max=self.newcomers_max,
         )
         await service.open()
         self.service = service  # from now on it listens
