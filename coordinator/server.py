@@ -276,7 +276,7 @@ class CoordinatorServer:
     async def _keep_out(self) -> None:
         while True:
             await asyncio.sleep(CONTROL_EVERY_S)
-            await self._roster.expel_barred(self._gate)
+            await self._roster.expel_barred(self._gate, self.federations)
 
     async def _finished(self) -> None:
         """Returns when every device knows the end, or those that do not stay away for long."""

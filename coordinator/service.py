@@ -186,13 +186,17 @@ class FederationService:
         await self.uploads.forget(report.assignment)
         return receipt
 
+    def expected(self) -> set[str]:
+        """The devices that something waits for, wherever they are."""
+        return self._machine.expected() | self._unfinished
+
     async def left(self, device: str) -> None:
         """The device's connection is gone."""
         self._forget(device)
         await self._drive(Left(device))
 
     async def expelled(self, device: str, reason: str) -> None:
-        """The device's connection is gone, and it may not come back."""
+        """The device is not connected (any more), and may not come back."""
         self._forget(device)
         self._unfinished.discard(device)
         await self._drive(Expelled(device, reason))

@@ -14,6 +14,7 @@ from coordinator.store.devices import DeviceRecord, DeviceStatus
 from edge_client.errors import RefusedError
 from edge_client.identity import Identity
 from protocol.errors import ErrorCode
+from protocol.federation import Mode
 from protocol.link import LinkClosedError
 from protocol.messages import Assignment, CheckIn, Joined, Refusal
 from protocol.tensors import NamedTensors
@@ -115,7 +116,7 @@ def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
         everyone = asyncio.gather(*(world.take_part(device) for device in devices))
         assert isinstance(await lost.receive(), Assignment)
         world.store.devices.set_status(lost.identity.device, DeviceStatus.REVOKED, "stolen")
-        await world.roster.expel_barred(world.gate)
+        await world.expel_barred()
         refusal = await lost.receive()
         assert isinstance(refusal, Refusal)
         assert refusal.code is ErrorCode.REVOKED
@@ -133,11 +134,39 @@ def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
     assert [o.reports for o in world.store.history("sim")] == [3, 3, 3]
 
 
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("killed", [False, True])
+def test_nobody_waits_for_a_device_that_is_revoked_while_it_is_away(
+    mode: Mode, killed: bool
+) -> None:
+    lost, other = FakeDevice("lost", training_s=1e9), FakeDevice("other", training_s=1.0)
+
+    async def scenario() -> float:
+        world = World(settings(mode=mode, count=2, cohort=1, report_goal=1, deadline_s=1e6))
+        await world.start()
+        first = asyncio.create_task(world.take_part(lost))
+        await asyncio.sleep(5.0)
+        first.cancel()
+        await asyncio.sleep(5.0)
+        world.store.devices.set_status(lost.id, DeviceStatus.REVOKED, "stolen")
+        if killed:
+            await world.kill()
+            await world.start()
+        await world.expel_barred()
+        await world.take_part(other)
+        assert world.service is not None
+        assert world.service.everyone_told
+        return asyncio.get_running_loop().time()
+
+    assert simulate(scenario) < 30.0
+    assert (lost.trained, other.trained) == ([1], [1, 2])
+
+
 async def _keep_out(world: World) -> None:
     """As the server does."""
     while True:
         await asyncio.sleep(1.0)
-        await world.roster.expel_barred(world.gate)
+        await world.expel_barred()
 
 
 def _poisoned(update: NamedTensors) -> NamedTensors:

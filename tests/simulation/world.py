@@ -253,6 +253,11 @@ class World:
             task.cancel()
         await asyncio.gather(*self._sessions, return_exceptions=True)
 
+    async def expel_barred(self) -> None:
+        """As the server does, once a second."""
+        assert self.service is not None
+        await self.roster.expel_barred(self.gate, Federations([self.service]))
+
     async def restart_after_failures(self) -> None:
         """Start the coordinator anew whenever its store has failed; until cancelled."""
         while True:
