@@ -25,7 +25,7 @@ from coordinator.store.base import RoundOutcome
 from coordinator.store.database import Database
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
-from coordinator.watch_commands import status, watch
+from coordinator.watch_commands import named, status, watch
 
 EXIT_CODES = """\
 exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
@@ -160,16 +160,9 @@ def _store(options: argparse.Namespace) -> contextlib.closing[SqlStore]:
     return contextlib.closing(SqlStore(options.store, create=False))
 
 
-def _named(store: SqlStore, options: argparse.Namespace) -> str:
-    """The federation that is asked for, if the store has it."""
-    if store.load(options.name) is None:
-        raise ConfigurationError("--name", f"the store has no federation {options.name!r}")
-    return str(options.name)
-
-
 def _rounds(options: argparse.Namespace) -> int:
     with _store(options) as store:
-        outcomes = store.history(_named(store, options))
+        outcomes = store.history(named(store, options.name))
     for outcome in outcomes:
         print(json.dumps(_as_dict(outcome)) if options.json else _as_line(outcome))
     return 0
@@ -181,7 +174,7 @@ _WISHES = {"pause": Wish.PAUSE, "resume": Wish.RUN, "stop": Wish.STOP}
 def _control(options: argparse.Namespace) -> int:
     """Write the wish down: a daemon on this store sees it within a second, another at its start."""
     with _store(options) as store:
-        name = _named(store, options)
+        name = named(store, options.name)
         control = store.control(name)
         if options.wish == "rollback":
             if store.base_after(name, options.to) is None:
