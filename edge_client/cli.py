@@ -19,6 +19,7 @@ from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.federation_file import checked_settings, read_federation, write_start
 from edge_client.preflight import preflight
+from edge_client.rank_plot import check_drawing, draw_ranks
 from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import Scheme
@@ -263,6 +264,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _ranks(options: argparse.Namespace) -> None:
+    if options.png:
+        check_drawing(options.png)
     with _client(options) as client:
         reports = client.rank_report()
     if not options.json:
@@ -270,8 +273,6 @@ def _ranks(options: argparse.Namespace) -> None:
     for layer, report in reports.items() if options.json else ():
         print(json.dumps(_rank_facts(layer, report)))
     if options.png:
-        from edge_client.rank_plot import draw_ranks
-
         draw_ranks(reports, options.png)
         _say(options, {"png": str(options.png)}, f"drew {options.png}")
 
