@@ -363,7 +363,10 @@ def _beside(path: Path, store: str) -> str:
             "server.store", "is no database URL, such as sqlite:///pf2lora.sqlite"
         ) from None
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
-        return store
+        # Elsewhere nothing would keep a second coordinator off the same rounds.
+        raise ConfigurationError(
+            "server.store", f"is {str(url)!r}; use a SQLite file, such as sqlite:///pf2lora.sqlite"
+        )
     database = str((path.parent / str(url.database)).resolve())
     return url.set(database=database).render_as_string(hide_password=False)
 

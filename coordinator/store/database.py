@@ -104,11 +104,11 @@ class Database:
                 self._lock = None
 
 
-def _lock(address: sa.URL) -> int | None:
+def _lock(address: sa.URL) -> int:
     """Hold a file's lock, which the system lets go with the process, however that ends."""
     path = _file(address)
     if path is None:
-        return None
+        raise OSError("only a SQLite file can be kept for one coordinator alone")
     # A file of its own: closing the database's would let go SQLite's locks on it.
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -69,6 +69,11 @@ def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
         ("\n[admin]\nprot = 7", r"admin\.prot: is unknown; did you mean 'port'"),
         ("\n[admn]\nport = 7", r"admn: is unknown; did you mean 'admin'"),
         ("\n[adapter]\npersonal_rank = 0", r"personal_rank: pf2lora needs"),
+        (
+            "\n[server]\nstore = 'postgresql://me:secret@db/x'",
+            r"server\.store: .*use a SQLite file",
+        ),
+        ("\n[server]\nstore = 'sqlite://'", r"server\.store: is 'sqlite://'; use a SQLite file"),
         ("minimum_reports = 9", r"rounds\.minimum_reports: is over the cohort of 3"),
         ("\n[rounds", "is not TOML"),
     ],

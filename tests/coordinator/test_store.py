@@ -422,6 +422,19 @@ def test_one_coordinator_has_a_store_for_itself_and_commands_read_beside_it(
     assert stat.S_IMODE((tmp_path / "s.sqlite.lock").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_what_cannot_be_locked_is_no_coordinators(url: str) -> None:
+    with pytest.raises(StoreError, match="only a SQLite file can be kept for one coordinator"):
+        SqlStore(url, sole=True)
+
+
+@pytest.mark.parametrize("package", ["coordinator", "edge_client"])
+def test_where_files_cannot_be_locked_neither_side_starts(package: str) -> None:
+    code = f"import os, pathlib; os.name = 'nt'; import {package}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: pf2lora runs on Linux and macOS" in ended.stderr
+
+
 def test_a_url_that_is_none_is_refused() -> None:
     with pytest.raises(StoreError, match="the store: Could not parse"):
         SqlStore("nonsense")
