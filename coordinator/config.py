@@ -303,7 +303,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigurationError("--config", f"{path}: {error.strerror}") from error
+        problem = f"{path}: {error.strerror}; expected a federation.toml"
+        raise ConfigurationError("--config", problem) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("--config", f"{path} is not TOML: {error}") from error
 
@@ -373,9 +374,9 @@ def _beside(path: Path, store: str) -> str:
 
 def _read_start(start: Path, config: Path) -> tuple[str, dict[str, object], NamedTensors]:
     """The backbone's fingerprint, the settings it was made for, the first common adapter."""
-    if not start.exists():
+    if not start.is_file():
         raise ConfigurationError(
-            "server.start", f"{start} is missing; make it with: pf2lora-client prepare {config}"
+            "server.start", f"{start} is no file; make it with: pf2lora-client prepare {config}"
         )
     try:
         with safe_open(start, "numpy") as file:

@@ -233,7 +233,7 @@ class CoordinatorServer:
                 ping_timeout=PONG_TIMEOUT_S,
             )
         except OSError as error:
-            raise AddressError(f"cannot listen on {server.host}:{server.port}: {error}") from error
+            raise AddressError("server", server.host, server.port, error) from error
 
     def arrived(self) -> bool:
         """One connection more, as yet without a word; False if there is no room even to refuse."""

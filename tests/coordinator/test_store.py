@@ -436,7 +436,7 @@ def test_where_files_cannot_be_locked_neither_side_starts(package: str) -> None:
 
 
 def test_a_url_that_is_none_is_refused() -> None:
-    with pytest.raises(StoreError, match="the store: Could not parse"):
+    with pytest.raises(StoreError, match="the store: this is no database URL, such as sqlite:///"):
         SqlStore("nonsense")
 
 
