@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import random
 import re
@@ -20,11 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from coordinator import certificates, cli, config
 from coordinator.certificates import Authority
-from coordinator.config import START_FORMAT
 from coordinator.server import CoordinatorServer
 from coordinator.service import FederationService
 from coordinator.store.base import Outcome
@@ -53,21 +50,11 @@ from protocol.messages import (
 )
 from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
+from tests.integration.daemon import write_federation
 from tests.simulation.raw_device import RawDevice
 from tests.simulation.world import FINGERPRINT, START, FakeDevice
 
-TOML = """
-name = "sim"
-[backbone]
-name = "none"
-[task]
-kind = "sequence-classification"
-labels = ["a", "b"]
-[rounds]
-count = 2
-cohort = 1
-deadline_s = 1000.0
-[server]
+SERVER = """
 certificate = "server.pem"
 key = "server.key"
 """
@@ -75,14 +62,9 @@ UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
 GOOD, BAD = Identity.named("good"), Identity.named("bad")
 
 
-def _write_federation(folder: Path) -> Path:
-    arrays = {name: np.array(array) for name, array in START.arrays().items()}
-    names = json.dumps(list(arrays))
-    metadata = {"format": START_FORMAT, "fingerprint": FINGERPRINT, "names": names}
-    save_file(arrays, folder / "start.safetensors", metadata)
+def _written(folder: Path) -> Path:
     Authority(folder).issue_server(["127.0.0.1"], 1.0)
-    (folder / "federation.toml").write_text(TOML)
-    return folder / "federation.toml"
+    return write_federation(folder, server=SERVER, count=2, cohort=1)
 
 
 @dataclass
@@ -111,7 +93,7 @@ class Outside:
 
 @asynccontextmanager
 async def _outside(folder: Path, **flags: str) -> AsyncIterator[Outside]:
-    path = _write_federation(folder)
+    path = _written(folder)
     keys = {f"server.{key}": value for key, value in {"port": "0", **flags}.items()}
     async with CoordinatorServer(config.load(path, keys, {})) as server:
         yield Outside(folder, server, server._store.devices)
@@ -493,7 +475,7 @@ def test_a_device_that_cannot_trust_its_coordinator_says_why_and_sends_nothing(
 ) -> None:
     monkeypatch.setattr(certificates, "BACKDATED", timedelta(days=3))
     Authority(tmp_path / "other")
-    path = _write_federation(tmp_path)
+    path = _written(tmp_path)
     flags = {"server.port": "0"}
     if host:
         _certify(tmp_path, host, days)
