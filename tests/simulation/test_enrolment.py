@@ -116,7 +116,7 @@ def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
         everyone = asyncio.gather(*(world.take_part(device) for device in devices))
         assert isinstance(await lost.receive(), Assignment)
         world.store.devices.set_status(lost.identity.device, DeviceStatus.REVOKED, "stolen")
-        await world.expel_barred()
+        await world.server.expel_barred()
         refusal = await lost.receive()
         assert isinstance(refusal, Refusal)
         assert refusal.code is ErrorCode.REVOKED
@@ -152,7 +152,7 @@ def test_nobody_waits_for_a_device_that_is_revoked_while_it_is_away(
         if killed:
             await world.kill()
             await world.start()
-        await world.expel_barred()
+        await world.server.expel_barred()
         await world.take_part(other)
         assert world.service is not None
         assert world.service.everyone_told
@@ -166,7 +166,7 @@ async def _keep_out(world: World) -> None:
     """As the server does."""
     while True:
         await asyncio.sleep(1.0)
-        await world.expel_barred()
+        await world.server.expel_barred()
 
 
 def _poisoned(update: NamedTensors) -> NamedTensors:

@@ -201,7 +201,7 @@ def test_a_connection_that_comes_too_soon_is_not_taken_for_the_devices_leaving()
     async def scenario() -> None:
         world = WatchedWorld(settings(count=1, cohort=2))
         await world.start()
-        world.roster = Roster(joins_s=0.01)  # one at once
+        world.server.roster = Roster(joins_s=0.01)  # one at once
         answers = []
         for _ in range(2):
             device = RawDevice(await world.dial(), Identity.named("a"))
