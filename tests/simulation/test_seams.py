@@ -167,12 +167,7 @@ def test_a_wish_to_go_back_to_a_damaged_base_version_is_let_go_of(
         running = asyncio.create_task(world.take_part(device))
         for restarts in (False, True):
             await asyncio.sleep(15.0)
-            world.store.set_control("sim", Control(Wish.RUN, roll_back_to=0))
-            if restarts:
-                await world.kill()
-                await world.start()
-            assert world.service
-            await world.service.look_at_control()
+            await world.wish(Control(Wish.RUN, roll_back_to=0), killed=restarts)
             assert world.store.control("sim") == Control()
         await running
         return device.trained

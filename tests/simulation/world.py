@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from coordinator.control import Control
 from coordinator.enrolment import NEWCOMERS_MAX, Gate
 from coordinator.errors import StoreError
 from coordinator.fake_server import FakeServer
@@ -259,6 +260,20 @@ class World:
             await asyncio.sleep(self.rng.random() * 5.0)
             with contextlib.suppress(Crash):
                 await self.start()
+
+    async def wish(self, control: Control, *, killed: bool = False) -> None:
+        """The operator's, seen at once, or by the coordinator that is started after a kill."""
+        self.store.set_control("sim", control)
+        if killed:
+            await self.kill()
+            await self.start()
+        assert self.service is not None
+        await self.service.look_at_control()
+
+    def rounds_done(self) -> int:
+        snapshot = self.store.load("sim")
+        assert snapshot is not None
+        return snapshot.rounds_done
 
     async def dial(self) -> Link:
         if self.service is None:
