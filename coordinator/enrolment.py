@@ -84,6 +84,7 @@ class Gate:
         self._added_at_once = max(1, newcomers_max // 10)
         self._newcomers_kept = newcomers_max - self._added_at_once
         self._added = 0
+        self._forgotten = 0
 
     async def admit(self, join: Join, nonce: bytes, version: int, channel: bytes) -> Admitted:
         """The device that has answered the challenge `nonce`.
@@ -109,7 +110,7 @@ class Gate:
 
     async def keep(self, admitted: Admitted) -> None:
         """Have the key of a device that reports, should it have been forgotten since it joined."""
-        if self._is_open:
+        if self._forgotten:
             await self._run_blocking(partial(self._let_in, admitted.device, admitted.key))
 
     async def barred(self) -> dict[str, RefusedError]:
@@ -136,7 +137,7 @@ class Gate:
         if record and record.status is not DeviceStatus.PENDING:
             return
         if self._added % self._added_at_once == 0:
-            self._devices.forget_newcomers(self._newcomers_kept)
+            self._forgotten += self._devices.forget_newcomers(self._newcomers_kept)
         self._added += 1
         self._add(device, key, DeviceStatus.OPEN)
 

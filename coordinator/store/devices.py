@@ -77,8 +77,8 @@ class DeviceStore(Protocol):
         Newcomers have never been asked in a round, nor had a report rejected.
         """
 
-    def forget_newcomers(self, most: int) -> None:
-        """Keep at most so many newcomers that are OPEN, those first seen last."""
+    def forget_newcomers(self, most: int) -> int:
+        """Keep at most so many newcomers that are OPEN, those first seen last; how many went."""
 
     def count_rejection(
         self, device: str, reason: str, quarantine_after: int

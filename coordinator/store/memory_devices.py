@@ -67,9 +67,11 @@ class MemoryDevices:
                 del self._devices[record.device]
         return sum(record.status is DeviceStatus.PENDING for record in self._devices.values())
 
-    def forget_newcomers(self, most: int) -> None:
-        for record in self._newcomers(DeviceStatus.OPEN)[most:]:
+    def forget_newcomers(self, most: int) -> int:
+        old = self._newcomers(DeviceStatus.OPEN)[most:]
+        for record in old:
             del self._devices[record.device]
+        return len(old)
 
     def count_rejection(
         self, device: str, reason: str, quarantine_after: int

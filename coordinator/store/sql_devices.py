@@ -79,12 +79,14 @@ class SqlDevices:
             count = db.scalar(sa.select(sa.func.count()).select_from(devices).where(_IS_PENDING))
         return int(count or 0)
 
-    def forget_newcomers(self, most: int) -> None:
+    def forget_newcomers(self, most: int) -> int:
         times = sa.select(devices.c.seen_at).where(_IS_OPEN, _IS_NEW)
         with self._begin() as db:
             last = db.scalar(times.order_by(devices.c.seen_at.desc()).offset(most).limit(1))
-            if last is not None:
-                db.execute(devices.delete().where(_IS_OPEN, devices.c.seen_at <= last, _IS_NEW))
+            if last is None:
+                return 0
+            old = (_IS_OPEN, devices.c.seen_at <= last, _IS_NEW)
+            return db.execute(devices.delete().where(*old)).rowcount
 
     def count_rejection(
         self, device: str, reason: str, quarantine_after: int

@@ -99,10 +99,11 @@ class DeviceStoreContract:
         for record in (*open_, *others):
             store.devices.add(record)
         store.devices.count_rejection("bad", "NaN", 0)
-        store.devices.forget_newcomers(2)
+        assert store.devices.forget_newcomers(2) == 1
         kept = {record.device for record in store.devices.all()}
         assert kept == {record.device for record in (*open_, *others)} - {"first"}
-        store.devices.forget_newcomers(0)
+        assert store.devices.forget_newcomers(0) == 2
+        assert store.devices.forget_newcomers(0) == 0
         assert kept - {r.device for r in store.devices.all()} == {"second", "third"}
 
     def test_a_device_that_was_asked_does_not_wait_in_vain(self, store: Store) -> None:
