@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import sys
@@ -23,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from coordinator.config import START_FORMAT
+from edge_client.federation_file import write_start
 from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from edge_client.transport import websocket_dial
-from protocol.federation import FederationSettings
+from protocol.federation import Backbone, FederationSettings, Task, TaskKind
 from protocol.messages import Assignment, Receipt, ReceiptStatus
 from protocol.tensors import NamedTensors
 
@@ -161,13 +159,9 @@ class Daemon:
 
 def write_federation(folder: Path, text: str) -> Path:
     """A configuration and its start; the path of the former."""
-    arrays = adapter(0.0).arrays()
-    metadata = {
-        "format": START_FORMAT,
-        "fingerprint": FINGERPRINT,
-        "names": json.dumps(list(arrays)),
-    }
-    save_file(arrays, folder / "start.safetensors", metadata)
+    task = Task(TaskKind.SEQUENCE_CLASSIFICATION, ("a", "b"))
+    settings = FederationSettings("load", Backbone("none", FINGERPRINT), task)
+    write_start(folder / "start.safetensors", adapter(0.0).arrays(), settings)
     (folder / "federation.toml").write_text(text)
     return folder / "federation.toml"
 

@@ -15,17 +15,16 @@ import numpy as np
 
 from benchmarks.tasks import DeviceRows
 from coordinator.enrolment import Gate
-from coordinator.federations import Federations
+from coordinator.fake_server import FakeServer
 from coordinator.roster import Roster
 from coordinator.service import FederationService
-from coordinator.session import DeviceSession
 from coordinator.store.memory import MemoryStore
 from edge_client.backends.base import Arrays, Level
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
 from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
-from protocol.fake_link import FakeLink, fake_links
+from protocol.fake_link import FakeLink
 from protocol.federation import FederationSettings, TaskKind
 from protocol.link import Link
 from protocol.messages import Assignment, Metric, Receipt
@@ -204,20 +203,15 @@ def run_federation(
             clock=clock,
         )
         await service.open()
-        federations, roster, serving = Federations([service]), Roster(), set()
         gate = Gate(store.devices, is_open=True, run_blocking=at_once, clock=clock)
+        server = FakeServer(service, Roster(), gate)
 
         def session(device: SimulatedDevice) -> Session:
             rng = random.Random(device.seed)
 
             async def dial() -> Link:
-                ours, theirs = fake_links(rng)
-                device.links.append(ours)
-                session = DeviceSession(theirs, federations, roster, gate)
-                task = asyncio.create_task(session.run())
-                serving.add(task)
-                task.add_done_callback(serving.discard)
-                return ours
+                device.links.append(server.dial(rng))
+                return device.links[-1]
 
             identity = Identity.named(device.name)
             return Session(dial, device, federation=settings.name, identity=identity, rng=rng)

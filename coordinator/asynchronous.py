@@ -58,6 +58,9 @@ class AsynchronousMachine(Machine):
     def awaited(self) -> set[str]:
         return {given.assignment for given in self._under_way.values()}
 
+    def expected(self) -> set[str]:
+        return set(self._under_way) if self.open_round else set()
+
     def _check_in(self, device: str, now: float) -> list[Action]:
         given = self._under_way.get(device)
         if given and given.number == self._opened().number and now < given.deadline_at:

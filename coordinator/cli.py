@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from coordinator import config, trust_cli
 from coordinator.control import Wish
@@ -25,7 +26,7 @@ from coordinator.store.base import RoundOutcome
 from coordinator.store.database import Database
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
-from coordinator.watch_commands import status, watch
+from coordinator.watch_commands import named, status, watch
 
 EXIT_CODES = """\
 exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
@@ -47,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
+class _Command(argparse.ArgumentParser):
+    """Takes no short forms of flags: the next release's settings could change what they mean."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, epilog=EXIT_CODES, allow_abbrev=False)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pf2lora-coordinator",
@@ -54,13 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, parser_class=_Command)
     for name, function, about in (
         ("serve", _serve, "run the daemon until its rounds are done or SIGTERM comes"),
         ("check-config", _check, "read the configuration and say what is wrong with it"),
     ):
-        # No short forms of flags: the next release's settings could change what they mean.
-        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command = commands.add_parser(name, help=about)
         command.set_defaults(command=function)
         command.add_argument(
             "--config",
@@ -71,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         if function is _serve:
             command.add_argument("--log-format", choices=FORMATS, default="human")
         _add_setting_flags(command)
-    rounds = commands.add_parser(
-        "rounds", help="list the rounds that are over", epilog=EXIT_CODES, allow_abbrev=False
-    )
+    rounds = commands.add_parser("rounds", help="list the rounds that are over")
     rounds.set_defaults(command=_rounds)
     rounds.add_argument("--store", required=True, help="database URL")
     rounds.add_argument("--name", required=True, help="the federation")
@@ -82,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         ("status", status, "where federations stand"),
         ("watch", watch, "the same as it changes, a line a change, until interrupted"),
     ):
-        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command = commands.add_parser(name, help=about)
         command.set_defaults(command=function)
         command.add_argument("--store", required=True, help="database URL")
         command.add_argument("--name", help="the federation; else all of the store")
@@ -93,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         ("stop", "end the open round and the federation; devices are told"),
         ("rollback", "make an earlier base version the current one"),
     ):
-        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command = commands.add_parser(name, help=about)
         command.set_defaults(command=_control, wish=name)
         command.add_argument("--store", required=True, help="database URL")
         command.add_argument("--name", required=True, help="the federation")
@@ -103,12 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         ("check", _check_store, "read a whole store and say whether it is sound"),
         ("backup", _backup, "copy a store that may be in use into a new file"),
     ):
-        command = commands.add_parser(name, help=about, epilog=EXIT_CODES, allow_abbrev=False)
+        command = commands.add_parser(name, help=about)
         command.set_defaults(command=function)
         command.add_argument("--store", required=True, help="database URL")
         if function is _backup:
             command.add_argument("--out", required=True, type=Path, help="the new file")
-    trust_cli.add_commands(commands, EXIT_CODES)
+    trust_cli.add_commands(commands)
     return parser
 
 
@@ -160,16 +165,9 @@ def _store(options: argparse.Namespace) -> contextlib.closing[SqlStore]:
     return contextlib.closing(SqlStore(options.store, create=False))
 
 
-def _named(store: SqlStore, options: argparse.Namespace) -> str:
-    """The federation that is asked for, if the store has it."""
-    if store.load(options.name) is None:
-        raise ConfigurationError("--name", f"the store has no federation {options.name!r}")
-    return str(options.name)
-
-
 def _rounds(options: argparse.Namespace) -> int:
     with _store(options) as store:
-        outcomes = store.history(_named(store, options))
+        outcomes = store.history(named(store, options.name))
     for outcome in outcomes:
         print(json.dumps(_as_dict(outcome)) if options.json else _as_line(outcome))
     return 0
@@ -181,11 +179,11 @@ _WISHES = {"pause": Wish.PAUSE, "resume": Wish.RUN, "stop": Wish.STOP}
 def _control(options: argparse.Namespace) -> int:
     """Write the wish down: a daemon on this store sees it within a second, another at its start."""
     with _store(options) as store:
-        name = _named(store, options)
+        name = named(store, options.name)
         control = store.control(name)
         if options.wish == "rollback":
-            kept = [base.number for base in store.bases(name)]
-            if options.to not in kept:
+            if store.base_after(name, options.to) is None:
+                kept = [base.number for base in store.bases(name)]
                 raise ConfigurationError("--to", f"{options.to} is not kept; there are: {kept}")
             control = replace(control, roll_back_to=options.to)
         else:

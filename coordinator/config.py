@@ -7,22 +7,21 @@ given there with commas. The first base version is a file that `pf2lora-client p
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import numpy as np
 import sqlalchemy as sa
-from safetensors import SafetensorError, safe_open
 
 from coordinator.admin.settings import TOKEN_VARIABLE, AdminSettings, port_after, read_token
 from coordinator.aggregation.base import UPDATE_ELEMENT_MAX
+from coordinator.enrolment import NEWCOMERS_MAX
 from coordinator.errors import ConfigurationError
 from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
 from coordinator.security import Enrolment, check_exposure
+from coordinator.start_file import read_start
 from protocol import limits
 from protocol.federation import FederationSettings, start_settings
 from protocol.link import is_loopback
@@ -38,11 +37,10 @@ from protocol.schema import (
     record_of,
     unknown_name,
 )
-from protocol.tensors import NamedTensors, Payload
+from protocol.tensors import NamedTensors
 
 ENVIRONMENT: Final = "PF2LORA_"
 CLIENT_ENVIRONMENT: Final = "PF2LORA_CLIENT_"  # a device's, on the same machine
-START_FORMAT: Final = "pf2lora-start-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,8 @@ class ServerSettings:
     `uploads_mib` and `downloads_mib` bound the memory of all transfers under way together.
     `certificate` and `key` are PEM files for TLS; with `client_ca` devices must have certificates
     of that authority too. Without TLS only loopback is listened on, unless `insecure` allows it.
-    `enrolment` says whether a device's key must be enrolled: coordinator/security.py.
+    `enrolment` says whether a device's key must be enrolled: coordinator/security.py. Where it need
+    not, `newcomers_max` keys are kept of devices that were never asked in a round.
     The last three bound what a report may be; after so many rejected ones (0: never) a device is
     quarantined: coordinator/screening.py.
     """
@@ -87,6 +86,7 @@ class ServerSettings:
     client_ca: Annotated[str, Text(limits.TEXT_BYTES_MAX)] = ""
     insecure: bool = False
     enrolment: Enrolment = Enrolment.AUTO
+    newcomers_max: Annotated[int, Integer(1, 1_000_000)] = NEWCOMERS_MAX
     update_rms_max: Annotated[float, Real(1e-6, UPDATE_ELEMENT_MAX)] = UPDATE_RMS_MAX
     examples_max: Annotated[int, Integer(1, limits.EXAMPLES_MAX)] = limits.EXAMPLES_MAX
     quarantine_after: Annotated[int, Integer(0, limits.ROUNDS_MAX)] = QUARANTINE_AFTER
@@ -252,7 +252,7 @@ def _take_shared(
 
 
 def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federation:
-    fingerprint, made_for, start = _read_start(start_path, path)
+    fingerprint, made_for, start = read_start(start_path, path)
     backbone = table.setdefault("backbone", {})
     if isinstance(backbone, dict):
         backbone.setdefault("fingerprint", fingerprint)
@@ -300,7 +300,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigurationError("--config", f"{path}: {error.strerror}") from error
+        problem = f"{path}: {error.strerror}; expected a federation.toml"
+        raise ConfigurationError("--config", problem) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("--config", f"{path} is not TOML: {error}") from error
 
@@ -360,43 +361,9 @@ def _beside(path: Path, store: str) -> str:
             "server.store", "is no database URL, such as sqlite:///pf2lora.sqlite"
         ) from None
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
-        return store
+        # Elsewhere nothing would keep a second coordinator off the same rounds.
+        raise ConfigurationError(
+            "server.store", f"is {str(url)!r}; use a SQLite file, such as sqlite:///pf2lora.sqlite"
+        )
     database = str((path.parent / str(url.database)).resolve())
     return url.set(database=database).render_as_string(hide_password=False)
-
-
-def _read_start(start: Path, config: Path) -> tuple[str, dict[str, object], NamedTensors]:
-    """The backbone's fingerprint, the settings it was made for, the first common adapter."""
-    if not start.exists():
-        raise ConfigurationError(
-            "server.start", f"{start} is missing; make it with: pf2lora-client prepare {config}"
-        )
-    try:
-        with safe_open(start, "numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != START_FORMAT:
-                raise ConfigurationError("server.start", f"{start} is no {START_FORMAT} file")
-            # safetensors orders tensors by itself; the federation's order is in the metadata.
-            names = json.loads(metadata["names"])
-            if sorted(names) != sorted(file.keys()):
-                raise ValueError("its names are not those of its tensors")
-            arrays = {name: file.get_tensor(name) for name in names}
-            # Start files made by hand need not say more than their backbone.
-            made_for = dict(json.loads(metadata.get("settings", "{}")))
-        return metadata["fingerprint"], made_for, _as_tensors(arrays)
-    except KeyError as error:
-        raise ConfigurationError("server.start", f"{start} lacks {error} in its header") from error
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise ConfigurationError("server.start", f"{start} is damaged: {error}") from error
-
-
-def _as_tensors(arrays: dict[str, Any]) -> NamedTensors:
-    """The arrays as they will travel; ValueError if they cannot."""
-    for name, array in arrays.items():
-        if array.dtype != np.float32:
-            raise ValueError(f"{name} is {array.dtype}, not float32")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} has numbers that are not finite")
-    tensors = NamedTensors.from_arrays(arrays)
-    record_of(Payload).encode(tensors.payload(), "tensors")
-    return tensors

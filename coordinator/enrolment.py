@@ -34,6 +34,8 @@ log = logging.getLogger("pf2lora.coordinator")
 # Anyone who reaches the port can leave a key: so many at most, and none for longer than this.
 PENDING_MAX: Final = 1000
 PENDING_KEPT_S: Final = 24 * 3600.0
+# Where enrolment is open, so many keys of devices that were never asked in a round.
+NEWCOMERS_MAX: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Gate:
         is_open: whether keys that nobody has enrolled may take part.
         run_blocking: for calls of the store.
         clock: Unix seconds.
+        newcomers_max: how many open keys are kept of devices that were never asked in a round.
     """
 
     def __init__(
@@ -71,11 +74,17 @@ class Gate:
         is_open: bool,
         run_blocking: RunBlocking,
         clock: Callable[[], float] = time.time,
+        newcomers_max: int = NEWCOMERS_MAX,
     ) -> None:
         self._devices = devices
         self._is_open = is_open
         self._run_blocking = run_blocking
         self._clock = clock
+        # Looking for those that may be forgotten is dear: once for every tenth of them that comes.
+        self._added_at_once = max(1, newcomers_max // 10)
+        self._newcomers_kept = newcomers_max - self._added_at_once
+        self._added = 0
+        self._forgotten = 0
 
     async def admit(self, join: Join, nonce: bytes, version: int, channel: bytes) -> Admitted:
         """The device that has answered the challenge `nonce`.
@@ -99,6 +108,11 @@ class Gate:
         await self._run_blocking(partial(self._check, device, join))
         return Admitted(device, join.key)
 
+    async def keep(self, admitted: Admitted) -> None:
+        """Have the key of a device that reports, should it have been forgotten since it joined."""
+        if self._forgotten:
+            await self._run_blocking(partial(self._let_in, admitted.device, admitted.key))
+
     async def barred(self) -> dict[str, RefusedError]:
         """The refusals for devices that may not be here (any more), by id."""
         found = await self._run_blocking(self._devices.barred)
@@ -114,10 +128,18 @@ class Gate:
         if join.token:
             self._enrol(device, join)
         elif self._is_open:
-            if record is None:
-                self._add(device, join.key, DeviceStatus.OPEN)
+            self._let_in(device, join.key)
         else:
             self._ask_for_approval(device, join.key, record)
+
+    def _let_in(self, device: str, key: bytes) -> None:
+        record = self._devices.find(device)
+        if record and record.status is not DeviceStatus.PENDING:
+            return
+        if self._added % self._added_at_once == 0:
+            self._forgotten += self._devices.forget_newcomers(self._newcomers_kept)
+        self._added += 1
+        self._add(device, key, DeviceStatus.OPEN)
 
     def _enrol(self, device: str, join: Join) -> None:
         now = self._clock()

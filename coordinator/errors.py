@@ -12,6 +12,8 @@ RefusedError is none of these: it ends one device's session, and the daemon goes
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import ClassVar
 
 from protocol.errors import ErrorCode
@@ -45,9 +47,18 @@ class StorageFullError(StoreError):
 
 
 class AddressError(CoordinatorError):
-    """The address is in use, or not this machine's."""
+    """The address is in use, or not this machine's; `section` has its host and port."""
 
     exit_code = 4
+
+    def __init__(self, section: str, host: str, port: int, error: OSError) -> None:
+        # asyncio puts the system's words in a sentence of its own.
+        number = error.errno or 0
+        problem = os.strerror(number) if number > 0 else error.strerror
+        hint = "; use another port, or 0 for any" if number == errno.EADDRINUSE else ""
+        super().__init__(
+            f"{section}.host, {section}.port: cannot listen on {host}:{port}: {problem}{hint}"
+        )
 
 
 class CertificateError(CoordinatorError):

@@ -31,7 +31,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Expelled:
-    """A device is gone and will not be let in again."""
+    """A device is not here (any more), and will not be let in again."""
 
     device: str
     reason: str

@@ -101,6 +101,10 @@ class Machine(ABC):
     def awaited(self) -> set[str]:
         """The assignments whose reports may still be taken."""
 
+    @abstractmethod
+    def expected(self) -> set[str]:
+        """The devices that it counts on, here or away: for a report, or for the next round."""
+
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; the actions are to be carried out in order."""
         match event:

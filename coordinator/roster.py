@@ -7,6 +7,7 @@ from typing import Final
 
 from coordinator.enrolment import Gate
 from coordinator.errors import RefusedError
+from coordinator.federations import Federations
 from coordinator.rates import Buckets
 from coordinator.room import Room
 from coordinator.session import DeviceSession
@@ -55,9 +56,13 @@ class Roster:
         del self._sessions[key]
         return True
 
-    async def expel_barred(self, gate: Gate) -> None:
-        """End the sessions of devices that may not be here any more."""
+    async def expel_barred(self, gate: Gate, federations: Federations) -> None:
+        """End the sessions of devices that may not be here; nobody waits for the absent ones."""
         barred = await gate.barred()
         for session in list(self._sessions.values()):
             if session.device in barred:
                 session.expel(barred[session.device])
+        for service in federations:
+            for device in service.expected() & barred.keys():
+                if (service.settings.name, device) not in self._sessions:
+                    await service.expelled(device, str(barred[device]))

@@ -61,6 +61,9 @@ class RoundMachine(Machine):
         round_ = self._opened()
         return {one for one in self._cohort.values() if not round_.answered(one)}
 
+    def expected(self) -> set[str]:
+        return {*self._away, *filter(self._is_awaited, self._cohort)}
+
     def _check_in(self, device: str, now: float) -> list[Action]:
         self._missing.pop(device, None)
         if self._is_awaited(device):

@@ -80,6 +80,8 @@ def server_tls(server: ServerSettings) -> ServerTls | None:
     """
     if not server.certificate:
         return None
+    for name in ("certificate", "key", "client_ca"):  # OpenSSL does not say which is missing
+        _check_readable(f"server.{name}", getattr(server, name))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -99,6 +101,14 @@ def server_tls(server: ServerSettings) -> ServerTls | None:
             ) from error
         context.verify_mode = ssl.CERT_REQUIRED
     return ServerTls(context, channel_of(own.public_bytes(Encoding.DER)), own.not_valid_after_utc)
+
+
+def _check_readable(key: str, path: str) -> None:
+    try:
+        if path:
+            Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigurationError(key, f"{path}: {error.strerror}") from error
 
 
 def log_exposure(server: ServerSettings, tls: ServerTls | None) -> None:

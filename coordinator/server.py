@@ -138,7 +138,10 @@ class CoordinatorServer:
                 await service.open()
             await self.watch.begin([service.settings.name for service in self.federations])
             self._gate = Gate(
-                self._store.devices, is_open=is_open(server), run_blocking=self._run_blocking
+                self._store.devices,
+                is_open=is_open(server),
+                run_blocking=self._run_blocking,
+                newcomers_max=server.newcomers_max,
             )
             self._server = await self._listen()
             self._keeping_out = asyncio.create_task(self._keep_out())
@@ -230,7 +233,7 @@ class CoordinatorServer:
                 ping_timeout=PONG_TIMEOUT_S,
             )
         except OSError as error:
-            raise AddressError(f"cannot listen on {server.host}:{server.port}: {error}") from error
+            raise AddressError("server", server.host, server.port, error) from error
 
     def arrived(self) -> bool:
         """One connection more, as yet without a word; False if there is no room even to refuse."""
@@ -273,7 +276,7 @@ class CoordinatorServer:
     async def _keep_out(self) -> None:
         while True:
             await asyncio.sleep(CONTROL_EVERY_S)
-            await self._roster.expel_barred(self._gate)
+            await self._roster.expel_barred(self._gate, self.federations)
 
     async def _finished(self) -> None:
         """Returns when every device knows the end, or those that do not stay away for long."""

@@ -56,7 +56,7 @@ from coordinator.store.base import (
 )
 from coordinator.uploads import Uploads
 from coordinator.wishes import Wishes
-from protocol.federation import FederationSettings, Mode
+from protocol.federation import FederationSettings, Mode, changed_settings
 from protocol.messages import (
     Assignment,
     Finished,
@@ -129,11 +129,7 @@ class FederationService:
             await self._run_blocking(create)
             snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
         elif snapshot.settings != self.settings:
-            raise ConfigurationError(
-                "name",
-                f"the store holds a federation {self.settings.name!r} with other settings; "
-                "choose another name or another store",
-            )
+            raise _other_settings(snapshot.settings, self.settings)
         self._restore(snapshot)
         await self.uploads.open()
         if snapshot.open_round:
@@ -186,13 +182,17 @@ class FederationService:
         await self.uploads.forget(report.assignment)
         return receipt
 
+    def expected(self) -> set[str]:
+        """The devices that something waits for, wherever they are."""
+        return self._machine.expected() | self._unfinished
+
     async def left(self, device: str) -> None:
         """The device's connection is gone."""
         self._forget(device)
         await self._drive(Left(device))
 
     async def expelled(self, device: str, reason: str) -> None:
-        """The device's connection is gone, and it may not come back."""
+        """The device is not connected (any more), and may not come back."""
         self._forget(device)
         self._unfinished.discard(device)
         await self._drive(Expelled(device, reason))
@@ -372,3 +372,13 @@ class FederationService:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # it is with `self.failure` already, where the server waits for it
+
+
+def _other_settings(kept: FederationSettings, given: FederationSettings) -> ConfigurationError:
+    (key, (old, new)), *others = changed_settings(kept, given).items()
+    also = f" (also changed: {', '.join(name for name, _ in others)})" if others else ""
+    return ConfigurationError(
+        key,
+        f"is {new!r}, but the store holds the federation {kept.name!r} with {old!r}{also}; "
+        "put it back, or choose another name or another store",
+    )

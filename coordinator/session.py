@@ -212,6 +212,7 @@ class DeviceSession:
         if self._admitted is None:
             raise LinkClosedError
         self._admitted.check_report(report, self._service.settings.name)
+        await self._gate.keep(self._admitted)
         reply = await self._service.offer(self.device, report)
         if isinstance(reply, Resume):
             # Also what the socket has read ahead.

@@ -22,21 +22,16 @@ TOKENS_MAX: Final = 10_000
 _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def add_commands(commands: Any, epilog: str) -> None:
+def add_commands(commands: Any) -> None:
     """Add both commands to the parser's."""
-    certs = commands.add_parser(
-        "certs",
-        help="make a private CA and certificates for trials",
-        epilog=epilog,
-        allow_abbrev=False,
-    )
+    certs = commands.add_parser("certs", help="make a private CA and certificates for trials")
     certs.set_defaults(command=_certs)
     certs.add_argument("--out", required=True, type=Path, help="folder; a CA in it is used again")
     certs.add_argument("--host", nargs="+", default=[], help="the server's names and addresses")
     certs.add_argument("--client", nargs="+", default=[], help="names for client certificates")
     certs.add_argument("--days", type=float, default=90.0, help="good for so long, default 90")
 
-    devices = commands.add_parser("devices", help="who may take part", epilog=epilog)
+    devices = commands.add_parser("devices", help="who may take part")
     actions = devices.add_subparsers(required=True)
     for name, function, about in (
         ("list", _list, "every device that has come, and how it stands"),
@@ -44,7 +39,7 @@ def add_commands(commands: Any, epilog: str) -> None:
         ("revoke", _revoke, "shut devices out, also in the middle of a session"),
         ("token", _token, "make tokens that enrol a device each; shown this once"),
     ):
-        action = actions.add_parser(name, help=about, epilog=epilog, allow_abbrev=False)
+        action = actions.add_parser(name, help=about)
         action.set_defaults(command=function)
         action.add_argument("--store", required=True, help="database URL")
         action.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -43,15 +43,27 @@ def watch(options: argparse.Namespace) -> int:
     return 0
 
 
+def named(store: SqlStore, name: str) -> str:
+    """The name that was given, if the store has a federation of it.
+
+    Raises:
+        ConfigurationError: naming those that there are.
+    """
+    with store.database.begin() as db:
+        names = views.federation_names(db)
+    if name not in names:
+        there_are = ", ".join(map(repr, names)) or "none"
+        raise ConfigurationError("--name", f"the store has no federation {name!r}, but {there_are}")
+    return name
+
+
 def _look(store: SqlStore, name: str | None) -> list[FederationView]:
     with store.database.begin() as db:
         found = views.all_federations(db)
     if name is None:
         return found
-    named = [federation for federation in found if federation.name == name]
-    if not named:
-        raise ConfigurationError("--name", f"the store has no federation {name!r}")
-    return named
+    wanted = named(store, name)
+    return [federation for federation in found if federation.name == wanted]
 
 
 def _json(federation: FederationView) -> str:

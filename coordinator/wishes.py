@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from coordinator.blocking import RunBlocking, StoreCalls
 from coordinator.control import Control
+from coordinator.errors import StoreError
 from coordinator.events import AskedBack, Event, Wished
 from coordinator.log import FederationLog
 from coordinator.store.base import Store
@@ -32,9 +33,17 @@ class Wishes:
             yield Wished(control.wish)
         if control.roll_back_to is None:
             return
-        kept = {base.number for base in await self._call(self._store.bases)}
-        if control.roll_back_to in kept:
+        problem = await self._obstacle(control.roll_back_to)
+        if problem is None:
             yield AskedBack(control.roll_back_to)
         else:
-            self._log.error("cannot roll back to round %d: not kept any more", control.roll_back_to)
+            # Let go of before anything has changed: the rounds go on, now and after a restart.
+            self._log.error("cannot roll back to round %d: %s", control.roll_back_to, problem)
             await self._call(self._store.set_control, Control(control.wish))
+
+    async def _obstacle(self, number: int) -> str | None:
+        try:
+            base = await self._call(self._store.base_after, number)
+        except StoreError as error:
+            return str(error)
+        return "not kept any more" if base is None else None

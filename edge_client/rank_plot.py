@@ -11,7 +11,25 @@ from typing import Any
 import numpy as np
 
 from edge_client.backends.base import RankReport
-from edge_client.errors import MissingExtraError
+from edge_client.errors import ConfigurationError, MissingExtraError
+
+
+def check_drawing(path: Path) -> Any:
+    """What draws into this file: matplotlib's module of figures.
+
+    Asked for before the work, so that nobody waits for a drawing that cannot be.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ConfigurationError: there is no folder for the file, or a folder of its name.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ConfigurationError("png", f"{path}: {problem}", "a file in a folder that exists")
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plot") from error
 
 
 def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
@@ -20,12 +38,9 @@ def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
     Colours are singular values relative to the layer's largest.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError, ConfigurationError: as `check_drawing`.
     """
-    try:
-        figures: Any = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot") from error
+    figures = check_drawing(path)
     most = max(len(report.singular_values) for report in reports.values())
     heat = np.full((len(reports), most), np.nan)
     for row, report in enumerate(reports.values()):
@@ -42,7 +57,7 @@ def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
     axes.set_xlabel("singular value (red: numerical rank)")
     figure.colorbar(image, label="share of the layer's largest")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _short(name: str) -> str:

@@ -297,6 +297,22 @@ def start_settings(settings: FederationSettings) -> dict[str, object]:
     return dict(json.loads(json.dumps(chosen)))
 
 
+def changed_settings(
+    before: FederationSettings, after: FederationSettings
+) -> dict[str, tuple[object, object]]:
+    """The settings that both have and that differ, by dotted key: what was and what is."""
+    old, new = _by_key(before), _by_key(after)
+    return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+
+def _by_key(settings: FederationSettings) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in record_of(FederationSettings).to_mapping(settings).items():
+        section = value if isinstance(value, dict) else {"": value}
+        found |= {f"{name}.{key}".rstrip("."): one for key, one in section.items()}
+    return found
+
+
 def settings_to_json(settings: FederationSettings) -> str:
     """Settings by name, for files that a later version with more settings has to read."""
     return json.dumps(record_of(FederationSettings).to_mapping(settings))

@@ -32,6 +32,7 @@ from coordinator.store import views
 from coordinator.store.sightings import DeviceState
 
 PAGE: Final = Path(__file__).parent / "page"
+TEXT_MAX: Final = 64  # as long as a device's id may be
 
 Result = TypeVar("Result")
 
@@ -92,19 +93,20 @@ class _Answers:
     async def metrics(self, _: Request) -> Response:
         return Response(self._sources.metrics(), media_type=CONTENT_TYPE_LATEST)
 
-    async def federations(self, _: Request) -> Response:
+    async def federations(self, request: Request) -> Response:
+        _Query(request, set())
         found = await self._sources.read(views.all_federations)
         return JSONResponse({"federations": [views.as_json(one) for one in found]})
 
     async def rounds(self, request: Request) -> Response:
         query = _Query(request, {"federation", "limit", "before"})
-        found = await self._sources.read(
+        found = await self._of_federation(
+            query.federation(),
             partial(
                 views.last_rounds,
-                federation=query.federation(),
                 limit=query.number("limit", views.PAGE_MAX, 1, views.PAGE_MAX),
                 before=query.number("before", None, 1),
-            )
+            ),
         )
         return JSONResponse({"rounds": [views.as_json(one) for one in found]})
 
@@ -112,21 +114,22 @@ class _Answers:
         query = _Query(
             request, {"federation", "limit", "offset", "order", "direction", "state", "contains"}
         )
-        page = await self._sources.read(
+        page = await self._of_federation(
+            query.federation(),
             partial(
                 views.some_devices,
-                federation=query.federation(),
                 limit=query.number("limit", 100, 1, views.PAGE_MAX),
                 offset=query.number("offset", 0, 0),
                 order=query.choice("order", "last_seen_at", views.DEVICE_ORDERS),
                 descending=query.choice("direction", "down", ("up", "down")) == "down",
                 state=query.choice("state", None, [state.value for state in DeviceState]),
                 contains=query.text("contains"),
-            )
+            ),
         )
         return JSONResponse(views.as_json(page))
 
-    async def live(self, _: Request) -> Response:
+    async def live(self, request: Request) -> Response:
+        _Query(request, set())
         if self._sources.live.is_full:
             raise HTTPException(503, "too many listen already; come back later")
         return StreamingResponse(
@@ -134,6 +137,15 @@ class _Answers:
             media_type="text/event-stream",
             headers={"x-accel-buffering": "no"},
         )
+
+    async def _of_federation(self, name: str, view: Callable[..., Result]) -> Result:
+        def look(db: sa.Connection) -> Result:
+            names = views.federation_names(db)
+            if name not in names:
+                raise HTTPException(404, f"federation: there is no {name[:40]!r}, but {names}")
+            return view(db, federation=name)
+
+        return await self._sources.read(look)
 
 
 class _Query:
@@ -143,7 +155,10 @@ class _Query:
         self._given = request.query_params
         for name in self._given:
             if name not in known:
-                raise HTTPException(400, f"{name}: is unknown; there are {sorted(known)}")
+                there_are = f"there are {sorted(known)}" if known else "there are none here"
+                raise HTTPException(400, f"{name[:40]}: is unknown; {there_are}")
+            if len(self._given.getlist(name)) > 1:
+                raise HTTPException(400, f"{name}: is given more than once")
 
     def federation(self) -> str:
         if "federation" not in self._given:
@@ -151,13 +166,17 @@ class _Query:
         return self._given["federation"]
 
     def text(self, name: str) -> str:
-        return self._given.get(name, "")[:64]
+        text = self._given.get(name, "")
+        if len(text) > TEXT_MAX:
+            raise HTTPException(400, f"{name}: expected {TEXT_MAX} characters at most")
+        return text
 
     def number(self, name: str, default: Any, low: int, high: int = 2**53) -> Any:
         text = self._given.get(name)
         if text is None:
             return default
-        if not (text.isascii() and text.isdigit() and low <= int(text[:20]) <= high):
+        is_number = text.isascii() and text.isdigit() and len(text) <= len(str(high))
+        if not (is_number and low <= int(text) <= high):
             raise HTTPException(400, f"{name}: expected {low} to {high}, got {text[:40]!r}")
         return int(text)
 

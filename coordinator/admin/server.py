@@ -74,6 +74,4 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
     except OSError as error:
-        raise AddressError(
-            f"cannot listen on {host}:{port} (admin.host, admin.port): {error}"
-        ) from error
+        raise AddressError("admin", host, port, error) from error

@@ -46,7 +46,8 @@ def read_token(settings: AdminSettings, from_environment: str) -> str:
         try:
             token = Path(settings.token_file).read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(source, f"{settings.token_file}: {error}") from error
+            problem = getattr(error, "strerror", None) or "is no text"
+            raise ConfigurationError(source, f"{settings.token_file}: {problem}") from error
     if source == "admin.token_file" or token:
         if not token.isascii() or len(token) < TOKEN_BYTES_MIN:
             raise ConfigurationError(

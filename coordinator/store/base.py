@@ -233,6 +233,9 @@ class Store(Protocol):
     def base(self, federation: str, version: bytes) -> NamedTensors | None:
         """The base version of this digest, if it is kept."""
 
+    def base_after(self, federation: str, number: int) -> NamedTensors | None:
+        """The base version that there was after so many rounds, if it is kept."""
+
     def roll_back(self, federation: str, number: int) -> Snapshot:
         """Make the base version after `number` rounds the current one, and forget later ones.
 

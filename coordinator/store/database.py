@@ -40,8 +40,12 @@ class Database:
     def __init__(self, url: str, *, create: bool, sole: bool = False) -> None:
         self.label = "the store"
         self._lock: int | None = None
-        with self.translated():
+        try:
             address = sa.make_url(url)
+        except sa.exc.ArgumentError:  # it may still hold a password: not shown
+            problem = "this is no database URL, such as sqlite:///pf2lora.sqlite"
+            raise StoreError(f"{self.label}: {problem}") from None
+        with self.translated():
             self.label = f"the store {address}"  # SQLAlchemy hides a password in this form
             self._engine = _engine(address, create)
             if sole:
@@ -104,11 +108,11 @@ class Database:
                 self._lock = None
 
 
-def _lock(address: sa.URL) -> int | None:
+def _lock(address: sa.URL) -> int:
     """Hold a file's lock, which the system lets go with the process, however that ends."""
     path = _file(address)
     if path is None:
-        return None
+        raise OSError("only a SQLite file can be kept for one coordinator alone")
     # A file of its own: closing the database's would let go SQLite's locks on it.
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -141,7 +145,10 @@ def _engine(address: sa.URL, create: bool) -> sa.Engine:
 
 
 def _make_private(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path.parent} is no folder") from None
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
 
 

@@ -72,7 +72,13 @@ class DeviceStore(Protocol):
         """Use a token up for this device, which is then kept; both or neither."""
 
     def count_pending(self, since: float) -> int:
-        """How many devices wait for approval; those first seen before `since` are forgotten."""
+        """How many devices wait for approval; newcomers first seen before `since` are forgotten.
+
+        Newcomers have never been asked in a round, nor had a report rejected.
+        """
+
+    def forget_newcomers(self, most: int) -> int:
+        """Keep at most so many newcomers that are OPEN, those first seen last; how many went."""
 
     def count_rejection(
         self, device: str, reason: str, quarantine_after: int

@@ -47,7 +47,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._federations: dict[str, _Federation] = {}
-        self.devices = MemoryDevices()
+        self.devices = MemoryDevices(self._asked)
 
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         if settings.name in self._federations:
@@ -192,6 +192,9 @@ class MemoryStore:
         bases = self._found(federation).bases.values()
         return next((base for base in bases if base.digest() == version), None)
 
+    def base_after(self, federation: str, number: int) -> NamedTensors | None:
+        return self._found(federation).bases.get(number)
+
     def roll_back(self, federation: str, number: int) -> Snapshot:
         found = self._found(federation)
         if number not in found.bases:
@@ -235,6 +238,9 @@ class MemoryStore:
         cohort = found.open_round.cohort if found.open_round else ()
         given = {member.assignment for member in cohort}
         return (given | {one.assignment for one in found.awaited.values()}) - found.kept
+
+    def _asked(self) -> set[str]:
+        return {device for found in self._federations.values() for device in found.last_asked}
 
     def _found(self, federation: str) -> _Federation:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from coordinator.store.devices import (
@@ -22,7 +23,9 @@ class _Token:
 class MemoryDevices:
     """The DeviceStore contract on dictionaries."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Callable[[], set[str]]) -> None:
+        """`asked` are the devices that were ever asked in a round."""
+        self._asked = asked
         self._devices: dict[str, DeviceRecord] = {}
         self._tokens: dict[str, _Token] = {}
 
@@ -59,10 +62,16 @@ class MemoryDevices:
         return TokenUse.ACCEPTED
 
     def count_pending(self, since: float) -> int:
-        for record in self.all():
-            if record.status is DeviceStatus.PENDING and record.seen_at < since:
+        for record in self._newcomers(DeviceStatus.PENDING):
+            if record.seen_at < since:
                 del self._devices[record.device]
         return sum(record.status is DeviceStatus.PENDING for record in self._devices.values())
+
+    def forget_newcomers(self, most: int) -> int:
+        old = self._newcomers(DeviceStatus.OPEN)[most:]
+        for record in old:
+            del self._devices[record.device]
+        return len(old)
 
     def count_rejection(
         self, device: str, reason: str, quarantine_after: int
@@ -76,6 +85,15 @@ class MemoryDevices:
             record = replace(record, status=DeviceStatus.QUARANTINED)
         self.add(record)
         return record
+
+    def _newcomers(self, status: DeviceStatus) -> list[DeviceRecord]:
+        asked = self._asked()
+        found = [
+            record
+            for record in self._devices.values()
+            if record.status is status and not record.rejected and record.device not in asked
+        ]
+        return sorted(found, key=lambda record: record.seen_at, reverse=True)
 
     def barred(self) -> dict[str, DeviceRecord]:
         return {

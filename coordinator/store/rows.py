@@ -6,8 +6,9 @@ from typing import Any
 
 from coordinator.store.base import ReportRecord
 from protocol import codec
-from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.messages import Assignment, Report
+from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors, Payload
 
 
@@ -46,6 +47,15 @@ def tensors(payload: Payload, data: bytes) -> NamedTensors:
         if tensors.digest() == payload.digest:
             return tensors
     raise RemoteProtocolError("damaged: tensors that do not match their digest", ErrorCode.DIGEST)
+
+
+def base(row: Any) -> NamedTensors:
+    """The base version of a row of `bases`; the error for a damaged one names it."""
+    try:
+        return tensors(decoded(row.base_specs, Assignment).payload, row.base)
+    except (ProtocolError, SchemaError) as error:
+        name = f"the base version after round {row.number} ({row.version.hex()[:12]})"
+        raise RemoteProtocolError(f"{name}: {error}", ErrorCode.DIGEST) from error
 
 
 def decoded(data: bytes, cls: type[Any]) -> Any:

@@ -16,9 +16,7 @@ from coordinator.control import Control, Wish
 from coordinator.errors import StoreError
 from coordinator.store import rows
 from coordinator.store.base import (
-    BASES_KEPT,
     Awaited,
-    BaseRecord,
     Member,
     Outcome,
     ReportRecord,
@@ -26,6 +24,7 @@ from coordinator.store.base import (
     RoundRecord,
     Snapshot,
 )
+from coordinator.store.bases import BasesTable
 from coordinator.store.database import Database
 from coordinator.store.migrate import migrate, require_current
 from coordinator.store.parts import PartsTable
@@ -49,7 +48,7 @@ from protocol.messages import Assignment, Report
 from protocol.tensors import NamedTensors
 
 
-class SqlStore(PartsTable):
+class SqlStore(BasesTable, PartsTable):
     """A store at a database URL, such as `sqlite:////var/lib/pf2lora/store.sqlite`.
 
     Args:
@@ -84,12 +83,12 @@ class SqlStore(PartsTable):
                     rounds_done=0,
                 )
             )
-            self._keep_base(db, settings.name, 0, start)
+            self.keep_base(db, settings.name, 0, start)
 
     def load(self, federation: str) -> Snapshot | None:
         with self._begin() as db:
             row = db.execute(
-                sa.select(federations, bases.c.base_specs, bases.c.base)
+                sa.select(federations, *bases.c["number", "version", "base_specs", "base"])
                 .join(bases, IS_CURRENT)
                 .where(federations.c.name == federation)
             ).first()
@@ -112,7 +111,7 @@ class SqlStore(PartsTable):
                 settings_from_json(row.settings),
                 row.rounds_done,
                 {one.number: one.attempt for one in attempts},
-                rows.tensors(rows.decoded(row.base_specs, Assignment).payload, row.base),
+                rows.base(row),
                 open_round,
                 reported,
                 {row.device: row.number for row in asked},
@@ -263,7 +262,7 @@ class SqlStore(PartsTable):
                         **(rows.columns("memory", memory) if memory else {}),
                     )
                 )
-                self._keep_base(db, federation, number, new_base)
+                self.keep_base(db, federation, number, new_base)
 
     def control(self, federation: str) -> Control:
         with self._begin() as db:
@@ -284,32 +283,11 @@ class SqlStore(PartsTable):
             if changed.rowcount != 1:
                 raise StoreError(f"{self._label}: there is no federation {federation!r}")
 
-    def bases(self, federation: str) -> list[BaseRecord]:
-        with self._begin() as db:
-            rows = db.execute(
-                sa.select(bases.c.number, bases.c.version)
-                .where(bases.c.federation == federation)
-                .order_by(bases.c.number)
-            )
-            return [BaseRecord(row.number, row.version) for row in rows]
-
-    def base(self, federation: str, version: bytes) -> NamedTensors | None:
-        wanted = (bases.c.federation == federation, bases.c.version == version)
-        with self._begin() as db:
-            row = db.execute(sa.select(bases).where(*wanted)).first()
-            if row is None:
-                return None
-            return rows.tensors(rows.decoded(row.base_specs, Assignment).payload, row.base)
-
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
-            kept = db.execute(
-                sa.select(bases).where(bases.c.federation == federation, bases.c.number == number)
-            ).first()
-            if kept is None:
+            # Read whole: there is no way back from a damaged one.
+            if self.base_in(db, federation, number) is None:
                 raise StoreError(f"{self._label}: no base version of round {number} is kept")
-            # There is no way back from a damaged one.
-            rows.tensors(rows.decoded(kept.base_specs, Assignment).payload, kept.base)
             if self._open_round(db, federation):
                 raise StoreError(f"{self._label}: a round is open")
             db.execute(members.update().where(is_awaited(federation)).values(deadline_at=None))
@@ -356,20 +334,6 @@ class SqlStore(PartsTable):
         self.database.close()
 
     # --- inside -------------------------------------------------------------------------------
-
-    def _keep_base(
-        self, db: sa.Connection, federation: str, number: int, base: NamedTensors
-    ) -> None:
-        db.execute(
-            bases.insert().values(
-                federation=federation,
-                number=number,
-                version=base.digest(),
-                **rows.columns("base", base),
-            )
-        )
-        old = (bases.c.federation == federation, bases.c.number <= number - BASES_KEPT)
-        db.execute(bases.delete().where(*old))
 
     def _begin(self) -> contextlib.AbstractContextManager[sa.Connection]:
         return self.database.begin()

@@ -15,9 +15,13 @@ from coordinator.store.devices import (
     TokenUse,
     token_digest,
 )
-from coordinator.store.schema import devices, tokens
+from coordinator.store.schema import devices, members, tokens
 
 _IS_PENDING: Final = devices.c.status == DeviceStatus.PENDING.value
+_IS_OPEN: Final = devices.c.status == DeviceStatus.OPEN.value
+_IS_NEW: Final = sa.and_(
+    devices.c.rejected == 0, devices.c.device.not_in(sa.select(members.c.device))
+)
 
 
 class SqlDevices:
@@ -71,9 +75,18 @@ class SqlDevices:
 
     def count_pending(self, since: float) -> int:
         with self._begin() as db:
-            db.execute(devices.delete().where(_IS_PENDING, devices.c.seen_at < since))
+            db.execute(devices.delete().where(_IS_PENDING, devices.c.seen_at < since, _IS_NEW))
             count = db.scalar(sa.select(sa.func.count()).select_from(devices).where(_IS_PENDING))
         return int(count or 0)
+
+    def forget_newcomers(self, most: int) -> int:
+        times = sa.select(devices.c.seen_at).where(_IS_OPEN, _IS_NEW)
+        with self._begin() as db:
+            last = db.scalar(times.order_by(devices.c.seen_at.desc()).offset(most).limit(1))
+            if last is None:
+                return 0
+            old = (_IS_OPEN, devices.c.seen_at <= last, _IS_NEW)
+            return db.execute(devices.delete().where(*old)).rowcount
 
     def count_rejection(
         self, device: str, reason: str, quarantine_after: int

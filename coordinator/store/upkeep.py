@@ -8,8 +8,8 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from coordinator.errors import StoreError
+from coordinator.store import views
 from coordinator.store.database import Database
-from coordinator.store.schema import federations
 from coordinator.store.sql import SqlStore
 
 
@@ -27,10 +27,10 @@ def check(store: SqlStore) -> list[str]:
             if found != ["ok"] or broken:
                 problem = found[0] if found != ["ok"] else f"{len(broken)} rows lack a parent"
                 raise StoreError(f"{label}: {problem}")
-        names = list(db.scalars(sa.select(federations.c.name).order_by("name")))
+        names = views.federation_names(db)
     for name in names:
         for base in store.bases(name):
-            store.base(name, base.version)
+            store.base_after(name, base.number)
         snapshot = store.load(name)
         if snapshot and snapshot.open_round:
             open_round = snapshot.open_round

@@ -129,6 +129,11 @@ def all_federations(db: sa.Connection) -> list[FederationView]:
     return [_federation(db, row) for row in rows]
 
 
+def federation_names(db: sa.Connection) -> list[str]:
+    """Those of the store, in order."""
+    return list(db.scalars(sa.select(federations.c.name).order_by(federations.c.name)))
+
+
 def last_rounds(
     db: sa.Connection, federation: str, limit: int, before: int | None = None
 ) -> list[RoundView]:

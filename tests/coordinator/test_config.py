@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import load_file
 
 from coordinator import cli, config
 from coordinator.errors import ConfigurationError
+from coordinator.store.sql import SqlStore
 from edge_client.federation_file import write_start
 from protocol.federation import Weighting
 from protocol.methods import HomLoRA, PF2LoRA
@@ -69,6 +72,11 @@ def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
         ("\n[admin]\nprot = 7", r"admin\.prot: is unknown; did you mean 'port'"),
         ("\n[admn]\nport = 7", r"admn: is unknown; did you mean 'admin'"),
         ("\n[adapter]\npersonal_rank = 0", r"personal_rank: pf2lora needs"),
+        (
+            "\n[server]\nstore = 'postgresql://me:secret@db/x'",
+            r"server\.store: .*use a SQLite file",
+        ),
+        ("\n[server]\nstore = 'sqlite://'", r"server\.store: is 'sqlite://'; use a SQLite file"),
         ("minimum_reports = 9", r"rounds\.minimum_reports: is over the cohort of 3"),
         ("\n[rounds", "is not TOML"),
     ],
@@ -106,6 +114,51 @@ def test_a_start_that_was_made_for_another_method_is_refused(path: Path) -> None
         config.load(path, {"algorithm.name": "ffa-lora"}, {})
     with pytest.raises(ConfigurationError, match=r"adapter\.rank: is 3, .* made for 8"):
         config.load(path, {"adapter.rank": "3"}, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--rounds-cohort", "4"],
+            "rounds.cohort: is 4, but the store holds the federation 'demo' with 3; put it back",
+        ),
+        (
+            ["--aggregation-name", "norm-bound", "--aggregation-norm-max", "2.0"],
+            "aggregation.name: is 'norm-bound', but the store holds the federation 'demo' with 'me",
+        ),
+        (
+            ["--seed", "7", "--rounds-count", "9"],
+            "rounds.count: is 9, but the store holds the "
+            "federation 'demo' with 10 (also changed: seed); put",
+        ),
+    ],
+)
+def test_a_setting_that_is_not_the_stores_is_named(
+    path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    federation = _only(config.load(path, {}, {}))
+    with contextlib.closing(SqlStore(f"sqlite:///{path.parent}/pf2lora.sqlite")) as store:
+        store.create(federation.settings, federation.start)
+    assert cli.main(["serve", "--config", str(path), "--port", "0", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_not_there_or_taken_is_named(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve = ["serve", "--config", str(path), "--port", "0", "--admin-enabled", "false"]
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main([*serve, "--port", str(port)]) == 4
+    said = f"server.host, server.port: cannot listen on 127.0.0.1:{port}: Address already in use; "
+    assert said + "use another port, or 0 for any" in capsys.readouterr().err
+    tls = ["--server-certificate", str(path), "--server-key", "none.pem"]
+    assert cli.main([*serve, *tls]) == 2
+    assert "server.key: " in (said := capsys.readouterr().err)
+    assert "none.pem: No such file" in said
+    assert cli.main([*serve, "--store", f"sqlite:///{path}/x.sqlite"]) == 3
+    assert f"{path} is no folder" in capsys.readouterr().err
 
 
 def test_exit_codes_and_messages_of_the_commands(

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.store.base import Member, RoundRecord, Store
 from coordinator.store.devices import DeviceRecord, DeviceStatus, DeviceStore, TokenUse
 from coordinator.store.memory import MemoryStore
 from coordinator.store.sql import SqlStore
+from tests.coordinator.test_store import BASE
+from tests.protocol.samples import SETTINGS
 
 ONE = DeviceRecord("aa", bytes(32), DeviceStatus.PENDING, 10.0)
 TWO = DeviceRecord("bb", b"\x01" * 32, DeviceStatus.OPEN, 20.0)
@@ -18,8 +21,12 @@ TWO = DeviceRecord("bb", b"\x01" * 32, DeviceStatus.OPEN, 20.0)
 
 class DeviceStoreContract:
     @pytest.fixture
-    def devices(self, tmp_path: Path) -> Iterator[DeviceStore]:
+    def store(self, tmp_path: Path) -> Iterator[Store]:
         raise NotImplementedError
+
+    @pytest.fixture
+    def devices(self, store: Store) -> DeviceStore:
+        return store.devices
 
     def test_what_was_added_is_found(self, devices: DeviceStore) -> None:
         assert devices.find("aa") is None
@@ -77,18 +84,46 @@ class DeviceStoreContract:
         devices.add(replace(ONE, status=DeviceStatus.REVOKED))
         assert devices.count_rejection("aa", "NaN", 1).status is DeviceStatus.REVOKED
 
+    def test_the_oldest_newcomers_are_forgotten_and_nobody_else(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", RoundRecord(1, 1, bytes(32), 0.0, 9.0, (Member("asked", "x"),)))
+        open_ = [
+            replace(TWO, device=name, seen_at=float(number))
+            for number, name in enumerate(("asked", "bad", "first", "second", "third"))
+        ]
+        others = [
+            replace(ONE, device=status.value, status=status, seen_at=0.0)
+            for status in DeviceStatus
+            if status is not DeviceStatus.OPEN
+        ]
+        for record in (*open_, *others):
+            store.devices.add(record)
+        store.devices.count_rejection("bad", "NaN", 0)
+        assert store.devices.forget_newcomers(2) == 1
+        kept = {record.device for record in store.devices.all()}
+        assert kept == {record.device for record in (*open_, *others)} - {"first"}
+        assert store.devices.forget_newcomers(0) == 2
+        assert store.devices.forget_newcomers(0) == 0
+        assert kept - {r.device for r in store.devices.all()} == {"second", "third"}
+
+    def test_a_device_that_was_asked_does_not_wait_in_vain(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", RoundRecord(1, 1, bytes(32), 0.0, 9.0, (Member("aa", "x"),)))
+        store.devices.add(ONE)
+        assert store.devices.count_pending(1e6) == 1
+
 
 class TestMemoryDevices(DeviceStoreContract):
     @pytest.fixture
-    def devices(self) -> DeviceStore:
-        return MemoryStore().devices
+    def store(self) -> Store:
+        return MemoryStore()
 
 
 class TestSqlDevices(DeviceStoreContract):
     @pytest.fixture
-    def devices(self, tmp_path: Path) -> Iterator[DeviceStore]:
+    def store(self, tmp_path: Path) -> Iterator[Store]:
         store = SqlStore(f"sqlite:///{tmp_path}/store.sqlite")
-        yield store.devices
+        yield store
         store.close()
 
     def test_a_token_is_nowhere_in_the_file(self, devices: DeviceStore, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import signal
 import sqlite3
 import stat
@@ -230,7 +231,7 @@ class StoreContract:
         store.close_round("demo", 1, 1, None, 20.0)
         assert store.roll_back("demo", 0).awaited == ()
 
-    def test_base_versions_that_are_kept_are_found_by_their_digest(self, store: Store) -> None:
+    def test_base_versions_that_are_kept_are_found_by_digest_and_number(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
         store.open_round("demo", _round())
         store.close_round("demo", 1, 1, NEXT, 90.0)
@@ -239,6 +240,8 @@ class StoreContract:
             assert found is not None
             assert bytes(found.buffer) == bytes(base.buffer)
         assert store.base("demo", bytes(32)) is None
+        after = [store.base_after("demo", number) for number in range(3)]
+        assert [base and base.digest() for base in after] == [BASE.digest(), NEXT.digest(), None]
 
     def test_parts_of_an_update_go_with_its_report_or_its_round(self, store: Store) -> None:
         store.create(SETTINGS, BASE)
@@ -352,18 +355,25 @@ def test_a_changed_byte_is_found(tmp_path: Path, column: str) -> None:
     store.close()
 
 
-def test_a_damaged_base_version_is_found_before_one_goes_back_to_it(tmp_path: Path) -> None:
+def test_a_damaged_base_version_is_found_before_one_goes_back_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with contextlib.closing(_filled(tmp_path / "s.sqlite")) as store:
         store.close_round("demo", 1, 1, NEXT, 90.0)
         with store.database.begin() as db:
             db.execute(sa.text("UPDATE bases SET base = zeroblob(length(base)) WHERE number = 0"))
-        with pytest.raises(StoreError, match="do not match their digest"):
+        damaged = rf"s\.sqlite: the base version after round 0 \({BASE.digest().hex()[:12]}\): dam"
+        with pytest.raises(StoreError, match=damaged):
             upkeep.check(store)
-        with pytest.raises(StoreError, match="do not match their digest"):
+        with pytest.raises(StoreError, match=damaged):
             store.roll_back("demo", 0)
         snapshot = store.load("demo")
         assert snapshot
         assert snapshot.rounds_done == 1
+        where = ["--store", f"sqlite:///{tmp_path}/s.sqlite", "--name", "demo"]
+        assert cli.main(["rollback", *where, "--to", "0"]) == 3
+        assert re.search(damaged, capsys.readouterr().err)
+        assert store.control("demo") == Control()
 
 
 def test_torn_pages_are_found(tmp_path: Path) -> None:
@@ -412,8 +422,21 @@ def test_one_coordinator_has_a_store_for_itself_and_commands_read_beside_it(
     assert stat.S_IMODE((tmp_path / "s.sqlite.lock").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_what_cannot_be_locked_is_no_coordinators(url: str) -> None:
+    with pytest.raises(StoreError, match="only a SQLite file can be kept for one coordinator"):
+        SqlStore(url, sole=True)
+
+
+@pytest.mark.parametrize("package", ["coordinator", "edge_client"])
+def test_where_files_cannot_be_locked_neither_side_starts(package: str) -> None:
+    code = f"import os, pathlib; os.name = 'nt'; import {package}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: pf2lora runs on Linux and macOS" in ended.stderr
+
+
 def test_a_url_that_is_none_is_refused() -> None:
-    with pytest.raises(StoreError, match="the store: Could not parse"):
+    with pytest.raises(StoreError, match="the store: this is no database URL, such as sqlite:///"):
         SqlStore("nonsense")
 
 

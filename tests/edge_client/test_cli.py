@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_looking_at_a_device_that_never_ran_says_so(
     (tmp_path / "rows.jsonl").write_text(ROWS)
     assert main(["evaluate", *_device(tmp_path)]) == 1
     assert "holds no trained state" in capsys.readouterr().err
+
+
+def test_a_drawing_that_cannot_be_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = ["ranks", *_device(tmp_path), "--png"]  # there are no rows, and there is no state
+    assert main([*ranks, str(tmp_path / "none" / "ranks.png")]) == 1
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    assert main([*ranks, str(tmp_path)]) == 1
+    assert "is a folder; use a file" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*ranks, str(tmp_path / "ranks.png")]) == 1
+    assert "matplotlib is not installed: pip install" in capsys.readouterr().err
 
 
 def _device(folder: Path) -> list[str]:

@@ -5,55 +5,58 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import signal
 import sys
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-
-from coordinator.config import START_FORMAT
+from edge_client.federation_file import write_start
+from edge_client.session import Session
+from edge_client.transport import websocket_dial
 from protocol.tensors import NamedTensors
-from tests.simulation.world import FINGERPRINT
+from tests.simulation.world import START, FakeDevice, settings
 
 TOML = """
-name = "sim"
+name = "{name}"
 [backbone]
 name = "none"
 [task]
 kind = "sequence-classification"
 labels = ["a", "b"]
 [rounds]
-count = {rounds}
-cohort = {cohort}
-report_goal = {goal}
-minimum_reports = {goal}
-deadline_s = 100000.0
+{rounds}
 [server]
 hold_s = 5.0
+{server}
 """
 
 
 def write_federation(
-    folder: Path, base: NamedTensors, *, rounds: int, cohort: int, goal: int, server: str = ""
-) -> None:
-    """The federation of tests/simulation/world.py as files; `server` is further settings."""
-    arrays = {name: np.array(array) for name, array in base.arrays().items()}
-    metadata = {
-        "format": START_FORMAT,
-        "fingerprint": FINGERPRINT,
-        "names": json.dumps(list(arrays)),
-    }
-    save_file(arrays, folder / "start.safetensors", metadata)
-    text = TOML.format(rounds=rounds, cohort=cohort, goal=goal) + server
-    (folder / "federation.toml").write_text(text)
+    folder: Path,
+    base: NamedTensors = START,
+    *,
+    name: str = "sim",
+    server: str = "",
+    **rounds: object,
+) -> Path:
+    """The federation of tests/simulation/world.py as files; the path of its configuration.
+
+    `server` has further lines of `[server]`.
+    """
+    write_start(folder / "start.safetensors", base.arrays(), settings())
+    rounds = {"deadline_s": 100_000.0} | rounds
+    # JSON's numbers and strings are TOML's.
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in rounds.items())
+    path = folder / f"{name}.toml"
+    path.write_text(TOML.format(name=name, rounds=lines, server=server))
+    return path
 
 
 class Daemon:
-    """`pf2lora-coordinator serve` on a folder; `port` stays the same over restarts."""
+    """`pf2lora-coordinator serve`; `port` stays the same over restarts."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, *configurations: Path) -> None:
+        self._arguments = [part for path in configurations for part in ("--config", str(path))]
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
         self.port = 0
@@ -71,8 +74,8 @@ class Daemon:
 
     async def start(self) -> None:
         """Start it, and wait until it listens."""
-        command = [sys.executable, "-m", "coordinator.cli", "serve"]
-        command += ["--config", str(self._folder / "federation.toml"), "--port", str(self.port)]
+        command = [sys.executable, "-m", "coordinator.cli", "serve", *self._arguments]
+        command += ["--port", str(self.port)]
         self.lines.clear()
         self._process = await asyncio.create_subprocess_exec(
             *command, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
@@ -98,9 +101,25 @@ class Daemon:
             return
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
-        await self._process.wait()
-        if self._reading is not None:
-            await self._reading
+        await self.end()
+
+    async def end(self) -> int:
+        """Its exit code, once it has ended."""
+        assert self._process is not None
+        assert self._reading is not None
+        await self._reading
+        return await self._process.wait()
+
+    def session(self, device: FakeDevice, federation: str = "sim") -> Session:
+        """A device's, from its first connection to its end."""
+        return Session(
+            websocket_dial(self.address),
+            device,
+            federation=federation,
+            identity=device.identity,
+            rng=random.Random(device.name),
+            first_contact_patience_s=600.0,
+        )
 
     async def _read(self, stream: asyncio.StreamReader | None) -> None:
         assert stream is not None

@@ -14,8 +14,6 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
-from edge_client.session import Session
-from edge_client.transport import websocket_dial
 from protocol import codec, limits
 from protocol.messages import Assignment, CheckIn, Chunk, Fetch, Message
 from protocol.tensors import NamedTensors
@@ -159,18 +157,19 @@ async def _again_and_again(attack: Attack, port: int, name: str, seen: set[str])
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_others_end_with_the_same_bytes(tmp_path: Path, group: str) -> None:
-    write_federation(tmp_path, START, rounds=ROUNDS, cohort=HONEST + HOSTILE, goal=HONEST)
+    rounds = {"count": ROUNDS, "cohort": HONEST + HOSTILE}
+    path = write_federation(tmp_path, **rounds, report_goal=HONEST, minimum_reports=HONEST)
     devices, seen = _devices(), set[str]()
 
     async def scenario() -> None:
-        daemon = Daemon(tmp_path)
+        daemon = Daemon(path)
         await daemon.start()
         hostile = [
             asyncio.create_task(_again_and_again(attack, daemon.port, f"hostile-{n}", seen))
             for n, attack in enumerate(GROUPS[group])
         ]
         try:
-            await asyncio.gather(*(_take_part(device, daemon.address) for device in devices))
+            await asyncio.gather(*(daemon.session(device).run() for device in devices))
         finally:
             for task in hostile:
                 task.cancel()
@@ -181,14 +180,3 @@ def test_the_others_end_with_the_same_bytes(tmp_path: Path, group: str) -> None:
     assert seen == {attack.__name__ for attack in GROUPS[group]}
     assert {device.final.digest() for device in devices if device.final} == {_alone()}
     assert all(set(device.trained) == set(range(1, ROUNDS + 1)) for device in devices)
-
-
-async def _take_part(device: FakeDevice, address: str) -> None:
-    session = Session(
-        websocket_dial(address),
-        device,
-        federation="sim",
-        identity=device.identity,
-        rng=random.Random(device.name),
-    )
-    await session.run()

@@ -7,34 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
-import random
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from coordinator import certificates, cli, config
-from coordinator.certificates import Authority
-from coordinator.config import START_FORMAT
-from coordinator.server import CoordinatorServer
-from coordinator.service import FederationService
+from coordinator import cli
 from coordinator.store.base import Outcome
-from coordinator.store.devices import DeviceRecord, DeviceStatus, DeviceStore
+from coordinator.store.devices import DeviceStatus
 from coordinator.store.sql import SqlStore
-from edge_client.errors import UnreachableError
 from edge_client.identity import Identity
-from edge_client.session import Session
-from edge_client.tls import TlsFiles
-from edge_client.transport import websocket_dial
 from protocol import codec
 from protocol.connection import default_hello
 from protocol.errors import ErrorCode
@@ -53,83 +39,11 @@ from protocol.messages import (
 )
 from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
+from tests.integration.outside import BAD, GOOD, Outside, opened
 from tests.simulation.raw_device import RawDevice
-from tests.simulation.world import FINGERPRINT, START, FakeDevice
+from tests.simulation.world import FINGERPRINT, START
 
-TOML = """
-name = "sim"
-[backbone]
-name = "none"
-[task]
-kind = "sequence-classification"
-labels = ["a", "b"]
-[rounds]
-count = 2
-cohort = 1
-deadline_s = 1000.0
-[server]
-certificate = "server.pem"
-key = "server.key"
-"""
 UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
-GOOD, BAD = Identity.named("good"), Identity.named("bad")
-
-
-def _write_federation(folder: Path) -> Path:
-    arrays = {name: np.array(array) for name, array in START.arrays().items()}
-    names = json.dumps(list(arrays))
-    metadata = {"format": START_FORMAT, "fingerprint": FINGERPRINT, "names": names}
-    save_file(arrays, folder / "start.safetensors", metadata)
-    Authority(folder).issue_server(["127.0.0.1"], 1.0)
-    (folder / "federation.toml").write_text(TOML)
-    return folder / "federation.toml"
-
-
-@dataclass
-class Outside:
-    """A running coordinator as it is seen from outside, and what its store says of devices."""
-
-    folder: Path
-    server: CoordinatorServer
-    devices: DeviceStore
-
-    async def dial(self, identity: Identity) -> RawDevice:
-        address = f"wss://127.0.0.1:{self.server.port}"
-        link = await websocket_dial(address, TlsFiles(self.folder / "ca.pem"))()
-        return RawDevice(link, identity)
-
-    def refusals(self) -> dict[str, float]:
-        """As they are counted for those who watch."""
-        text = self.server.watch._metrics.render().decode()
-        found = re.findall(r'pf2lora_refusals_total\{code="(\w+)"\} (\S+)', text)
-        return {code: float(count) for code, count in found}
-
-    def approve(self, identity: Identity, status: DeviceStatus = DeviceStatus.APPROVED) -> None:
-        record = DeviceRecord(identity.device, identity.key, status, time.time(), reason="lost")
-        self.devices.add(record)
-
-
-@asynccontextmanager
-async def _outside(folder: Path, **flags: str) -> AsyncIterator[Outside]:
-    path = _write_federation(folder)
-    keys = {f"server.{key}": value for key, value in {"port": "0", **flags}.items()}
-    async with CoordinatorServer(config.load(path, keys, {})) as server:
-        yield Outside(folder, server, server._store.devices)
-
-
-@pytest.fixture
-def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The devices of which a federation has heard anything, in order."""
-    heard: list[str] = []
-    for name in ("joined", "check_in", "offer", "take"):
-        original = getattr(FederationService, name)
-
-        def listen(self: object, device: str, *rest: object, _do: object = original) -> object:
-            heard.append(device)
-            return _do(self, device, *rest)  # type: ignore[operator]
-
-        monkeypatch.setattr(FederationService, name, listen)
-    return heard
 
 
 # --- joining ----------------------------------------------------------------------------------
@@ -259,7 +173,7 @@ def test_who_may_not_take_part_reaches_no_round(
     code, reason = JOINING[attack]
 
     async def scenario() -> None:
-        async with _outside(tmp_path) as outside:
+        async with opened(tmp_path) as outside:
             outside.approve(GOOD)
             answer = await attack(outside)
             assert isinstance(answer, Refusal), answer
@@ -328,7 +242,7 @@ def test_a_report_that_is_not_signed_as_it_stands_is_refused(
     tmp_path: Path, reached: list[str], caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     async def scenario() -> None:
-        async with _outside(tmp_path) as outside:
+        async with opened(tmp_path) as outside:
             outside.approve(GOOD)
             device, report = await _assigned(outside, GOOD)
             before = len(reached)
@@ -354,7 +268,7 @@ def test_a_report_counts_once_however_often_and_by_whomever_it_is_sent(
     tmp_path: Path, reached: list[str]
 ) -> None:
     async def scenario() -> None:
-        async with _outside(tmp_path) as outside:
+        async with opened(tmp_path) as outside:
             outside.approve(GOOD)
             outside.approve(BAD)
             device, report = await _assigned(outside, GOOD)
@@ -394,7 +308,7 @@ def test_revoking_a_connected_device_ends_its_session(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, then: Callable[..., Awaitable[None]]
 ) -> None:
     async def scenario() -> float:
-        async with _outside(tmp_path) as outside:
+        async with opened(tmp_path) as outside:
             outside.approve(GOOD)
             device, report = await _assigned(outside, GOOD)
             await then(outside, device, report)
@@ -420,115 +334,3 @@ def test_revoking_a_connected_device_ends_its_session(
     assert outcome.outcome is Outcome.ABANDONED  # long before its deadline: nobody waits for it
     gc.collect()  # asyncio complains of exceptions that nobody has looked at when tasks go
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
-
-
-# --- TLS --------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def _mutual(folder: Path) -> AsyncIterator[Outside]:
-    Authority(folder / "clients").issue_client("ward-3", 1.0)
-    async with _outside(folder, client_ca="clients/ca.pem") as outside:
-        outside.approve(GOOD)
-        yield outside
-
-
-def test_over_mutual_tls_a_device_with_a_certificate_joins(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with _mutual(tmp_path) as outside:
-            own = (tmp_path / f"clients/client-ward-3.{end}" for end in ("pem", "key"))
-            files = TlsFiles(tmp_path / "ca.pem", *own)
-            link = await websocket_dial(f"wss://127.0.0.1:{outside.server.port}", files)()
-            assert isinstance(await RawDevice(link, GOOD).join(), Joined)
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("which", ["none", "expired", "of another authority"])
-def test_over_mutual_tls_another_certificate_gets_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: list[str], which: str
-) -> None:
-    async def scenario() -> None:
-        async with _mutual(tmp_path) as outside:
-            folder = {"expired": "clients", "of another authority": "others"}.get(which)
-            files = TlsFiles(tmp_path / "ca.pem")
-            if folder:
-                monkeypatch.setattr(certificates, "BACKDATED", timedelta(days=3))
-                Authority(tmp_path / folder).issue_client("x", -1.0 if which == "expired" else 1.0)
-                own = (tmp_path / folder / f"client-x.{end}" for end in ("pem", "key"))
-                files = TlsFiles(tmp_path / "ca.pem", *own)
-            with pytest.raises(LinkClosedError, match="does it want a client_certificate"):
-                await websocket_dial(f"wss://127.0.0.1:{outside.server.port}", files)()
-
-    asyncio.run(scenario())
-    assert reached == []
-
-
-def _certify(folder: Path, host: str, days: float) -> None:
-    for file in ("ca.pem", "ca.key", "server.pem", "server.key"):
-        (folder / file).unlink()
-    Authority(folder).issue_server([host], days)
-
-
-@pytest.mark.parametrize(
-    ("host", "days", "scheme", "ca_file", "problem"),
-    [
-        ("127.0.0.1", 1.0, "wss", None, "an authority that this device does not know; give its ca"),
-        ("127.0.0.1", 1.0, "wss", "other/ca.pem", "an authority that this device does not know"),
-        ("127.0.0.1", -1.0, "wss", "ca.pem", "the coordinator's certificate has expired"),
-        ("10.9.8.7", 1.0, "wss", "ca.pem", "is for another host: IP address mismatch.*127.0.0.1"),
-        ("127.0.0.1", 1.0, "ws", None, r"hung up without an answer; .* want wss://"),
-        ("", 1.0, "wss", "ca.pem", r"no TLS could be had there; .* want ws://"),
-    ],
-)
-def test_a_device_that_cannot_trust_its_coordinator_says_why_and_sends_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    reached: list[str],
-    host: str,
-    days: float,
-    scheme: str,
-    ca_file: str | None,
-    problem: str,
-) -> None:
-    monkeypatch.setattr(certificates, "BACKDATED", timedelta(days=3))
-    Authority(tmp_path / "other")
-    path = _write_federation(tmp_path)
-    flags = {"server.port": "0"}
-    if host:
-        _certify(tmp_path, host, days)
-    else:
-        flags |= {"server.certificate": "", "server.key": ""}
-
-    async def scenario() -> None:
-        async with CoordinatorServer(config.load(path, flags, {})) as server:
-            files = TlsFiles(tmp_path / ca_file if ca_file else None)
-            session = Session(
-                websocket_dial(f"{scheme}://127.0.0.1:{server.port}", files),
-                FakeDevice("good"),
-                federation="sim",
-                identity=GOOD,
-                rng=random.Random(1),
-                first_contact_patience_s=1e-9,
-            )
-            await session.run()
-
-    with pytest.raises(UnreachableError, match=problem):
-        asyncio.run(scenario())
-    assert reached == []
-
-
-def test_an_untrusted_certificate_is_not_tried_again_at_first(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with _outside(tmp_path) as outside:
-            await Session(
-                websocket_dial(f"wss://127.0.0.1:{outside.server.port}"),
-                FakeDevice("good"),
-                federation="sim",
-                identity=GOOD,
-                rng=random.Random(1),
-                first_contact_patience_s=3600.0,
-            ).run()
-
-    with pytest.raises(UnreachableError, match="in 1 attempt:"):
-        asyncio.run(scenario())

@@ -9,47 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
-import signal
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 import pytest
 import sqlalchemy as sa
-from safetensors.numpy import save_file
 
 from coordinator.base_version import BaseVersion
-from coordinator.config import START_FORMAT
 from coordinator.store.base import ReportRecord, StoredReports
 from coordinator.store.memory import MemoryStore
 from coordinator.store.schema import members, reports
 from coordinator.store.sql import SqlStore
-from edge_client.session import Session
-from edge_client.transport import websocket_dial
 from protocol.federation import Mode
 from protocol.messages import ReceiptStatus
 from protocol.virtual_time import simulate
-from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
+from tests.integration.daemon import Daemon, write_federation
+from tests.simulation.world import START, FakeDevice, World, settings
 
 DEVICES = 6
-TOML = """
-name = "sim"
-[backbone]
-name = "none"
-[task]
-kind = "sequence-classification"
-labels = ["a", "b"]
-[rounds]
-count = {rounds}
-cohort = {cohort}
-deadline_s = 100000.0
-{more}
-[server]
-hold_s = 5.0
-"""
 
 
 @pytest.mark.parametrize(
@@ -60,8 +39,8 @@ def test_kills_at_random_points_lose_nothing_and_count_nothing_twice(
 ) -> None:
     seed = 20 + kills
     print(f"seed {seed}")
-    more = f"minimum_reports = {DEVICES}"
-    harness = Harness(tmp_path, 2 * kills, kills, random.Random(seed), more=more)
+    rules = {"count": 2 * kills, "cohort": DEVICES, "minimum_reports": DEVICES}
+    harness = Harness(tmp_path, rules, kills, random.Random(seed))
     asyncio.run(harness.run())
     print(f"killed the coordinator {harness.killed} times, devices {harness.cut} times")
     assert harness.killed == kills
@@ -92,9 +71,9 @@ def test_an_asynchronous_federation_is_what_was_in_its_buffers_however_often_kil
     seed = 40 + kills
     print(f"seed {seed}")
     goal, cohort = 4, DEVICES - 1
-    more = f'mode = "asynchronous"\nreport_goal = {goal}'
     rounds = 6 * kills
-    harness = Harness(tmp_path, rounds, kills, random.Random(seed), more=more, cohort=cohort)
+    rules = {"count": rounds, "cohort": cohort, "mode": "asynchronous", "report_goal": goal}
+    harness = Harness(tmp_path, rules, kills, random.Random(seed))
     for number, device in enumerate(harness.devices):
         device.training_s = 0.02 * 3**number  # the slowest takes 243 times as long
     asyncio.run(harness.run())
@@ -189,34 +168,32 @@ class Harness:
     """One federation, and who disturbs it."""
 
     folder: Path
-    rounds: int
+    rules: dict[str, object]  # its [rounds]
     kills: int
     rng: random.Random
-    cohort: int = DEVICES
-    more: str = ""  # lines of [rounds]
     killed: int = 0
     cut: int = 0
     devices: list[FakeDevice] = field(default_factory=_devices)
-    port: int = 0
+
+    @property
+    def rounds(self) -> int:
+        return cast(int, self.rules["count"])
 
     async def run(self) -> None:
-        self._write_federation()
-        process = await self._start()
-        running = [asyncio.create_task(self._device(device)) for device in self.devices]
+        daemon = Daemon(write_federation(self.folder, **self.rules))
+        await daemon.start()
+        running = [asyncio.create_task(self._take_part(device, daemon)) for device in self.devices]
         everyone = asyncio.gather(*running)
         try:
             while self.killed < self.kills:
                 await self._next_kill()
-                process.send_signal(signal.SIGKILL)
-                await process.communicate()
+                await daemon.kill()
                 self.killed += 1
-                process = await self._start()
+                await daemon.start()
             await everyone
         finally:
             everyone.cancel()
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.communicate()
+            await daemon.kill()
 
     async def _next_kill(self) -> None:
         """At a random moment; sooner on a machine so quick that rounds would run out."""
@@ -229,45 +206,11 @@ class Harness:
     def _rounds_begun(self) -> int:
         return max((device.trained[-1] for device in self.devices if device.trained), default=0)
 
-    async def _device(self, device: FakeDevice) -> None:
+    async def _take_part(self, device: FakeDevice, daemon: Daemon) -> None:
         """One device; cut off now and then in the middle of whatever it does."""
         while device.final is None:
-            session = Session(
-                websocket_dial(f"ws://127.0.0.1:{self.port}"),
-                device,
-                federation="sim",
-                identity=device.identity,
-                rng=self.rng,
-                first_contact_patience_s=600.0,
-            )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.rng.uniform(1.0, 10.0)):
-                    await session.run()
+                    await daemon.session(device).run()
                     return
             self.cut += 1
-
-    async def _start(self) -> asyncio.subprocess.Process:
-        command = [sys.executable, "-m", "coordinator.cli", "serve"]
-        command += ["--config", str(self.folder / "federation.toml"), "--port", str(self.port)]
-        process = await asyncio.create_subprocess_exec(
-            *command, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
-        )
-        assert process.stderr is not None
-        said = b""
-        async for line in process.stderr:
-            said += line
-            if b"listening on" in line:
-                self.port = int(line.rsplit(b":", 1)[1])
-                return process
-        raise AssertionError(f"the coordinator did not start: {said.decode()}")
-
-    def _write_federation(self) -> None:
-        arrays = {name: np.array(array) for name, array in START.arrays().items()}
-        metadata = {
-            "format": START_FORMAT,
-            "fingerprint": FINGERPRINT,
-            "names": json.dumps(list(arrays)),
-        }
-        save_file(arrays, self.folder / "start.safetensors", metadata)
-        text = TOML.format(rounds=self.rounds, cohort=self.cohort, more=self.more)
-        (self.folder / "federation.toml").write_text(text)

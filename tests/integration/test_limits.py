@@ -37,8 +37,8 @@ from tests.simulation.world import FINGERPRINT, START, FakeDevice
 
 
 def _configured(folder: Path, settings: str) -> CoordinatorServer:
-    write_federation(folder, START, rounds=1, cohort=1, goal=1, server="port = 0\n" + settings)
-    return CoordinatorServer(load(folder / "federation.toml", {}, {}))
+    path = write_federation(folder, count=1, cohort=1, server="port = 0\n" + settings)
+    return CoordinatorServer(load(path, {}, {}))
 
 
 async def _first_word(port: int, *said: Message) -> Message:

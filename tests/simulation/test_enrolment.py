@@ -14,8 +14,9 @@ from coordinator.store.devices import DeviceRecord, DeviceStatus
 from edge_client.errors import RefusedError
 from edge_client.identity import Identity
 from protocol.errors import ErrorCode
+from protocol.federation import Mode, Selection
 from protocol.link import LinkClosedError
-from protocol.messages import Assignment, CheckIn, Refusal
+from protocol.messages import Assignment, CheckIn, Joined, Refusal
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
 from tests.simulation.raw_device import RawDevice
@@ -76,6 +77,31 @@ def test_keys_that_wait_are_bounded_in_number_and_time() -> None:
     assert (before, after) == (PENDING_MAX, 1)
 
 
+def test_fresh_keys_do_not_fill_the_store_and_who_reports_is_remembered() -> None:
+    async def scenario() -> tuple[list[str], FakeDevice]:
+        world = World(settings(count=2, cohort=1, selection=Selection.LEAST_RECENT))
+        world.newcomers_max = 10
+        await world.start()
+        steady = FakeDevice("steady", training_s=10.0)
+        running = asyncio.create_task(world.take_part(steady))
+        waiting = FakeDevice("waiting")
+        also_running = asyncio.create_task(world.take_part(waiting))
+        await asyncio.sleep(1.0)
+        for number in range(35):
+            raw = RawDevice(await world.dial(), Identity.named(f"fresh-{number}"))
+            assert isinstance(await raw.join(), Joined)
+            await raw.link.close()
+            assert len(world.store.devices.all()) <= 11  # with the one that was asked
+        assert world.store.devices.find(waiting.id) is None
+        await asyncio.gather(running, also_running)
+        reported = {device.id for device in (steady, waiting) if device.receipts}
+        return reported - {record.device for record in world.store.devices.all()}, waiting
+
+    unknown, waiting = simulate(scenario)
+    assert waiting.trained == [2]  # on the connection on which it was forgotten
+    assert not unknown
+
+
 def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
     """It holds an assignment: nobody waits for it, and it is not chosen again."""
     devices = _devices(3)
@@ -90,7 +116,7 @@ def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
         everyone = asyncio.gather(*(world.take_part(device) for device in devices))
         assert isinstance(await lost.receive(), Assignment)
         world.store.devices.set_status(lost.identity.device, DeviceStatus.REVOKED, "stolen")
-        await world.roster.expel_barred(world.gate)
+        await world.server.expel_barred()
         refusal = await lost.receive()
         assert isinstance(refusal, Refusal)
         assert refusal.code is ErrorCode.REVOKED
@@ -108,11 +134,39 @@ def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
     assert [o.reports for o in world.store.history("sim")] == [3, 3, 3]
 
 
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("killed", [False, True])
+def test_nobody_waits_for_a_device_that_is_revoked_while_it_is_away(
+    mode: Mode, killed: bool
+) -> None:
+    lost, other = FakeDevice("lost", training_s=1e9), FakeDevice("other", training_s=1.0)
+
+    async def scenario() -> float:
+        world = World(settings(mode=mode, count=2, cohort=1, report_goal=1, deadline_s=1e6))
+        await world.start()
+        first = asyncio.create_task(world.take_part(lost))
+        await asyncio.sleep(5.0)
+        first.cancel()
+        await asyncio.sleep(5.0)
+        world.store.devices.set_status(lost.id, DeviceStatus.REVOKED, "stolen")
+        if killed:
+            await world.kill()
+            await world.start()
+        await world.server.expel_barred()
+        await world.take_part(other)
+        assert world.service is not None
+        assert world.service.everyone_told
+        return asyncio.get_running_loop().time()
+
+    assert simulate(scenario) < 30.0
+    assert (lost.trained, other.trained) == ([1], [1, 2])
+
+
 async def _keep_out(world: World) -> None:
     """As the server does."""
     while True:
         await asyncio.sleep(1.0)
-        await world.roster.expel_barred(world.gate)
+        await world.server.expel_barred()
 
 
 def _poisoned(update: NamedTensors) -> NamedTensors:

@@ -209,19 +209,9 @@ def _operated(killed: str) -> tuple[World, list[FakeDevice], list[int]]:
     world = World(settings(count=10, cohort=3, minimum_reports=3, deadline_s=1e4))
     seen: list[int] = []
 
-    async def done() -> int:
-        snapshot = world.store.load("sim")
-        assert snapshot is not None
-        return snapshot.rounds_done
-
     async def wish(control: Control) -> None:
-        world.store.set_control("sim", control)
-        if killed == "always" or (killed == "going back" and control.roll_back_to):
-            await world.kill()
-            await world.start()
-        else:
-            assert world.service is not None
-            await world.service.look_at_control()
+        kill = killed == "always" or (killed == "going back" and control.roll_back_to)
+        await world.wish(control, killed=bool(kill))
 
     async def scenario() -> None:
         await world.start()
@@ -229,14 +219,14 @@ def _operated(killed: str) -> tuple[World, list[FakeDevice], list[int]]:
         await asyncio.sleep(10.0)
         await wish(Control(Wish.PAUSE))
         await asyncio.sleep(100.0)
-        seen.append(await done())
+        seen.append(world.rounds_done())
         await asyncio.sleep(100.0)
-        seen.append(await done())
+        seen.append(world.rounds_done())
         await wish(Control(Wish.PAUSE, roll_back_to=2))
-        seen.append(await done())
+        seen.append(world.rounds_done())
         await wish(Control(Wish.RUN))
         await everyone
-        seen.append(await done())
+        seen.append(world.rounds_done())
 
     simulate(scenario)
     return world, devices, seen

@@ -1,5 +1,5 @@
 """Where two concerns meet in one service: deadlines and shared writes, expulsion and parts, two
-connections of one device."""
+connections of one device, wishes and damage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 import numpy as np
 import pytest
 
-from coordinator.control import Control
+from coordinator.control import Control, Wish
 from coordinator.errors import StoreError
 from coordinator.happenings import Disconnected, Happening
 from coordinator.roster import Roster
@@ -36,7 +36,7 @@ from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import at_once, simulate
 from tests.simulation.raw_device import RawDevice
-from tests.simulation.world import START, World, settings
+from tests.simulation.world import START, FakeDevice, World, settings
 
 Result = TypeVar("Result")
 UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
@@ -151,6 +151,34 @@ def test_a_store_that_cannot_tell_the_operators_wishes_ends_the_service() -> Non
     simulate(scenario)
 
 
+def test_a_wish_to_go_back_to_a_damaged_base_version_is_let_go_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whether it is found at the start or later: nothing of the round under way is lost."""
+
+    class Damaged(MemoryStore):
+        def base_after(self, federation: str, number: int) -> NamedTensors | None:
+            raise StoreError(f"the base version after round {number}: damaged")
+
+    async def scenario() -> list[int]:
+        world = World(settings(count=6, cohort=1), store=Damaged())
+        await world.start()
+        device = FakeDevice("one", training_s=10.0)
+        running = asyncio.create_task(world.take_part(device))
+        for restarts in (False, True):
+            await asyncio.sleep(15.0)
+            await world.wish(Control(Wish.RUN, roll_back_to=0), killed=restarts)
+            assert world.store.control("sim") == Control()
+        await running
+        return device.trained
+
+    trained = simulate(scenario)
+    assert trained == sorted(set(trained)), "no round was run again"
+    assert (
+        caplog.text.count("cannot roll back to round 0: the base version after round 0: dam") == 2
+    )
+
+
 class WatchedWorld(World):
     """A world that remembers which connections ended, and whose."""
 
@@ -168,7 +196,7 @@ def test_a_connection_that_comes_too_soon_is_not_taken_for_the_devices_leaving()
     async def scenario() -> None:
         world = WatchedWorld(settings(count=1, cohort=2))
         await world.start()
-        world.roster = Roster(joins_s=0.01)  # one at once
+        world.server.roster = Roster(joins_s=0.01)  # one at once
         answers = []
         for _ in range(2):
             device = RawDevice(await world.dial(), Identity.named("a"))

@@ -148,7 +148,7 @@ def test_many_uploads_share_little_memory_and_all_get_through(
 
     async def watched(self: Room, wanted: int) -> bool:
         waited.append(await enter(self, wanted))
-        if self is world.roster.uploads:
+        if self is world.server.roster.uploads:
             used.append(self.used_bytes)
         return waited[-1]
 

@@ -12,21 +12,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from coordinator.enrolment import Gate
+from coordinator.control import Control
+from coordinator.enrolment import NEWCOMERS_MAX, Gate
 from coordinator.errors import StoreError
-from coordinator.federations import Federations
+from coordinator.fake_server import FakeServer
 from coordinator.happenings import Happening, Said
 from coordinator.roster import UPLOADS_BYTES_MAX, Roster
 from coordinator.screening import Bounds
 from coordinator.service import FederationService
-from coordinator.session import DeviceSession
 from coordinator.store.base import Store
 from coordinator.store.memory import MemoryStore
 from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from edge_client.splits import seeded
 from protocol.errors import ErrorCode
-from protocol.fake_link import FakeLink, Faults, fake_links
+from protocol.fake_link import FakeLink, Faults
 from protocol.federation import (
     Backbone,
     FederationSettings,
@@ -211,11 +211,11 @@ class World:
         self.clock_off_s = 0.0  # by how much the coordinator's clock is wrong
         self.uploads_bytes_max = UPLOADS_BYTES_MAX
         self.is_open = is_open
+        self.newcomers_max = NEWCOMERS_MAX
         self.refusals: Counter[ErrorCode] = Counter()
         self.bounds = bounds
         self.service: FederationService | None = None
         self.device_ends: list[FakeLink] = []
-        self._sessions: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         self._process = Process(self.writing_s)
@@ -228,14 +228,15 @@ class World:
             clock=self._wall_clock,
             bounds=self.bounds,
         )
-        self.roster = Roster(self.uploads_bytes_max)
-        self.gate = Gate(
+        gate = Gate(
             self.store.devices,
             is_open=self.is_open,
             run_blocking=at_once,
             clock=asyncio.get_running_loop().time,
+            newcomers_max=self.newcomers_max,
         )
         await service.open()
+        self.server = FakeServer(service, Roster(self.uploads_bytes_max), gate, self._observe)
         self.service = service  # from now on it listens
 
     def _wall_clock(self) -> float:
@@ -246,10 +247,8 @@ class World:
         if self.service:
             self._process.is_alive = False
             self.service.close()
-        self.service = None
-        for task in list(self._sessions):
-            task.cancel()
-        await asyncio.gather(*self._sessions, return_exceptions=True)
+            self.service = None
+            await self.server.kill()
 
     async def restart_after_failures(self) -> None:
         """Start the coordinator anew whenever its store has failed; until cancelled."""
@@ -262,17 +261,26 @@ class World:
             with contextlib.suppress(Crash):
                 await self.start()
 
+    async def wish(self, control: Control, *, killed: bool = False) -> None:
+        """The operator's, seen at once, or by the coordinator that is started after a kill."""
+        self.store.set_control("sim", control)
+        if killed:
+            await self.kill()
+            await self.start()
+        assert self.service is not None
+        await self.service.look_at_control()
+
+    def rounds_done(self) -> int:
+        snapshot = self.store.load("sim")
+        assert snapshot is not None
+        return snapshot.rounds_done
+
     async def dial(self) -> Link:
         if self.service is None:
             raise LinkClosedError("nobody listens")
-        device_end, coordinator_end = fake_links(self.rng, self.faults)
-        self.device_ends.append(device_end)
-        federations = Federations([self.service])
-        session = DeviceSession(coordinator_end, federations, self.roster, self.gate, self._observe)
-        task = asyncio.create_task(session.run())
-        self._sessions.add(task)
-        task.add_done_callback(self._sessions.discard)
-        return device_end
+        link = self.server.dial(self.rng, self.faults)
+        self.device_ends.append(link)
+        return link
 
     def _observe(self, happening: Happening) -> None:
         match happening:

@@ -1,0 +1,136 @@
+"""TLS tried from both sides: whose certificate is trusted, and what is said where it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from coordinator import certificates, config
+from coordinator.certificates import Authority
+from coordinator.server import CoordinatorServer
+from edge_client.errors import UnreachableError
+from edge_client.session import Session
+from edge_client.tls import TlsFiles
+from edge_client.transport import websocket_dial
+from protocol.link import LinkClosedError
+from protocol.messages import (
+    Joined,
+)
+from tests.integration.outside import GOOD, Outside, opened, written
+from tests.simulation.raw_device import RawDevice
+from tests.simulation.world import FakeDevice
+
+
+@asynccontextmanager
+async def _mutual(folder: Path) -> AsyncIterator[Outside]:
+    Authority(folder / "clients").issue_client("ward-3", 1.0)
+    async with opened(folder, client_ca="clients/ca.pem") as outside:
+        outside.approve(GOOD)
+        yield outside
+
+
+def test_over_mutual_tls_a_device_with_a_certificate_joins(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with _mutual(tmp_path) as outside:
+            own = (tmp_path / f"clients/client-ward-3.{end}" for end in ("pem", "key"))
+            files = TlsFiles(tmp_path / "ca.pem", *own)
+            link = await websocket_dial(f"wss://127.0.0.1:{outside.server.port}", files)()
+            assert isinstance(await RawDevice(link, GOOD).join(), Joined)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("which", ["none", "expired", "of another authority"])
+def test_over_mutual_tls_another_certificate_gets_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: list[str], which: str
+) -> None:
+    async def scenario() -> None:
+        async with _mutual(tmp_path) as outside:
+            folder = {"expired": "clients", "of another authority": "others"}.get(which)
+            files = TlsFiles(tmp_path / "ca.pem")
+            if folder:
+                monkeypatch.setattr(certificates, "BACKDATED", timedelta(days=3))
+                Authority(tmp_path / folder).issue_client("x", -1.0 if which == "expired" else 1.0)
+                own = (tmp_path / folder / f"client-x.{end}" for end in ("pem", "key"))
+                files = TlsFiles(tmp_path / "ca.pem", *own)
+            with pytest.raises(LinkClosedError, match="does it want a client_certificate"):
+                await websocket_dial(f"wss://127.0.0.1:{outside.server.port}", files)()
+
+    asyncio.run(scenario())
+    assert reached == []
+
+
+def _certify(folder: Path, host: str, days: float) -> None:
+    for file in ("ca.pem", "ca.key", "server.pem", "server.key"):
+        (folder / file).unlink()
+    Authority(folder).issue_server([host], days)
+
+
+@pytest.mark.parametrize(
+    ("host", "days", "scheme", "ca_file", "problem"),
+    [
+        ("127.0.0.1", 1.0, "wss", None, "an authority that this device does not know; give its ca"),
+        ("127.0.0.1", 1.0, "wss", "other/ca.pem", "an authority that this device does not know"),
+        ("127.0.0.1", -1.0, "wss", "ca.pem", "the coordinator's certificate has expired"),
+        ("10.9.8.7", 1.0, "wss", "ca.pem", "is for another host: IP address mismatch.*127.0.0.1"),
+        ("127.0.0.1", 1.0, "ws", None, r"hung up without an answer; .* want wss://"),
+        ("", 1.0, "wss", "ca.pem", r"no TLS could be had there; .* want ws://"),
+    ],
+)
+def test_a_device_that_cannot_trust_its_coordinator_says_why_and_sends_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reached: list[str],
+    host: str,
+    days: float,
+    scheme: str,
+    ca_file: str | None,
+    problem: str,
+) -> None:
+    monkeypatch.setattr(certificates, "BACKDATED", timedelta(days=3))
+    Authority(tmp_path / "other")
+    path = written(tmp_path)
+    flags = {"server.port": "0"}
+    if host:
+        _certify(tmp_path, host, days)
+    else:
+        flags |= {"server.certificate": "", "server.key": ""}
+
+    async def scenario() -> None:
+        async with CoordinatorServer(config.load(path, flags, {})) as server:
+            files = TlsFiles(tmp_path / ca_file if ca_file else None)
+            session = Session(
+                websocket_dial(f"{scheme}://127.0.0.1:{server.port}", files),
+                FakeDevice("good"),
+                federation="sim",
+                identity=GOOD,
+                rng=random.Random(1),
+                first_contact_patience_s=1e-9,
+            )
+            await session.run()
+
+    with pytest.raises(UnreachableError, match=problem):
+        asyncio.run(scenario())
+    assert reached == []
+
+
+def test_an_untrusted_certificate_is_not_tried_again_at_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path) as outside:
+            await Session(
+                websocket_dial(f"wss://127.0.0.1:{outside.server.port}"),
+                FakeDevice("good"),
+                federation="sim",
+                identity=GOOD,
+                rng=random.Random(1),
+                first_contact_patience_s=3600.0,
+            ).run()
+
+    with pytest.raises(UnreachableError, match="in 1 attempt:"):
+        asyncio.run(scenario())
