@@ -141,10 +141,14 @@ class PrivateStore:
         """Keep other processes off this folder while the context lasts.
 
         Raises:
-            StateError: one has it already.
+            StateError: one has it already, or the folder cannot be written.
         """
         path = self.folder / "lock"
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w") as file:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StateError(f"{path} cannot be opened: {error.strerror}") from error
+        with os.fdopen(descriptor, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
