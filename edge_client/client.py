@@ -20,11 +20,12 @@ from pathlib import Path
 
 from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
 from edge_client.backends.loading import choose, load_trainer
-from edge_client.data import FieldNames, read_texts
+from edge_client.data import FieldNames, check_source, read_texts
 from edge_client.errors import ConfigurationError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
+from edge_client.splits import check_share
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
@@ -81,6 +82,7 @@ class EdgeClient:
 
     Raises:
         ConfigurationError: an argument is wrong.
+        DataError: `data` is nothing that can be read.
         StateError: the state folder is damaged or in use.
     """
 
@@ -117,6 +119,10 @@ class EdgeClient:
             artifact=artifact,
             artifact_digest=artifact_digest,
         )
+        check_source(data)
+        check_share(held_out)
+        if not isinstance(fields, FieldNames | None):
+            raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
         self._federation = federation

@@ -128,23 +128,39 @@ def device_files(folder: Path) -> list[Path]:
     return files
 
 
-def _raw_rows(source: str | Path | Iterable[object]) -> Iterator[tuple[_Place, object]]:
+def check_source(source: object) -> None:
+    """Look whether there is something to read at all, before anything else is done.
+
+    Raises:
+        DataError: no file that can be read, of a kind that is, and no rows either.
+    """
     if not isinstance(source, str | Path):
         if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
             kind = type(source).__name__
             raise DataError(f"expected a file, or rows that are mappings, got {kind}", path="data")
+        return
+    path = Path(source)
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"expected a {', '.join(SUFFIXES)} file", path=str(path))
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=str(path)) from error
+
+
+def _raw_rows(source: str | Path | Iterable[object]) -> Iterator[tuple[_Place, object]]:
+    check_source(source)
+    if not isinstance(source, str | Path):
         for number, row in enumerate(source, 1):
             yield _Place("the rows given", number), row
         return
     path = Path(source)
-    readers = {".jsonl": _json_rows, ".csv": _table_rows, ".tsv": _table_rows}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"expected a {', '.join(SUFFIXES)} file", path=str(path))
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path=str(path)) from error
-    yield from readers[path.suffix.lower()](path, _decoded(data, path))
+    read = _json_rows if path.suffix.lower() == ".jsonl" else _table_rows
+    yield from read(path, _decoded(data, path))
 
 
 def _decoded(data: bytes, path: Path) -> str:

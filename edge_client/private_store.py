@@ -27,7 +27,7 @@ from edge_client.errors import StateError, StorageFullError
 
 FORMAT: Final = 1
 STATE_FILE: Final = "state.safetensors"
-_FULL: Final = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+FULL: Final = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 Fact = str | int | float | bool | None
 Group = Mapping[str, np.ndarray[Any, Any]]
@@ -170,7 +170,7 @@ class PrivateStore:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            kind = StorageFullError if error.errno in _FULL else StateError
+            kind = StorageFullError if error.errno in FULL else StateError
             raise kind(
                 f"{self.folder / name} cannot be written: {error.strerror}; what it held before "
                 "is intact"

@@ -139,7 +139,8 @@ class DeviceWorker:
         return await asyncio.to_thread(self._train, assignment, base)
 
     async def settled(self, receipt: Receipt) -> None:
-        self._progress(f"report of round {self.state.rounds_done}: {receipt.status.value}")
+        round_number = self.state.facts.get("report_round")
+        self._progress(f"report of round {round_number}: {receipt.status.value}")
         await asyncio.to_thread(self._forget_report)
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
@@ -206,7 +207,8 @@ class DeviceWorker:
         """Write common + personal in PEFT's layout, cut as told.
 
         Raises:
-            ConfigurationError: rank or energy is out of bounds.
+            ConfigurationError: rank or energy is out of bounds, or the folder cannot be written.
+            StorageFullError: there is no room; a file that was there before is intact.
         """
         reports = self.trainer.rank_report()
         most = min((len(report.singular_values) for report in reports.values()), default=0)
@@ -287,7 +289,12 @@ class DeviceWorker:
 
     def _train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         with self._alone:
-            return self._train_alone(assignment, base)
+            try:
+                return self._train_alone(assignment, base)
+            except BaseException:
+                # An app that goes on after it must not find half of a round in the model.
+                self._go_on(self.state)
+                raise
 
     def _train_alone(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         trainer, state = self.trainer, self.state
@@ -298,7 +305,6 @@ class DeviceWorker:
         result = trainer.train(self._encoded, state.steps_done, assignment.round)
         update = trainer.update_from(base)
         if not _are_finite(update.flat(), *trainer.personal().values()):
-            self._go_on(state)
             raise DivergedError(assignment.round, result.last_loss)
         metrics = {"loss": result.mean_loss, "steps": float(result.steps), **accuracy}
         if self._tell_accuracy:
@@ -307,7 +313,7 @@ class DeviceWorker:
             replace(
                 state,
                 steps_done=state.steps_done + result.steps,
-                rounds_done=assignment.round,
+                rounds_done=state.rounds_done + 1,
                 groups={
                     "personal": trainer.personal(),
                     "optimizer": trainer.optimizer_state(),

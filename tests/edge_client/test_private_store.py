@@ -171,3 +171,12 @@ def test_killed_at_any_moment_the_state_is_one_that_was_saved(tmp_path: Path) ->
         assert loaded is not None
         assert loaded.steps_done >= said[-1]
         assert set(loaded.groups["personal"]["x"].tolist()) == {float(loaded.steps_done)}
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with (
+        pytest.raises(StateError, match="lock cannot be opened: Is a directory"),
+        PrivateStore(tmp_path).lock(),
+    ):
+        pass
