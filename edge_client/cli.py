@@ -14,14 +14,17 @@ from typing import Any
 
 from edge_client.artifact_export import Use, export
 from edge_client.backends.base import Level, RankReport
-from edge_client.backends.loading import BACKENDS, COMPUTE_DTYPES, SCHEMES
+from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.federation_file import checked_settings, read_federation, write_start
 from edge_client.preflight import preflight
 from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
+from quantization.schemes import Scheme
 
+_SCHEMES = [scheme.value for scheme in Scheme]
+_COMPUTE_DTYPES = ["float32", "bfloat16"]
 _COMPUTE_DTYPE_HELP = "of the products of 4- and 8-bit layers; default float32, on CUDA bfloat16"
 ENROLMENT_VARIABLE = "PF2LORA_CLIENT_TOKEN"
 EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"
@@ -138,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     preflight.set_defaults(command=_preflight)
     preflight.add_argument("backbone", help="a folder, a name, or package:NAME/folder")
-    preflight.add_argument("--scheme", nargs="+", default=[], choices=SCHEMES, help="default: all")
+    preflight.add_argument("--scheme", nargs="+", default=[], choices=_SCHEMES, help="default: all")
     preflight.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    preflight.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, help=_COMPUTE_DTYPE_HELP)
+    preflight.add_argument("--compute-dtype", choices=_COMPUTE_DTYPES, help=_COMPUTE_DTYPE_HELP)
     preflight.add_argument("--json", action="store_true", help="one JSON object a line")
 
     quantize = commands.add_parser(
@@ -148,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.set_defaults(command=_quantize)
     quantize.add_argument("backbone", help="a folder, a name, or package:NAME/folder")
-    quantize.add_argument("--scheme", required=True, choices=[s for s in SCHEMES if s != "none"])
+    quantize.add_argument("--scheme", required=True, choices=[s for s in _SCHEMES if s != "none"])
     quantize.add_argument("--int8-embeddings", action="store_true", help="8 bits for embeddings")
     quantize.add_argument("--out", required=True, type=Path, help="a folder to be made")
     quantize.add_argument("--json", action="store_true", help="one JSON object")
@@ -163,12 +166,12 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", required=True, type=Path, help="a jsonl, csv or tsv file")
     command.add_argument("--state-dir", required=True, type=Path)
     command.add_argument("--backbone", help="folder or name to load instead of the federation's")
-    command.add_argument("--scheme", help=f"{', '.join(SCHEMES)}; default nf4")
+    command.add_argument("--scheme", help=f"{', '.join(_SCHEMES)}; default nf4")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     command.add_argument("--backend", default="torch", choices=BACKENDS, help="default torch")
     command.add_argument("--artifact", type=Path, help="the compiled backbone's folder, for ort")
     command.add_argument("--artifact-digest", default="", help="refuse any other artifact")
-    command.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, help=_COMPUTE_DTYPE_HELP)
+    command.add_argument("--compute-dtype", choices=_COMPUTE_DTYPES, help=_COMPUTE_DTYPE_HELP)
     command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edge_client.backends.base import RankReport
-from edge_client.errors import ConfigurationError, MissingExtraError
+from edge_client.errors import MissingExtraError
 
 
 def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
@@ -21,7 +21,6 @@ def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigurationError: the file cannot be written.
     """
     try:
         figures: Any = importlib.import_module("matplotlib.figure")
@@ -43,10 +42,7 @@ def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
     axes.set_xlabel("singular value (red: numerical rank)")
     figure.colorbar(image, label="share of the layer's largest")
     figure.tight_layout()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # no such folder; no such kind of file
-        raise ConfigurationError("png", f"{path} cannot be written: {error}") from error
+    figure.savefig(path)
 
 
 def _short(name: str) -> str:

@@ -13,8 +13,8 @@ from quantization.folder_manifest import is_quantized, read_manifest
 from quantization.schemes import Scheme
 
 BACKENDS: Final = ("torch", "ort")
-SCHEMES: Final = tuple(scheme.value for scheme in Scheme)
-COMPUTE_DTYPES: Final = ("float32", "bfloat16")
+_SCHEMES: Final = tuple(scheme.value for scheme in Scheme)
+_COMPUTE_DTYPES: Final = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ def choose(
         if artifact is not None or artifact_digest:
             raise ConfigurationError("artifact", "the torch backend takes none", 'backend "ort"')
         choice = TorchChoice(backbone, scheme or "nf4", device, compute_dtype)
-        if choice.scheme not in SCHEMES:
-            known = ", ".join(SCHEMES)
+        if choice.scheme not in _SCHEMES:
+            known = ", ".join(_SCHEMES)
             raise ConfigurationError("scheme", f"{choice.scheme!r} is none", known)
-        if compute_dtype not in (None, *COMPUTE_DTYPES):
+        if compute_dtype not in (None, *_COMPUTE_DTYPES):
             raise ConfigurationError(
-                "compute_dtype", f"{compute_dtype!r} is none", " or ".join(COMPUTE_DTYPES)
+                "compute_dtype", f"{compute_dtype!r} is none", " or ".join(_COMPUTE_DTYPES)
             )
         _check_scheme(backbone, choice.scheme)
         return choice
