@@ -13,16 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
 from edge_client.backends.loading import choose, load_trainer
-from edge_client.data import Example, FieldNames
+from edge_client.data import FieldNames, check_source, read_texts
+from edge_client.errors import ConfigurationError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
+from edge_client.splits import check_share
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
@@ -79,6 +82,7 @@ class EdgeClient:
 
     Raises:
         ConfigurationError: an argument is wrong.
+        DataError: `data` is nothing that can be read.
         StateError: the state folder is damaged or in use.
     """
 
@@ -115,6 +119,10 @@ class EdgeClient:
             artifact=artifact,
             artifact_digest=artifact_digest,
         )
+        check_source(data)
+        check_share(held_out)
+        if not isinstance(fields, FieldNames | None):
+            raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
         self._federation = federation
@@ -127,6 +135,8 @@ class EdgeClient:
         self._identity = Identity.from_pem(self._store.secret("device.key", new_key))
         self._traffic = Traffic()
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
+        self._run_lock = threading.Lock()
+        self._is_closed = False
         self._worker = DeviceWorker(
             DataSettings(data, fields or FieldNames(), held_out, seed),
             self._store,
@@ -139,11 +149,23 @@ class EdgeClient:
         """Take part until the federation's rounds are over (or `close` is called elsewhere).
 
         Raises:
+            ConfigurationError: this thread has an event loop, or a run is under way.
             RefusedError: the coordinator will not have this device, and says why.
             UnreachableError: no coordinator answered.
-            DataError, BackboneError, AdapterError, StorageFullError: naming what is wrong here.
+            DataError, BackboneError, AdapterError, DivergedError, StorageFullError: naming what is
+                wrong here.
         """
-        asyncio.run(self._run())
+        self._check_open()
+        if _has_event_loop():
+            problem = "it blocks, and this thread runs an event loop"
+            raise ConfigurationError("run", problem, "await asyncio.to_thread(client.run)")
+        if not self._run_lock.acquire(blocking=False):
+            raise ConfigurationError("run", "is under way in another thread", "one run at a time")
+        try:
+            asyncio.run(self._run())
+        finally:
+            self._run_lock.release()
+            self._let_go()
         state = self._worker.state
         return RunSummary(
             self._identity.device,
@@ -154,20 +176,23 @@ class EdgeClient:
 
     def evaluate(self, data: DataSource | None = None, level: Level = Level.PERSONAL) -> Evaluation:
         """Loss and accuracy at a level, on `data` or on the device's held-out rows."""
-        self._worker.restore()
-        rows = self._worker.held_out_rows if data is None else self._worker.read(data)
-        return self._worker.evaluate(rows, level)
+        self._check_open()
+        with self._worker.ready():
+            rows = self._worker.held_out_rows if data is None else self._worker.read(data)
+            return self._worker.evaluate(rows, level)
 
     def predict(self, texts: Sequence[str], level: Level = Level.PERSONAL) -> list[Prediction]:
         """The label and the probabilities of each text."""
-        self._worker.restore()
-        rows = [Example(text, None, None) for text in texts]
-        return self._worker.trainer.predict(rows, level)
+        self._check_open()
+        rows = read_texts(texts)
+        with self._worker.ready() as trainer:
+            return trainer.predict(rows, level)
 
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of `B A + D C`, layer by layer."""
-        self._worker.restore()
-        return self._worker.trainer.rank_report()
+        self._check_open()
+        with self._worker.ready() as trainer:
+            return trainer.rank_report()
 
     def save_pretrained(
         self, folder: str | Path, *, rank: int | str | None = None, energy: float = 0.99
@@ -183,9 +208,10 @@ class EdgeClient:
         Returns:
             The ranks written, and the evaluation of the held-out rows before and after the cut.
         """
-        self._worker.restore()
-        name = self._backbone or self._worker.settings.backbone.name
-        return self._worker.save_pretrained(Path(folder), name, rank, energy)
+        self._check_open()
+        with self._worker.ready():
+            name = self._backbone or self._worker.settings.backbone.name
+            return self._worker.save_pretrained(Path(folder), name, rank, energy)
 
     @property
     def device(self) -> str:
@@ -198,15 +224,31 @@ class EdgeClient:
         return self._worker
 
     def close(self) -> None:
-        """Stop a run under way, if any, and let go of the state folder."""
+        """Stop a run under way, if any, and let go of the state folder; nothing can be asked then.
+
+        The folder is this process's until the run has ended.
+        """
+        self._is_closed = True
         self.stop()
-        self._open.close()
+        self._let_go()
 
     def stop(self) -> None:
         """Make a `run` in another thread return at its next step; what is done is kept."""
-        if self._running is not None:
-            loop, task = self._running
-            loop.call_soon_threadsafe(task.cancel)
+        running = self._running
+        if running is not None:
+            loop, task = running
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(task.cancel)
+
+    def _let_go(self) -> None:
+        """Of the state folder, if this is closed and no run writes there."""
+        if self._is_closed and self._run_lock.acquire(blocking=False):
+            self._open.close()
+            self._run_lock.release()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigurationError("client", "is closed", "a new EdgeClient")
 
     def __enter__(self) -> EdgeClient:
         return self
@@ -226,6 +268,8 @@ class EdgeClient:
         session.traffic = self._traffic
         task = asyncio.ensure_future(session.run())
         self._running = (asyncio.get_running_loop(), task)
+        if self._is_closed:
+            task.cancel()
         try:
             await asyncio.wait({task})
         finally:
@@ -235,3 +279,11 @@ class EdgeClient:
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
         return load_trainer(self._choice, settings, self._seed)
+
+
+def _has_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

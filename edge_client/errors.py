@@ -6,6 +6,7 @@ EdgeClientError
 ├── AdapterError            the adapter does not fit the model: the layer, or what there is
 ├── StateError              the private state is damaged, in use, or another federation's
 ├── StorageFullError        it could not be written; what was there before is intact
+├── DivergedError           training gave numbers that are none; the state is what it was
 ├── MissingExtraError       a package is not installed: the extra that brings it
 ├── RefusedError            the coordinator will not have this device, and trying again is no use
 └── UnreachableError        no coordinator answered for as long as patience lasted
@@ -49,6 +50,16 @@ class StateError(EdgeClientError):
 
 class StorageFullError(EdgeClientError):
     """The state could not be written; the one before it is intact."""
+
+
+class DivergedError(EdgeClientError):
+    """A round's training ended in numbers that are not finite; nothing of it is kept."""
+
+    def __init__(self, round_number: int, loss: float) -> None:
+        super().__init__(
+            f"round {round_number}: training diverged (loss {loss:g}), and nothing of it is kept; "
+            "the federation needs a smaller training.learning_rate, or training.clip_norm"
+        )
 
 
 class MissingExtraError(EdgeClientError):

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from edge_client.errors import ConfigurationError
@@ -56,7 +57,11 @@ def checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings
 
 
 def write_start(path: Path, arrays: dict[str, Any], settings: FederationSettings) -> None:
-    """Write the first common adapter for the coordinator, with what it was made for."""
+    """Write the first common adapter for the coordinator, with what it was made for.
+
+    Raises:
+        ConfigurationError: the file cannot be written.
+    """
     metadata = {
         "format": "pf2lora-start-1",
         "fingerprint": settings.backbone.fingerprint,
@@ -64,4 +69,8 @@ def write_start(path: Path, arrays: dict[str, Any], settings: FederationSettings
         # safetensors orders tensors by itself; the federation's order is that of the model.
         "names": json.dumps(list(arrays)),
     }
-    save_file({name: array.copy() for name, array in arrays.items()}, path, metadata)
+    try:
+        save_file({name: array.copy() for name, array in arrays.items()}, path, metadata)
+    except (OSError, SafetensorError) as error:
+        problem = f"{path} cannot be written: {error}"
+        raise ConfigurationError("server.start", problem, "a path that can be") from error

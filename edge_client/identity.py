@@ -38,7 +38,10 @@ class Identity:
         try:
             private = load_pem_private_key(data, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise StateError(f"the device key is damaged: {error}") from None
+            raise StateError(
+                f"the device key is damaged: {str(error).partition(' See ')[0]}; put device.key "
+                "back as it was or remove it, and the device is a new one to its coordinators"
+            ) from None
         if not isinstance(private, Ed25519PrivateKey):
             raise StateError(f"the device key is no Ed25519 key: {type(private).__name__}")
         return cls(private)

@@ -16,14 +16,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from edge_client.backends.base import Arrays, Level
-from edge_client.errors import AdapterError
+from edge_client.errors import AdapterError, ConfigurationError, StorageFullError
 from edge_client.factors import Factor
+from edge_client.private_store import FULL
 from protocol.federation import TaskKind
 
 _TASK_TYPES: Final = {
@@ -64,17 +66,30 @@ def save_pretrained(
     Raises:
         AdapterError: the adapter has nothing at that level; or a classifier's head is not part of
             it, and PEFT would put a random one in its place.
+        ConfigurationError, StorageFullError: the folder cannot be written.
     """
     kind, level = TaskKind(task), adapter.level.name.lower()
     if kind is TaskKind.SEQUENCE_CLASSIFICATION and not adapter.heads:
         raise AdapterError(f"no trained head at level {level}: a classifier needs one")
     if not adapter.factors:
         raise AdapterError(f"the adapter has no factors at level {level}")
-    config = _config(adapter, base_model_name, kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_named(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    text = json.dumps(_config(adapter, base_model_name, kind), indent=2, sort_keys=True) + "\n"
+    files = {
+        "adapter_model.safetensors": save(_named(adapter), {"format": "pt"}),
+        "adapter_config.json": text.encode(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".adapter.") as partial:
+            for name, data in files.items():
+                (Path(partial) / name).write_bytes(data)
+            for name in files:
+                (Path(partial) / name).replace(folder / name)
+    except OSError as error:
+        problem = f"{folder} cannot be written: {error.strerror}"
+        if error.errno in FULL:
+            raise StorageFullError(f"{problem}; what it held before is intact") from error
+        raise ConfigurationError("folder", problem, "one that can be") from error
 
 
 def _named(adapter: TrainedAdapter) -> Arrays:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -27,7 +28,15 @@ from edge_client.errors import StateError, StorageFullError
 
 FORMAT: Final = 1
 STATE_FILE: Final = "state.safetensors"
-_FULL: Final = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_DAMAGE: Final = (
+    AttributeError,
+    KeyError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+FULL: Final = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 Fact = str | int | float | bool | None
 Group = Mapping[str, np.ndarray[Any, Any]]
@@ -70,7 +79,7 @@ class PrivateStore:
             raise StateError(f"{path} cannot be read: {error.strerror}") from error
         try:
             return _parsed(data, path)
-        except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
+        except _DAMAGE as error:
             raise StateError(
                 f"{path} is damaged ({error}); move it away to begin anew without its personal "
                 "adapter"
@@ -90,6 +99,7 @@ class PrivateStore:
         }
         header = {
             "format": FORMAT,
+            "sealed": True,
             "federation": state.federation,
             "fingerprint": state.fingerprint,
             "steps_done": state.steps_done,
@@ -97,7 +107,9 @@ class PrivateStore:
             "groups": {group: list(arrays) for group, arrays in state.groups.items()},
             "facts": dict(state.facts),
         }
-        self._write(STATE_FILE, save_tensors(tensors, {"pf2lora": json.dumps(header)}))
+        text = json.dumps(header)
+        metadata = {"pf2lora": text, "sha256": _digest(text, tensors)}
+        self._write(STATE_FILE, save_tensors(tensors, metadata))
 
     def check(self, state: DeviceState, federation: str, fingerprint: str) -> None:
         """Refuse a state of another federation or backbone.
@@ -141,10 +153,14 @@ class PrivateStore:
         """Keep other processes off this folder while the context lasts.
 
         Raises:
-            StateError: one has it already.
+            StateError: one has it already, or the folder cannot be written.
         """
         path = self.folder / "lock"
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w") as file:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StateError(f"{path} cannot be opened: {error.strerror}") from error
+        with os.fdopen(descriptor, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -166,7 +182,7 @@ class PrivateStore:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            kind = StorageFullError if error.errno in _FULL else StateError
+            kind = StorageFullError if error.errno in FULL else StateError
             raise kind(
                 f"{self.folder / name} cannot be written: {error.strerror}; what it held before "
                 "is intact"
@@ -184,10 +200,15 @@ def _sync_folder(folder: Path) -> None:
 
 def _parsed(data: bytes, path: Path) -> DeviceState:
     size = struct.unpack_from("<Q", data)[0]
-    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["pf2lora"])
+    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    header = json.loads(metadata["pf2lora"])
     if header["format"] > FORMAT:
         raise StateError(f"{path} was written by a newer version (format {header['format']})")
     tensors = load_tensors(data)
+    # States of the first versions are not sealed.
+    is_sealed = header.get("sealed") or "sha256" in metadata
+    if is_sealed and metadata.get("sha256") != _digest(metadata["pf2lora"], tensors):
+        raise ValueError("it is not what was written")
     groups = {
         group: {name: tensors[f"{group}/{name}"] for name in names}
         for group, names in header["groups"].items()
@@ -200,3 +221,12 @@ def _parsed(data: bytes, path: Path) -> DeviceState:
         groups,
         header["facts"],
     )
+
+
+def _digest(header: str, tensors: Group) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

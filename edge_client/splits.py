@@ -25,6 +25,16 @@ def seeded(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
+def check_share(share: float) -> None:
+    """Refuse a share of held-out rows that is none.
+
+    Raises:
+        ConfigurationError: it is no number in [0, 1).
+    """
+    if not isinstance(share, float | int) or not 0 <= share < 1:
+        raise ConfigurationError("held_out", f"{share!r} is no share", "a number in [0, 1)")
+
+
 def hold_out(
     rows: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
@@ -34,12 +44,13 @@ def hold_out(
         ConfigurationError: the share is outside [0, 1).
         DataError: there are too few rows to hold any out.
     """
-    if not 0 <= share < 1:
-        raise ConfigurationError("held_out", f"{share} is no share", "a number in [0, 1)")
+    check_share(share)
     if share == 0:
         return list(rows), []
     if len(rows) < 2:
-        raise DataError("one row cannot be divided into training and held-out rows")
+        raise DataError(
+            "one row cannot be divided into training and held-out rows; give more, or held_out 0"
+        )
     wanted = min(max(1, round(share * len(rows))), len(rows) - 1)
     # Spread each label evenly over [0, 1) in shuffled order; what falls lowest is held out.
     place = np.empty(len(rows))

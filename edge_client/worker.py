@@ -8,9 +8,11 @@ report remembered, or it is as if it had never begun.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -19,7 +21,7 @@ import numpy as np
 
 from edge_client.backends.base import Evaluation, Export, Level, Trainer
 from edge_client.data import Example, FieldNames, read_rows
-from edge_client.errors import ConfigurationError, DataError, StateError
+from edge_client.errors import ConfigurationError, DataError, DivergedError, StateError
 from edge_client.private_store import DeviceState, PrivateStore
 from edge_client.session import FinishedReport, Offer
 from edge_client.splits import hold_out
@@ -41,6 +43,8 @@ TrainerFactory = Callable[[FederationSettings], Trainer]
 Progress = Callable[[str], None]
 
 BEFORE: Final = "before training"
+# Settings that give what a device has learned its meaning.
+MEANING: Final = ("task", "adapter", "algorithm", "update_dtype", "seed")
 # The share of a layer's energy that a rank must keep to be told as the layer's.
 TOLD_ENERGY: Final = 0.99
 
@@ -75,6 +79,8 @@ class DeviceWorker:
         self._settings: FederationSettings | None = None
         self._trainer: Trainer | None = None
         self._base: NamedTensors | None = None
+        # The app asks from threads of its own, and an evaluation puts the model at another level.
+        self._alone = threading.RLock()
         self.training_rows: list[Example] = []
         self.held_out_rows: list[Example] = []
 
@@ -87,15 +93,20 @@ class DeviceWorker:
             StateError: the state folder belongs to another federation or backbone.
             DataError, BackboneError, AdapterError: naming what is wrong.
         """
-        if self._settings is None:
-            await asyncio.to_thread(self._set_up, settings)
-            self._progress("ready; waiting for a round")
-        elif settings != self._settings:
-            raise ConfigurationError(
-                "federation",
-                f"the settings of {settings.name!r} have changed on the coordinator",
-                "a new federation name, and a fresh state folder",
-            )
+
+        def make_ready() -> None:
+            with self._alone:
+                if self._settings is None:
+                    self._set_up(settings)
+                    self._progress("ready; waiting for a round")
+                elif settings != self._settings:
+                    raise ConfigurationError(
+                        "federation",
+                        f"the settings of {settings.name!r} have changed on the coordinator",
+                        "a new federation name, and a fresh state folder",
+                    )
+
+        await asyncio.to_thread(make_ready)
 
     def offer(self) -> Offer:
         return Offer(self.trainer.fingerprint, len(self.training_rows), self.trainer.rank)
@@ -128,37 +139,43 @@ class DeviceWorker:
         return await asyncio.to_thread(self._train, assignment, base)
 
     async def settled(self, receipt: Receipt) -> None:
-        self._progress(f"report of round {self.state.rounds_done}: {receipt.status.value}")
+        round_number = self.state.facts.get("report_round")
+        self._progress(f"report of round {round_number}: {receipt.status.value}")
         await asyncio.to_thread(self._forget_report)
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         def take() -> None:
-            self.trainer.set_common(base)
-            self.trainer.personalise(self._encoded)
-            self._save(replace(self.state, groups={**self.state.groups, "common": base.arrays()}))
+            groups = {**self.state.groups, "common": base.arrays()}
+            with self._alone:
+                self.trainer.set_common(base)
+                self.trainer.personalise(self._encoded)
+                self._save(replace(self.state, groups=groups))
 
         await asyncio.to_thread(take)
         self._progress(f"finished after {rounds} rounds")
 
     # --- the app's questions ------------------------------------------------------------------
 
-    def restore(self) -> None:
-        """Make the model ready from what is on this device alone, without a coordinator.
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Trainer]:
+        """The model, for this thread alone: a round that is being trained is waited for.
 
         Raises:
-            ConfigurationError: nothing is there yet.
+            ConfigurationError: nothing was trained here yet.
         """
+        with self._alone:
+            self._restore()
+            yield self.trainer
+
+    def _restore(self) -> None:
+        """Make the model ready from what is on this device alone, without a coordinator."""
         if self._settings is not None:
             return
         if self._state is None:
             raise ConfigurationError(
                 "state_dir", f"{self._store.folder} holds no trained state", "call run() first"
             )
-        try:
-            settings = settings_from_json(str(self._state.facts["settings"]))
-        except SchemaError as error:
-            raise StateError(f"the state's settings are not of this version: {error}") from None
-        self._set_up(settings)
+        self._set_up(_settings_of(self._state))
 
     @property
     def state(self) -> DeviceState:
@@ -190,7 +207,8 @@ class DeviceWorker:
         """Write common + personal in PEFT's layout, cut as told.
 
         Raises:
-            ConfigurationError: rank or energy is out of bounds.
+            ConfigurationError: rank or energy is out of bounds, or the folder cannot be written.
+            StorageFullError: there is no room; a file that was there before is intact.
         """
         reports = self.trainer.rank_report()
         most = min((len(report.singular_values) for report in reports.values()), default=0)
@@ -253,6 +271,15 @@ class DeviceWorker:
 
     def _go_on(self, state: DeviceState) -> None:
         self._store.check(state, self.settings.name, self.trainer.fingerprint)
+        before = _settings_of(state)
+        changed = [n for n in MEANING if getattr(before, n) != getattr(self.settings, n)]
+        if changed:
+            raise StateError(
+                f"{self._store.folder} holds what was learned in {before.name!r} when its "
+                f"{', '.join(changed)} had other settings; use another state folder"
+            )
+        facts = {**state.facts, "settings": settings_to_json(self.settings)}
+        self._state = replace(state, facts=facts)
         self.trainer.set_personal(state.groups["personal"])
         self.trainer.set_optimizer_state(state.groups.get("optimizer", {}))
         if "common" in state.groups:
@@ -261,6 +288,15 @@ class DeviceWorker:
             self.trainer.personalise(self._encoded)
 
     def _train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+        with self._alone:
+            try:
+                return self._train_alone(assignment, base)
+            except BaseException:
+                # An app that goes on after it must not find half of a round in the model.
+                self._go_on(self.state)
+                raise
+
+    def _train_alone(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         trainer, state = self.trainer, self.state
         self._progress(f"round {assignment.round}: training")
         trainer.set_common(base)
@@ -268,6 +304,8 @@ class DeviceWorker:
         accuracy = self._accuracy_of_base() if self._tell_accuracy else {}
         result = trainer.train(self._encoded, state.steps_done, assignment.round)
         update = trainer.update_from(base)
+        if not _are_finite(update.flat(), *trainer.personal().values()):
+            raise DivergedError(assignment.round, result.last_loss)
         metrics = {"loss": result.mean_loss, "steps": float(result.steps), **accuracy}
         if self._tell_accuracy:
             metrics |= self._rank_range()
@@ -275,7 +313,7 @@ class DeviceWorker:
             replace(
                 state,
                 steps_done=state.steps_done + result.steps,
-                rounds_done=assignment.round,
+                rounds_done=state.rounds_done + 1,
                 groups={
                     "personal": trainer.personal(),
                     "optimizer": trainer.optimizer_state(),
@@ -324,6 +362,17 @@ class DeviceWorker:
     def _save(self, state: DeviceState) -> None:
         self._store.save(state)
         self._state = state
+
+
+def _settings_of(state: DeviceState) -> FederationSettings:
+    try:
+        return settings_from_json(str(state.facts["settings"]))
+    except SchemaError as error:
+        raise StateError(f"the state's settings are not of this version: {error}") from None
+
+
+def _are_finite(*arrays: np.ndarray) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _in_order(arrays: Mapping[str, np.ndarray], specs: tuple[TensorSpec, ...]) -> NamedTensors:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantization.bnb import is_below, parse_compute_dtype, quantize_embeddings, quantize_linears
-from quantization.checkpoint import output_embeddings, read_model
-from quantization.errors import BackboneError
+from quantization.checkpoint import brief, output_embeddings, read_model, stacked_weights
+from quantization.errors import BackboneError, SchemeError
 from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.folder_manifest import is_quantized
 from quantization.quantized_folder import read_quantized
@@ -74,9 +74,10 @@ def load_backbone(
 
     Raises:
         BackboneError: not found, incomplete, of a kind without that task, or the proof failed: one
-            forward and backward must bring a finite, non-zero gradient to the input embeddings.
-        SchemeError: no such scheme or compute dtype, nothing to quantise, or the folder is
-            quantised in another scheme.
+            forward and backward must bring a finite, non-zero gradient to the input embeddings,
+            and for a causal LM none from a token to those after it.
+        SchemeError: no such scheme or compute dtype, nothing to quantise, weights that it cannot
+            hold, or the folder is quantised in another scheme.
         MissingExtraError: the scheme needs bitsandbytes, and it is not installed.
     """
     scheme = Scheme.parse(scheme)
@@ -92,15 +93,19 @@ def load_backbone(
     else:
         model, head_modules = read_model(folder, kind, label_count, attention)
         _start_head(model, head_modules, head_seed)
+        _forbid_stacks(model, scheme)
         model.float()
         keep = (*head_modules, *output_embeddings(model))
         quantize_linears(model, scheme, place, keep, product)
         if int8_embeddings:
             quantize_embeddings(model, product)
     tokenizer = _read_tokenizer(folder)
+    _check_vocabulary(folder, model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.to(place).requires_grad_(False).eval()
-    _prove(model, tokenizer, f"{name_or_path!r}, scheme {scheme.value}, device {place}")
+    what = f"{name_or_path!r}, scheme {scheme.value}, device {place}"
+    what += ", int8 embeddings" if int8_embeddings else ""
+    _prove(model, tokenizer, kind, what)
     return Backbone(model, tokenizer, fingerprint(folder), scheme, kind, head_modules, place)
 
 
@@ -125,9 +130,11 @@ def _device(device: str) -> torch.device:
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # as many kinds as there are tokenizers
-        raise BackboneError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        raise BackboneError(f"{folder}: the tokenizer cannot be read: {brief(error)}") from error
     files = tokenizer.vocab_files_names.values()
     if files and not any((folder / file).is_file() for file in files):
         # transformers makes an empty tokenizer of nothing, without a word.
@@ -139,6 +146,27 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _check_vocabulary(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer of another model, or one that was given a pad token and the model none."""
+    count = model.get_input_embeddings().weight.shape[0]
+    ids = [*tokenizer(_PROOF_TEXTS[0])["input_ids"], tokenizer.pad_token_id]
+    if max(ids) >= count:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise BackboneError(
+            f"{folder}: the tokenizer's {token!r} has id {max(ids)}, and the model has {count} "
+            "embeddings; take the tokenizer that belongs to it, or give the model more embeddings"
+        )
+
+
+def _forbid_stacks(model: nn.Module, scheme: Scheme) -> None:
+    names = [] if scheme is Scheme.NONE else stacked_weights(model)
+    if names:
+        raise SchemeError(
+            f"scheme {scheme.value}: {len(names)} weights such as {names[0]!r} are stacks of "
+            "matrices (experts) and not linear layers: they would stay in float32; use scheme none"
+        )
+
+
 def _start_head(model: nn.Module, head_modules: tuple[str, ...], seed: int) -> None:
     """Give the head the values that every device starts from, as seeded.head_start has them."""
     for name, parameter in model.named_parameters():
@@ -147,16 +175,23 @@ def _start_head(model: nn.Module, head_modules: tuple[str, ...], seed: int) -> N
             parameter.data = torch.from_numpy(start)
 
 
-def _prove(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+def _prove(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: TaskKind, what: str
+) -> None:
     """Run forward and backward once: what cannot train must fail now, not in the first round."""
     try:
         gradient = _embedding_gradient(model, tokenizer)
     except Exception as error:  # whatever kernels and architectures raise
-        raise BackboneError(f"{what}: the forward and backward failed: {error}") from error
+        raise BackboneError(f"{what}: the forward and backward failed: {brief(error)}") from error
     if not bool(torch.isfinite(gradient).all()):
         raise BackboneError(f"{what}: the gradient of the input embeddings is not finite")
     if not bool(gradient.any()):
         raise BackboneError(f"{what}: the gradient of the input embeddings is zero")
+    if kind is TaskKind.CAUSAL_LM and _sees_ahead(model, tokenizer):
+        raise BackboneError(
+            f"{what}: {model.config.model_type} sees the tokens after the one it foretells; "
+            "causal-lm needs a model that was trained to go on from a text"
+        )
 
 
 def proof_logits(backbone: Backbone) -> Tensor:
@@ -174,7 +209,18 @@ def _proof_batch(
     return batch.to(model.device)
 
 
-def _embedding_gradient(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _sees_ahead(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the first token's logits depend on those after it, as they do in a masked LM.
+
+    Such a model would read what it is to foretell.
+    """
+    return bool(_embedding_gradient(model, tokenizer, slice(1))[:, 1:].any())
+
+
+def _embedding_gradient(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, at: slice = slice(None)
+) -> Tensor:
+    """Of the logits (at some places of the text), to the embeddings [1, t, n] of a short text."""
     embedded: list[Tensor] = []
 
     def want_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -185,7 +231,7 @@ def _embedding_gradient(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     handle = model.get_input_embeddings().register_forward_hook(want_gradient)
     try:
         with torch.enable_grad():
-            loss = model(**batch).logits.float().square().mean()
+            loss = model(**batch).logits[:, at].float().square().mean()
             return torch.autograd.grad(loss, embedded[0])[0]
     finally:
         handle.remove()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 from quantization.bnb import is_below
 from quantization.errors import BackboneError
 from quantization.tasks import TaskKind
+
+_REASON_MAX: Final = 400  # characters of what a library says; some list every model they know
 
 
 def read_model(
@@ -40,6 +44,7 @@ def read_model(
                 ignore_mismatched_sizes=True,  # a checkpoint's own head; others are refused below
                 local_files_only=True,
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # as many kinds as there are architectures
         raise _unreadable(folder, kind, error) from error
@@ -60,7 +65,10 @@ def build_model(
     try:
         with _quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = _reader(kind).from_config(
-                config, attn_implementation=attention, dtype=torch.float32
+                config,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
     except Exception as error:
         raise _unreadable(folder, kind, error) from error
@@ -90,15 +98,52 @@ def _reader(kind: TaskKind) -> Any:
     return AutoModelForSequenceClassification if classify else AutoModelForCausalLM
 
 
+def stacked_weights(model: nn.Module) -> list[str]:
+    """Names of weights that are stacks of matrices in one tensor, as experts are: no linear layers.
+
+    They can be neither quantised nor adapted layer by layer.
+    """
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d | nn.Conv2d)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 2 and min(weight.shape) > 1
+    ]
+
+
+def brief(error: Exception) -> str:
+    """What a library says, less what it goes on to say."""
+    first, _, more = str(error).strip().partition("\n")
+    text = " ".join(f"{first} {more}".split()) if first.rstrip().endswith(":") else first
+    return text if len(text) <= _REASON_MAX else f"{text[:_REASON_MAX]}..."
+
+
 def _unreadable(folder: Path, kind: TaskKind, error: Exception) -> BackboneError:
-    return BackboneError(f"{folder}: no {kind.value} model can be read: {error}")
+    reason = brief(error)
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "its .bin file holds more than tensors, and is not opened; convert it where it "
+        reason += "came from, with save_pretrained, to safetensors"
+    return BackboneError(f"{folder}: no {kind.value} model can be read: {reason}")
 
 
 def _read_config(folder: Path, kind: TaskKind, label_count: int) -> Any:
+    if (folder / "adapter_config.json").is_file():
+        # With PEFT installed transformers would load that too, which no fingerprint covers.
+        raise BackboneError(
+            f"{folder}: an adapter lies beside the model (adapter_config.json); give a folder with "
+            "the model alone"
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Left out, transformers would ask on the terminal whether to run a model's own code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(folder, kind, error) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BackboneError(
+            f"{folder}: {config.model_type} is an encoder with a decoder; want a model that is one "
+            "of them"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise BackboneError(
             f"{folder}: quantised by another program; give the checkpoint before that"

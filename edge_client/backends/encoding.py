@@ -112,6 +112,8 @@ class Encoder:
         ids, types = self._tokenizer.encode(
             row.text, row.text_pair, length_max=self._task.max_length
         )
+        if not ids:
+            raise DataError(f"a text leaves no token: {row.text[:40]!r}")
         return EncodedRow(tuple(ids), tuple(types) if types else None, row.label, None)
 
     def _causal(self, row: Example) -> EncodedRow:

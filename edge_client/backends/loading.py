@@ -10,8 +10,11 @@ from edge_client.backends.base import Trainer
 from edge_client.errors import ConfigurationError, MissingExtraError
 from protocol.federation import FederationSettings
 from quantization.folder_manifest import is_quantized, read_manifest
+from quantization.schemes import Scheme
 
 BACKENDS: Final = ("torch", "ort")
+_SCHEMES: Final = tuple(scheme.value for scheme in Scheme)
+_COMPUTE_DTYPES: Final = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,13 @@ def choose(
         if artifact is not None or artifact_digest:
             raise ConfigurationError("artifact", "the torch backend takes none", 'backend "ort"')
         choice = TorchChoice(backbone, scheme or "nf4", device, compute_dtype)
+        if choice.scheme not in _SCHEMES:
+            known = ", ".join(_SCHEMES)
+            raise ConfigurationError("scheme", f"{choice.scheme!r} is none", known)
+        if compute_dtype not in (None, *_COMPUTE_DTYPES):
+            raise ConfigurationError(
+                "compute_dtype", f"{compute_dtype!r} is none", " or ".join(_COMPUTE_DTYPES)
+            )
         _check_scheme(backbone, choice.scheme)
         return choice
     if artifact is None:

@@ -21,21 +21,25 @@ from edge_client.backends.base import Level
 from edge_client.backends.encoding import IGNORED, Batch
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.trainer import FlatTrainer, Score, Shape
+from edge_client.errors import ConfigurationError, DataError
 from edge_client.factors import Factor
-from edge_client.lora import active_level, inject
+from edge_client.lora import AdapterError, active_level, inject
 from protocol.federation import FederationSettings, TaskKind
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
+# Some models keep a few of their positions for themselves, such as RoBERTa's two.
+_POSITIONS_KEPT: Final = 8
 
 
 class TransformersTokenizer:
-    """A tokenizer of transformers as an encoding.Tokenizer."""
+    """A tokenizer of transformers as an encoding.Tokenizer, for a model of so many embeddings."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, embedding_count: int) -> None:
         self._tokenizer = tokenizer
+        self._embedding_count = embedding_count
         self.pad_id: int = tokenizer.pad_token_id
         self.end_id: int | None = tokenizer.eos_token_id
 
@@ -44,7 +48,13 @@ class TransformersTokenizer:
     ) -> tuple[Sequence[int], Sequence[int] | None]:
         cut = {"truncation": True, "max_length": length_max} if length_max else {}
         encoded = self._tokenizer(text, pair, add_special_tokens=special, **cut)
-        return encoded["input_ids"], encoded.get("token_type_ids")
+        ids = encoded["input_ids"]
+        if max(ids, default=0) >= self._embedding_count:
+            raise DataError(
+                f"a text holds the token {self._tokenizer.convert_ids_to_tokens(max(ids))!r}, for "
+                f"which the backbone has no embedding: {text[:40]!r}"
+            )
+        return ids, encoded.get("token_type_ids")
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -87,6 +97,7 @@ class TorchTrainer(FlatTrainer):
             common_factors=layout.common,
             personal_factors=layout.personal,
         )
+        _prove(backbone, settings.task.max_length)
         if settings.training.gradient_checkpointing:
             _checkpoint_gradients(backbone.model)
         self._device = str(backbone.device)
@@ -95,7 +106,7 @@ class TorchTrainer(FlatTrainer):
         super().__init__(
             settings,
             backbone.fingerprint,
-            TransformersTokenizer(backbone.tokenizer),
+            TransformersTokenizer(backbone.tokenizer, _embedding_count(backbone.model)),
             Shape(
                 tuple(self._adapter.layers),
                 self._adapter.head_modules,
@@ -180,12 +191,48 @@ class TorchTrainer(FlatTrainer):
         return logits.float(), targets
 
 
+def _embedding_count(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+@torch.no_grad()
+def _prove(backbone: Backbone, length_max: int) -> None:
+    """Run the adapted model once, at the longest input if that is near what the model takes.
+
+    Raises:
+        ConfigurationError: it does not take as long inputs.
+        AdapterError: it does not run with adapters in those layers.
+    """
+    ids = backbone.tokenizer("The gradient comes back.")["input_ids"]
+    positions = getattr(backbone.model.config, "max_position_embeddings", None)
+    is_long = positions is not None and length_max > positions - _POSITIONS_KEPT
+    length = length_max if is_long else min(len(ids), length_max)
+    row = torch.tensor([(ids * length)[:length]], device=backbone.device)
+    model: nn.Module = backbone.model
+    try:
+        model(input_ids=row, attention_mask=torch.ones_like(row))
+    except Exception as error:  # whatever architectures raise
+        if is_long:
+            problem = f"the backbone does not take {length} tokens, with its {positions} positions"
+            raise ConfigurationError("task.max_length", problem, "a smaller one") from error
+        raise AdapterError(f"the backbone fails with adapters in place: {error}") from error
+
+
 def _checkpoint_gradients(model: Any) -> None:
-    """Keep no activations inside blocks; compute them again in the backward pass."""
+    """Keep no activations inside blocks; compute them again in the backward pass.
+
+    Raises:
+        ConfigurationError: the architecture has no way to.
+    """
     # Newer versions of transformers call it by the first name, and drop the second in version 6.
     newer = hasattr(model, "activation_checkpointing_enable")
     enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigurationError(
+            "training.gradient_checkpointing", f"{type(model).__name__} has none", "false"
+        ) from error
     model.train()  # transformers looks at this; there is no dropout to be switched on
 
 

@@ -63,6 +63,8 @@ def export_artifact(
     adapted = tuple(_adapted_layer(backbone, name) for name in layers)
     head = _head(backbone)
     forward = build_forward(backbone, layers)
+    if embeddings is EmbeddingScheme.INT8 and not forward.embeddings:
+        raise ArtifactError("embeddings int8: the model has no plain table of them; use float32")
     manifest = Manifest(
         fingerprint=backbone.fingerprint,
         scheme=scheme,

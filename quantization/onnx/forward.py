@@ -31,8 +31,8 @@ from torch.nn import functional
 from quantization.artifact import IGNORED, LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone
 from quantization.bnb import dense_weight, embeddings, is_below, is_transposed, linear_shape
-from quantization.checkpoint import output_embeddings
-from quantization.errors import ArtifactError
+from quantization.checkpoint import output_embeddings, stacked_weights
+from quantization.errors import ArtifactError, SchemeError
 from quantization.onnx.editing import drop_unused, fold_constants, rename
 from quantization.onnx.shapes import with_shapes
 from quantization.tasks import TaskKind
@@ -133,10 +133,14 @@ def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:
     Raises:
         ArtifactError: the exporter of torch cannot follow this architecture.
     """
+    if stacks := stacked_weights(backbone.model):
+        kind = type(backbone.model).__name__
+        raise ArtifactError(f"{kind}: {stacks[0]!r} is a stack of matrices (experts), not linear")
     tables = _tables(backbone)
     linear = _use_row_linears(backbone)
     names, example = _example(backbone, layers)
     wrapper: _Model = _Model(backbone, layers, names).eval()
+    wrapper.training = True  # the wrapper alone: see _traced
     head = [name for name, _ in wrapper.named_parameters() if _is_head(name, backbone)]
     model = _traced(wrapper, names, example)
     rename(model.graph, {name: name.removeprefix(_PREFIX) for name in head})
@@ -178,7 +182,10 @@ def _use_row_linears(backbone: Backbone) -> list[str]:
 def _tables(backbone: Backbone) -> set[str]:
     """Weights that int8 embeddings replace on torch: plain tables, and a head tied to one."""
     model: Any = backbone.model
-    names = embeddings(model)
+    try:
+        names = embeddings(model)
+    except SchemeError:  # none but of kinds with rules of their own, such as Gemma's
+        return set()
     tables = [model.get_submodule(name).weight for name in names]
     names += [
         name
@@ -220,6 +227,9 @@ def _traced(wrapper: _Model, names: Sequence[str], example: tuple[Tensor, ...]) 
                 dynamic_axes={name: named for name, named in axes.items() if named},
                 do_constant_folding=False,
                 export_params=False,
+                # As it is: `_Model` says that it trains, or tensors that happen to be equal (biases
+                # of zero) would become one. Those that are tied become one in any case.
+                training=torch.onnx.TrainingMode.PRESERVE,
             )
     except Exception as error:  # as many kinds as there are architectures
         kind = type(wrapper.model).__name__

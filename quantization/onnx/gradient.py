@@ -34,7 +34,11 @@ def gradient_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto:
     options.log_severity_level = _ERROR
     try:
         builder = runtime.GradientGraphBuilder(
-            forward.model.SerializeToString(), {LOSS}, set(forward.trained), LOSS, options
+            _normalised_once(forward.model).SerializeToString(),
+            {LOSS},
+            set(forward.trained),
+            LOSS,
+            options,
         )
         builder.build()
         model = onnx.load_from_string(builder.get_model())
@@ -61,6 +65,28 @@ def evaluation_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto
     model.graph.input.extend(inputs)
     lower(model)
     _stack_levels(model, layers)
+    return model
+
+
+def _normalised_once(forward: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with a name of its own for each use of a normalisation's scale and bias.
+
+    The builder makes gradients for them, wanted or not, and calls those of a layer that is used
+    again (ALBERT's are) alike.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(forward)
+    nodes, seen = [], set()
+    for node in model.graph.node:
+        for place in range(1, len(node.input) if node.op_type == "LayerNormalization" else 0):
+            name = node.input[place]
+            if name in seen:
+                node.input[place] = f"{name}.of.{node.output[0]}"
+                nodes.append(helper.make_node("Identity", [name], [node.input[place]]))
+            seen.add(name)
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     return model
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_client.data import Example, FieldNames, device_files, find_labels, read_rows
@@ -24,6 +27,7 @@ def _file(folder: Path, name: str, content: str | bytes) -> Path:
         ("d.jsonl", '{"text": "a, b", "label": "yes"}\n\n{"text": "c", "label": 0}\n'),
         ("d.csv", 'text,label\n"a, b",yes\nc,0\n'),
         ("d.tsv", "text\tlabel\na, b\tyes\nc\t0\n"),
+        ("d.CSV", '\n\r\ntext,label\r\n"a, b",yes\r\n\r\nc,0'),
         ("d.jsonl", b'\xef\xbb\xbf{"text": "a, b", "label": "yes"}\r\n{"text": "c", "label": "0"}'),
     ],
 )
@@ -58,7 +62,13 @@ def test_mappings_other_names_pairs_and_causal_texts(tmp_path: Path) -> None:
         ("d.jsonl", '{"text": "a", "label": true}', "True is not a label"),
         ("d.jsonl", '{"text": "a", "label": -1}', "-1 is not a label"),
         ("d.jsonl", b'{"text": "a", "label": 1}\n\xff', "line 2: is not UTF-8"),
+        ("d.jsonl", '{"text": "a", "label": null}', 'field "label": is null'),
+        ("d.jsonl", '{"text": "a", "label": 1.0}', "1.0 is not a label"),
+        ("d.jsonl", '{"text": "a", "label": "' + "9" * 5000 + '"}', "is not a label"),
+        ("d.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", "line 1: is not JSON"),
+        ("d.jsonl", r'{"text": "a\ud800", "label": 1}', 'field "text": holds half of a character'),
         ("d.jsonl", "\n", "holds no rows"),
+        ("d.csv", "text,text,label\na,b,yes\n", "line 1: the header names 'text' twice"),
         ("d.csv", "text,label\na,yes,more\n", "line 2: expected 2 columns, got 3"),
         ("d.csv", 'text,label\n"a,yes\n', "is malformed"),
         ("d.txt", "a", r"expected a \.jsonl, \.csv, \.tsv file"),
@@ -70,6 +80,45 @@ def test_what_is_malformed_is_refused_by_file_line_and_field(
     with pytest.raises(DataError, match=problem) as refused:
         read_rows(_file(tmp_path, name, content), labels=LABELS)
     assert name in str(refused.value)
+
+
+ODD = "שלום \u200f👩\u200d👧 e\u0301 \u2028 \x85 \x0b\x1c"
+
+
+@pytest.mark.parametrize("text", [ODD, "long " * 200_000], ids=["odd", "1 MB"])
+def test_a_text_stays_as_it_is_in_every_kind_of_file(tmp_path: Path, text: str) -> None:
+    limit = csv.field_size_limit()
+    for name, content in (
+        ("d.jsonl", json.dumps({"text": text, "label": "yes"})),
+        ("d.csv", f"text,label\n{text},yes\n"),
+        ("d.tsv", f"text\tlabel\n{text}\tyes\n"),
+    ):
+        rows = read_rows(_file(tmp_path, name, content), labels=LABELS)
+        assert rows == [Example(text, None, 1)], name
+    assert csv.field_size_limit() == limit  # which is one for the whole process
+
+
+def test_a_number_is_a_label_by_name_before_it_is_an_index() -> None:
+    stars = ["1", "2", "3", "4", "5"]
+    rows = [{"text": "a", "label": label} for label in (1, "1", 5, np.int64(5))]
+    assert [row.label for row in read_rows(rows, labels=stars)] == [0, 0, 4, 4]
+    with pytest.raises(DataError, match="0 is not a label of the task"):
+        read_rows([{"text": "a", "label": 0}], labels=stars)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([Example("a", None, 7)], 'line 1, field "label": 7 is not an index of the 2 labels'),
+        ([Example("a", None, None)], 'field "label": None is not an index'),
+        ([Example("a", " ", 1)], 'field "text_pair": is empty'),
+        ({"text": ["a"], "label": [1]}, "data: expected a file, or rows that are mappings, got di"),
+        (None, "expected a file, or rows that are mappings, got NoneType"),
+    ],
+)
+def test_rows_of_an_app_are_looked_at_too(rows: object, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        read_rows(rows, labels=LABELS)
 
 
 def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:

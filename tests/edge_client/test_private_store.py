@@ -100,6 +100,24 @@ def test_a_damaged_file_is_refused_and_not_replaced(tmp_path: Path, keep: int) -
     assert len(path.read_bytes()) == keep
 
 
+def test_a_flipped_bit_anywhere_is_damage(tmp_path: Path) -> None:
+    store = PrivateStore(tmp_path)
+    store.save(_state(1))
+    path = tmp_path / STATE_FILE
+    whole = path.read_bytes()
+    for seed in range(200):
+        rng, data = random.Random(seed), bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            store.load()
+        except StateError:
+            continue
+        pytest.fail(f"nothing was noticed: seed {seed}")
+    path.write_bytes(whole)
+    assert store.load() is not None
+
+
 def test_another_federations_state_is_refused_with_both_named(tmp_path: Path) -> None:
     store = PrivateStore(tmp_path)
     with pytest.raises(StateError, match="federation fed, not of other"):
@@ -171,3 +189,12 @@ def test_killed_at_any_moment_the_state_is_one_that_was_saved(tmp_path: Path) ->
         assert loaded is not None
         assert loaded.steps_done >= said[-1]
         assert set(loaded.groups["personal"]["x"].tolist()) == {float(loaded.steps_done)}
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with (
+        pytest.raises(StateError, match="lock cannot be opened: Is a directory"),
+        PrivateStore(tmp_path).lock(),
+    ):
+        pass

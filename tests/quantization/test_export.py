@@ -15,13 +15,21 @@ import onnxruntime  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
+    AlbertConfig,
+    AlbertModel,
     BertConfig,
     BertModel,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from edge_client import cli  # noqa: E402
@@ -40,6 +48,7 @@ from tests.quantization.compiled import write_case  # noqa: E402
 WORDS = ["<unk>", "<end>", "A", "text", "of", "a", "few", "words", "and", "then", "some", "more"]
 SIZES = {"vocab_size": 56, "hidden_size": 48, "intermediate_size": 41, "num_hidden_layers": 2}
 CONFIGS = {
+    "albert": (AlbertModel, AlbertConfig(**SIZES, embedding_size=24, num_attention_heads=4)),
     "bert": (BertModel, BertConfig(**SIZES, num_attention_heads=4)),
     "gpt2": (
         GPT2LMHeadModel,
@@ -53,6 +62,22 @@ CONFIGS = {
             eos_token_id=1,
         ),
     ),
+    "gemma": (
+        GemmaForCausalLM,
+        GemmaConfig(
+            **SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=12, pad_token_id=1
+        ),
+    ),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(
+            **{**SIZES, "intermediate_size": 32},
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        ),
+    ),
+    "roberta": (RobertaModel, RobertaConfig(**SIZES, num_attention_heads=4)),
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2)),
 }
 CLASSIFICATION, CAUSAL = TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.CAUSAL_LM
@@ -63,11 +88,7 @@ def write_backbone(folder: Path, name: str) -> str:
     """A tiny random model with a tokenizer of a few words."""
     torch.manual_seed(0)
     make, config = CONFIGS[name]
-    model = make(config)
-    for parameter in model.parameters():
-        # What is zero or one at first must not look alike to an exporter.
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    make(config).save_pretrained(folder)
     words = {word: i for i, word in enumerate(dict.fromkeys(WORDS))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -114,6 +135,28 @@ def test_decoders_learn_either_task(tmp_path, name, task):
     backbone = write_backbone(tmp_path / "backbone", name)
     case = write_case(tmp_path, backbone, task, ArtifactScheme.NONE, PLAIN)
     assert worst_error(case) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["albert", "roberta"])
+def test_layers_used_again_and_tensors_that_happen_to_be_equal(tmp_path, name):
+    """ALBERT's layers are one; nothing is trained yet, so biases are zero, the head's two too."""
+    backbone = write_backbone(tmp_path / "backbone", name)
+    case = write_case(tmp_path, backbone, CLASSIFICATION, ArtifactScheme.NONE, PLAIN)
+    assert worst_error(case) < 1e-5
+
+
+def test_scaled_embeddings_stay_as_they_are(tmp_path):
+    backbone = write_backbone(tmp_path / "backbone", "gemma")
+    with pytest.raises(ArtifactError, match="no plain table of them; use float32"):
+        write_case(tmp_path, backbone, CAUSAL, ArtifactScheme.NONE, EmbeddingScheme.INT8)
+    assert worst_error(write_case(tmp_path, backbone, CAUSAL, ArtifactScheme.NONE, PLAIN)) < 1e-5
+
+
+def test_experts_are_refused_by_name(tmp_path, capfd):
+    backbone = write_backbone(tmp_path / "backbone", "mixtral")
+    with pytest.raises(ArtifactError, match=r"experts\.gate_up_proj' is a stack of matrices"):
+        write_case(tmp_path, backbone, CAUSAL, ArtifactScheme.NONE, PLAIN)
+    assert "graph(" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("scheme", ArtifactScheme)

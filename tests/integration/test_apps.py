@@ -1,0 +1,280 @@
+"""What apps do to their device: ask while it trains, close in the middle, go on after a fault."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edge_client import cli
+from edge_client.algorithms.base import Gradients
+from edge_client.backends.base import Level
+from edge_client.backends.encoding import Batch
+from edge_client.backends.torch_backend import load_trainer
+from edge_client.client import EdgeClient
+from edge_client.data import Example, FieldNames
+from edge_client.errors import (
+    ConfigurationError,
+    DataError,
+    DivergedError,
+    StateError,
+    StorageFullError,
+)
+from edge_client.private_store import PrivateStore
+from edge_client.worker import DataSettings, DeviceWorker
+from protocol.federation import (
+    Adapter,
+    Backbone,
+    FederationSettings,
+    Task,
+    TaskKind,
+    Training,
+)
+from protocol.messages import Assignment
+from protocol.tensors import NamedTensors
+from tests.integration.test_federation import (
+    MINILM,
+    _coordinator,
+    _write_config,
+    _write_data,
+)
+
+ROWS = [{"text": f"a film {n}", "label": ("bad", "good")[n % 2]} for n in range(10)]
+SETTINGS = FederationSettings(
+    "apps",
+    Backbone(MINILM, "sha256:" + "0" * 64),
+    Task(TaskKind.SEQUENCE_CLASSIFICATION, ("bad", "good"), 8),
+    Adapter(rank=2, personal_rank=1),
+    Training(local_steps=2, batch_size=4),
+)
+
+
+class Device:
+    """A worker without a coordinator: its rounds are handed to it."""
+
+    def __init__(self, folder: Path, settings: FederationSettings = SETTINGS, **how: Any) -> None:
+        self.store = PrivateStore(folder)
+        data = DataSettings(how.pop("rows", ROWS), FieldNames(), 0.2, 0)
+        self.worker = DeviceWorker(data, self.store, self._trainer, how.pop("progress", print))
+        self.settings = settings
+        asyncio.run(self.worker.prepare(settings))
+
+    def _trainer(self, settings: FederationSettings) -> Any:
+        return load_trainer(settings, backbone=None, scheme="none", device="cpu", personal_seed=0)
+
+    def round(self, number: int, base: NamedTensors | None = None) -> NamedTensors:
+        base = base or self.worker.trainer.common()
+        assignment = Assignment(f"{number:032x}", number, base.digest(), 60.0, base.payload())
+        return asyncio.run(self.worker.train(assignment, base)).update
+
+    @property
+    def personal(self) -> dict[str, bytes]:
+        return {name: a.tobytes() for name, a in self.worker.trainer.personal().items()}
+
+
+def test_a_question_in_the_middle_of_a_round_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation puts the model at another level, which no training may see."""
+    device, steps = Device(tmp_path), []
+    trainer, answers = device.worker.trainer, []
+
+    def ask() -> None:
+        with device.worker.ready() as trainer:
+            begun = len(steps)
+            answers.append(trainer.predict([Example("a", None, None)], Level.COMMON))
+            assert len(steps) == begun == 4  # two local steps, two gradients each
+
+    asking = threading.Thread(target=ask)
+
+    def gradients(batch: Batch) -> Gradients:
+        if not steps:
+            asking.start()
+            asking.join(0.2)  # time enough, if nothing held it
+            assert not answers
+        steps.append(batch)
+        return compute(batch)
+
+    compute = trainer.gradients
+    monkeypatch.setattr(trainer, "gradients", gradients)
+    device.round(1)
+    asking.join()
+    assert len(answers) == 1
+
+
+def test_what_diverges_is_not_kept_and_says_what_would_help(tmp_path: Path) -> None:
+    training = replace(SETTINGS.training, learning_rate=1.0)
+    device = Device(tmp_path, replace(SETTINGS, training=training))
+    before, base = device.personal, device.worker.trainer.common()
+    bad = NamedTensors.from_arrays({n: a * np.float32("nan") for n, a in base.arrays().items()})
+    with pytest.raises(DivergedError, match=r"round 1: .*loss nan.*smaller training.learning_rate"):
+        device.round(1, bad)
+    assert device.personal == before
+    assert device.store.load().rounds_done == 0
+
+
+def test_a_round_that_found_no_room_is_as_if_it_had_never_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, other = Device(tmp_path / "full"), Device(tmp_path / "roomy")
+    base, before = device.worker.trainer.common(), device.personal
+
+    def full(*_: object) -> None:
+        raise StorageFullError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateStore, "save", full)
+        with pytest.raises(StorageFullError):
+            device.round(1, base)
+    assert device.personal == before
+    assert device.round(1, base).digest() == other.round(1, base).digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"task": replace(SETTINGS.task, labels=("good", "bad"))}, "task"),
+        ({"adapter": replace(SETTINGS.adapter, alpha=4.0), "seed": 5}, "adapter, seed"),
+    ],
+)
+def test_what_was_learned_under_other_settings_is_not_taken_for_these(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    Device(tmp_path)
+    with pytest.raises(StateError, match=f"its {named} had other settings; use another state fol"):
+        Device(tmp_path, replace(SETTINGS, **changes))
+    training = replace(SETTINGS.training, learning_rate=0.01)
+    device = Device(tmp_path, replace(SETTINGS, training=training))
+    device.round(1)
+    assert '"learning_rate": 0.01' in str(device.store.load().facts["settings"])
+
+
+def _global_state() -> list[Any]:
+    root = logging.getLogger()
+    return [
+        torch.get_default_dtype(),
+        torch.get_rng_state().tolist(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        np.geterr(),
+        list(warnings.filters),
+        (list(root.handlers), root.level, root.manager.disable),
+    ]
+
+
+def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: Path) -> None:
+    config = _write_config(tmp_path, count=1000, cohort=1)
+    data = _write_data(tmp_path / "a.jsonl", 0.5)
+    trains = threading.Event()
+
+    def progress(line: str) -> None:
+        if "training" in line:
+            trains.set()
+
+    with _coordinator(config) as address:
+        before = _global_state()
+        client = EdgeClient(address, data, tmp_path / "a", scheme="none", progress=progress)
+
+        async def app() -> int:
+            with pytest.raises(ConfigurationError, match=r"await asyncio\.to_thread\(client\.run"):
+                client.run()
+            running = asyncio.create_task(asyncio.to_thread(client.run))
+            await asyncio.to_thread(trains.wait, 60)
+            with pytest.raises(ConfigurationError, match="run: is under way in another thread"):
+                await asyncio.to_thread(client.run)
+            assert len(client.predict(["a film"])) == 1
+            client.close()
+            return (await running).rounds_done
+
+        rounds = asyncio.run(app())
+        assert _global_state() == before
+        for ask in (client.run, client.evaluate, client.rank_report, lambda: client.predict([])):
+            with pytest.raises(ConfigurationError, match="client: is closed; use a new EdgeClient"):
+                ask()
+        client.close()
+        with EdgeClient(address, data, tmp_path / "a", scheme="none") as again:
+            again.predict(["a film"])
+            assert again.worker.state.rounds_done == rounds > 0
+            assert not again.worker.trainer._model.training
+
+
+def test_the_folder_stays_locked_until_a_closed_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    async def stubborn(_: EdgeClient) -> None:
+        begun.set()
+        await asyncio.to_thread(go_on.wait, 60)
+
+    Device(tmp_path / "a")
+    monkeypatch.setattr(EdgeClient, "_run", stubborn)
+    client = EdgeClient("localhost:1", ROWS, tmp_path / "a", scheme="none")
+    running = threading.Thread(target=client.run)
+    running.start()
+    begun.wait(60)
+    client.close()
+    with pytest.raises(StateError, match="in use by another process"):
+        EdgeClient("localhost:1", ROWS, tmp_path / "a")
+    go_on.set()
+    running.join()
+    EdgeClient("localhost:1", ROWS, tmp_path / "a").close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        ({"data": "none.jsonl"}, DataError, r"none\.jsonl: cannot be read: No such file"),
+        ({"data": "d.parquet"}, DataError, r"d\.parquet: expected a \.jsonl"),
+        ({"data": {"text": ["a"]}}, DataError, "data: expected a file, or rows"),
+        ({"scheme": "nf5"}, ConfigurationError, "scheme: 'nf5' is none; use none, bf16, nf4"),
+        ({"compute_dtype": "f8"}, ConfigurationError, "compute_dtype: 'f8' is none; use float32"),
+        ({"held_out": 1.0}, ConfigurationError, "held_out: 1.0 is no share"),
+        ({"held_out": "0.2"}, ConfigurationError, "held_out: '0.2' is no share"),
+        ({"fields": {"text": "t"}}, ConfigurationError, "fields: .*FieldNames"),
+    ],
+)
+def test_what_is_wrong_in_a_call_is_said_before_anyone_is_asked(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], reason: str
+) -> None:
+    with pytest.raises(error, match=reason):
+        EdgeClient("localhost:1", **{"data": ROWS, "state_dir": tmp_path / "s"} | arguments)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        ("one text", "texts: expected a list of texts, got one text"),
+        (["a", None], "the texts given, line 2: expected text, got NoneType"),
+        (["\ud800"], "line 1: holds half of a character"),
+    ],
+)
+def test_what_cannot_be_foretold_is_refused(tmp_path: Path, texts: Any, reason: str) -> None:
+    with (
+        EdgeClient("localhost:1", ROWS, tmp_path, scheme="none") as client,
+        pytest.raises(DataError, match=reason),
+    ):
+        client.predict(texts)
+
+
+def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Device(tmp_path / "a")
+    taken = _write_data(tmp_path / "a.jsonl", 0.5)
+    command = ["save", "--data", str(taken), "--state-dir", str(tmp_path / "a"), "--scheme", "none"]
+    assert cli.main([*command, "--out", str(taken)]) == 1
+    assert f"pf2lora-client: folder: {taken} cannot be written" in capsys.readouterr().err
