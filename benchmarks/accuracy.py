@@ -234,7 +234,7 @@ def settings_of(cell: Cell, devices: int, labels: tuple[str, ...]) -> Federation
             "fingerprint": fingerprint(resolve_backbone(task.backbone)),
         },
         "task": {
-            "kind": "causal-lm" if task.causal else "sequence-classification",
+            "kind": task.kind.value,
             "labels": list(labels),
             "max_length": task.max_length,
         },
@@ -301,7 +301,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "curve": [_point(devices, done, clock, cell["rounds"]) for done in rounds],
         "devices": _of_all(devices, cell["rounds"], "personal"),
         "devices_common": _of_all(devices, cell["rounds"], "common"),
-        "majority": None if task.causal else _majority(shares, len(labels)),
+        "majority": _majority(shares, len(labels)) if labels else None,
         "training_rows": sizes,
         "took_s": round(time.perf_counter() - started, 1),
     }

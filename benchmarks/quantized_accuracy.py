@@ -178,7 +178,7 @@ def _logits(trainer: TorchTrainer, rows: list[EncodedRow]) -> np.ndarray:
     """Every logit of every row that is no padding, in one long vector."""
     found = []
     for at in range(0, len(rows), 64):
-        batch = trainer._encoder.batch(rows[at : at + 64])
+        batch = trainer.batch(rows[at : at + 64])
         logits = trainer._logits(batch)
         if logits.ndim == 3:
             logits = logits[batch.inputs["attention_mask"].astype(bool)]

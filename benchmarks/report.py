@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tasks import TASKS
+from protocol.federation import TaskKind
 
 Record = dict[str, Any]
 # (task, set) -> method -> records of its seeds
 Group = dict[tuple[str, tuple[str, ...]], dict[str, list[Record]]]
-COLUMNS = ("accuracy", "balanced_accuracy", "matthews", "loss")
-CAUSAL_COLUMNS = ("bleu", "rouge_l", "accuracy", "loss")
+COLUMNS = {
+    TaskKind.SEQUENCE_CLASSIFICATION: ("accuracy", "balanced_accuracy", "matthews", "loss"),
+    TaskKind.CAUSAL_LM: ("bleu", "rouge_l", "accuracy", "loss"),
+    TaskKind.QUESTION_ANSWERING: ("f1", "exact_match", "loss"),
+}
 
 
 def write_report(records: list[Record], methods: Sequence[str], folder: Path) -> None:
@@ -91,7 +95,7 @@ def _rows(
 
 
 def _columns(task: str) -> tuple[str, ...]:
-    return CAUSAL_COLUMNS if TASKS[task].causal else COLUMNS
+    return COLUMNS[TASKS[task].kind]
 
 
 def _row(label: str, records: list[Record], task: str) -> str:

@@ -226,7 +226,7 @@ def _contender(name: str, artifacts: Path) -> tuple[Callable[[], Any], Callable[
     choice = TorchChoice(None, scheme, "cpu") if kind == "torch" else OrtChoice(folder)
     trainer: Any = load_trainer(choice, settings, 0)
     rows = trainer.encode([Example("a word " * LENGTH, None, n % 2) for n in range(BATCH)])
-    batch = trainer._encoder.batch(rows)
+    batch = trainer.batch(rows)
     return lambda: trainer.gradients(batch), lambda: trainer.train(rows, 0, 1)
 
 

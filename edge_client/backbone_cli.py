@@ -16,6 +16,7 @@ from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import Scheme
 
+TASKS = ", ".join(kind.value for kind in TaskKind)
 SCHEMES = [scheme.value for scheme in Scheme]
 COMPUTE_DTYPES = ["float32", "bfloat16"]
 COMPUTE_DTYPE_HELP = "of the products of 4- and 8-bit layers; default float32, on CUDA bfloat16"
@@ -46,7 +47,7 @@ def add_commands(commands: Any) -> None:
     compile_.add_argument(
         "--config", type=Path, help="a federation.toml: task, labels and target modules are its own"
     )
-    compile_.add_argument("--task", help="sequence-classification (the default) or causal-lm")
+    compile_.add_argument("--task", help=f"{TASKS}; the first is the default")
     compile_.add_argument("--label-count", type=int, help="of a classification")
     compile_.add_argument(
         "--target-modules", nargs="+", help="as in federation.toml; default query-value"

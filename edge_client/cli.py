@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_device_flags(run)
 
     for name, function, about in (
-        ("evaluate", _evaluate, "accuracy on the held-out rows at each level"),
+        ("evaluate", _evaluate, "loss and scores on the held-out rows at each level"),
         ("ranks", _ranks, "the learned rank of each layer"),
         ("save", _save, "write common + personal as a PEFT adapter"),
     ):
@@ -157,12 +157,14 @@ def _run(options: argparse.Namespace) -> None:
             "labels": _label_counts(client),
             "ranks": [report.numerical_rank for report in client.rank_report().values()],
         }
+        name = ""
         if worker.held_out_rows:
             facts["before"] = worker.state.facts["before_accuracy"]
-            facts |= {
-                level.name.lower(): client.evaluate(level=level).accuracy for level in _LEVELS
-            }
-        say(options, {"summary": facts}, _summary_text(facts))
+            for level in _LEVELS:
+                found = client.evaluate(level=level)
+                name = _shown(next(iter(found.scores)))
+                facts[level.name.lower()] = found.accuracy
+        say(options, {"summary": facts}, _summary_text(facts, name))
 
 
 _LEVELS = (Level.COMMON, Level.PERSONAL)
@@ -175,13 +177,17 @@ def _label_counts(client: EdgeClient) -> dict[str, int]:
     return {name: sum(row.label == i for row in rows) for i, name in enumerate(labels)}
 
 
-def _summary_text(facts: dict[str, Any]) -> str:
+def _shown(score: str) -> str:
+    return score.replace("_", " ")
+
+
+def _summary_text(facts: dict[str, Any], score: str) -> str:
     lines = [
         f"trained {facts['rounds']} rounds; sent {facts['sent_bytes']} bytes, "
         f"received {facts['received_bytes']}"
     ]
     lines += [
-        f"accuracy {name}: {facts[name]:.3f}"
+        f"{score} {name}: {facts[name]:.3f}"
         for name in ("before", "common", "personal")
         if name in facts
     ]
@@ -196,11 +202,12 @@ def _evaluate(options: argparse.Namespace) -> None:
                 "level": level.name.lower(),
                 "rows": found.count,
                 "loss": found.loss,
-                "accuracy": found.accuracy,
-                "balanced_accuracy": found.balanced_accuracy,
+                **found.scores,
             }
-            text = f"{level.name.lower():<9} loss {found.loss:.4f}  accuracy {found.accuracy:.3f}"
-            say(options, facts, text)
+            scores = "".join(
+                f"  {_shown(name)} {value:.3f}" for name, value in found.scores.items()
+            )
+            say(options, facts, f"{level.name.lower():<9} loss {found.loss:.4f}{scores}")
 
 
 def _ranks(options: argparse.Namespace) -> None:

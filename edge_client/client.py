@@ -14,13 +14,22 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
-from edge_client.backends.base import Evaluation, Export, Level, Prediction, RankReport, Trainer
+from edge_client.backends.base import (
+    Evaluation,
+    Export,
+    FoundAnswer,
+    Level,
+    Prediction,
+    RankReport,
+    Trainer,
+)
 from edge_client.backends.loading import choose, load_trainer
-from edge_client.data import FieldNames, check_source, read_texts
+from edge_client.data import FieldNames, check_asked, check_source
 from edge_client.errors import ConfigurationError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
@@ -175,18 +184,29 @@ class EdgeClient:
         )
 
     def evaluate(self, data: DataSource | None = None, level: Level = Level.PERSONAL) -> Evaluation:
-        """Loss and accuracy at a level, on `data` or on the device's held-out rows."""
+        """Loss and scores at a level, on `data` or on the device's held-out rows."""
         self._check_open()
         with self._worker.ready():
             rows = self._worker.held_out_rows if data is None else self._worker.read(data)
             return self._worker.evaluate(rows, level)
 
-    def predict(self, texts: Sequence[str], level: Level = Level.PERSONAL) -> list[Prediction]:
-        """The label and the probabilities of each text."""
+    @overload
+    def predict(self, rows: Sequence[str], level: Level = ...) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self, rows: Sequence[Mapping[str, object]], level: Level = ...
+    ) -> list[FoundAnswer]: ...
+
+    def predict(
+        self, rows: Sequence[str | Mapping[str, object]], level: Level = Level.PERSONAL
+    ) -> list[Prediction] | list[FoundAnswer]:
+        """The label and the probabilities of each text; or of question answering, where a row is
+        `{"question": ..., "context": ...}`, the answer that the context has."""
         self._check_open()
-        rows = read_texts(texts)
-        with self._worker.ready() as trainer:
-            return trainer.predict(rows, level)
+        check_asked(rows)
+        with self._worker.ready():
+            return self._worker.predict(rows, level)
 
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of `B A + D C`, layer by layer."""

@@ -1,7 +1,6 @@
 """A device's rows: from jsonl, csv or tsv files, lists of mappings, or `datasets` data sets.
 
-A classification row has a text, a label, and where the task has pairs a second text. A row of a
-causal LM has a text and no label; a second text is what follows the first, and alone carries loss.
+What fields a row has is for its kind of task to say (edge_client/tasks/).
 """
 
 from __future__ import annotations
@@ -12,25 +11,38 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Final
 
 from edge_client.errors import DataError
 
 SUFFIXES: Final = (".jsonl", ".csv", ".tsv")
+ASKED: Final = "the texts given"
 _LABELS_SHOWN: Final = 12
-_DIGITS_MAX: Final = 10
 _CSV_LIMIT: Final = threading.Lock()  # csv has one limit in a process
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A part of a context: its text, and the character that it starts at."""
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One row. `label` is an index into the task's labels; None where there is none."""
+    """One row.
+
+    `label` is an index into the task's labels; None where there is none. Of question answering
+    `text` is the question and `text_pair` the context; the first of `answers` is trained on, and
+    any of them is right.
+    """
 
     text: str
     text_pair: str | None
     label: int | None
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +52,15 @@ class FieldNames:
     text: str = "text"
     text_pair: str = "text_pair"
     label: str = "label"
+    question: str = "question"
+    context: str = "context"
+    answers: str = "answers"
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
+    """Where a row is."""
+
     path: str
     line: int
 
@@ -51,51 +68,53 @@ class _Place:
         return DataError(problem, path=self.path, line=self.line, field=field)
 
 
-def read_rows(
-    source: str | Path | Iterable[object],
-    *,
-    labels: Sequence[str] | None,
-    fields: FieldNames | None = None,
-) -> list[Example]:
-    """All rows of a source.
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as it was found: its fields, and where it is."""
 
-    Args:
-        source: a file, or mappings (or Examples) in any iterable.
-        labels: the task's labels; None for causal LM, where a label in the data is ignored.
-        fields: names of the fields, if not text, text_pair and label.
+    fields: Mapping[str, object]
+    place: Place
+
+    def error(self, problem: str, field: str) -> DataError:
+        return self.place.error(problem, field)
+
+    def value(self, name: str) -> object:
+        """A field that must be there."""
+        if (value := self.fields.get(name)) is None:
+            if name in self.fields:
+                raise self.error("is null", name)
+            there = listed(sorted(map(str, self.fields)))
+            raise self.error(f"is missing; the row has {there}", name)
+        return value
+
+    def text(self, name: str) -> str:
+        """A field that must be there, and be text."""
+        value = self.value(name)
+        if not isinstance(value, str):
+            raise self.error(f"expected text, got {type(value).__name__}", name)
+        if not value.strip():
+            raise self.error("is empty", name)
+        return whole(value, self.place, name)
+
+    def optional_text(self, name: str) -> str | None:
+        """A field that must be text if it is there."""
+        return None if self.fields.get(name) is None else self.text(name)
+
+
+def check_asked(rows: Sequence[object]) -> None:
+    """Look at what is to be predicted of, before anything is loaded; a text may be empty.
 
     Raises:
-        DataError: a row is malformed; names file, line and field.
+        DataError: a row is neither text nor mapping, or there is one text and no list of them.
     """
-    names = fields or FieldNames()
-    rows = []
-    for place, row in _raw_rows(source):
-        if isinstance(row, Example):
-            rows.append(_checked(row, place, labels, names))
-        elif isinstance(row, Mapping):
-            rows.append(_example(row, place, labels, names))
-        else:
-            raise place.error(f"expected an object with fields, got {type(row).__name__}")
-    if not rows:
-        raise DataError("holds no rows", path=_shown(source))
-    return rows
-
-
-def read_texts(texts: Sequence[str]) -> list[Example]:
-    """Texts to foretell the labels of; any of them may be empty.
-
-    Raises:
-        DataError: one is no text, or there is one and no list of them.
-    """
-    if isinstance(texts, str):
+    if isinstance(rows, str):
         raise DataError("expected a list of texts, got one text", path="texts")
-    rows = []
-    for number, text in enumerate(texts, 1):
-        place = _Place("the texts given", number)
-        if not isinstance(text, str):
-            raise place.error(f"expected text, got {type(text).__name__}")
-        rows.append(Example(_whole(text, place), None, None))
-    return rows
+    for number, row in enumerate(rows, 1):
+        place = Place(ASKED, number)
+        if isinstance(row, str):
+            whole(row, place)
+        elif not isinstance(row, Mapping):
+            raise place.error(f"expected text, got {type(row).__name__}")
 
 
 def find_labels(paths: Iterable[Path], field: str = "label") -> list[str]:
@@ -106,7 +125,7 @@ def find_labels(paths: Iterable[Path], field: str = "label") -> list[str]:
     """
     found: set[str] = set()
     for path in paths:
-        for place, row in _raw_rows(path):
+        for place, row in raw_rows(path):
             label = row.get(field) if isinstance(row, Mapping) else None
             if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
                 raise place.error("expected a label (text or whole number)", field)
@@ -148,11 +167,16 @@ def check_source(source: object) -> None:
         raise DataError(f"cannot be read: {error.strerror}", path=str(path)) from error
 
 
-def _raw_rows(source: str | Path | Iterable[object]) -> Iterator[tuple[_Place, object]]:
+def raw_rows(source: str | Path | Iterable[object]) -> Iterator[tuple[Place, object]]:
+    """What a file or any iterable holds, row by row, and where each is.
+
+    Raises:
+        DataError: it cannot be read, or is malformed; names file and line.
+    """
     check_source(source)
     if not isinstance(source, str | Path):
         for number, row in enumerate(source, 1):
-            yield _Place("the rows given", number), row
+            yield Place("the rows given", number), row
         return
     path = Path(source)
     try:
@@ -171,11 +195,11 @@ def _decoded(data: bytes, path: Path) -> str:
         raise DataError("is not UTF-8 text", path=str(path), line=line) from None
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[_Place, object]]:
+def _json_rows(path: Path, text: str) -> Iterator[tuple[Place, object]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = _Place(str(path), number)
+        place = Place(str(path), number)
         try:
             yield place, json.loads(line)
         except json.JSONDecodeError as error:
@@ -186,7 +210,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[_Place, object]]:
             raise place.error("is nested too deeply") from None
 
 
-def _table_rows(path: Path, text: str) -> Iterator[tuple[_Place, object]]:
+def _table_rows(path: Path, text: str) -> Iterator[tuple[Place, object]]:
     # The lines of csv end with a line feed or carriage return alone, and not with U+2028 and such.
     lines = io.StringIO(text, newline="")
     # Tab-separated corpora (GLUE's among them) hold bare quotes that quote nothing.
@@ -200,11 +224,11 @@ def _table_rows(path: Path, text: str) -> Iterator[tuple[_Place, object]]:
         raise DataError(f"is malformed: {error}", path=str(path), line=reader.line_num) from None
     header: list[str] | None = None
     for line, row in rows:
-        place = _Place(str(path), line)
+        place = Place(str(path), line)
         if header is None:
             header = row
             if twice := sorted({name for name in row if row.count(name) > 1}):
-                raise place.error(f"the header names {_listed(twice)} twice")
+                raise place.error(f"the header names {listed(twice)} twice")
         elif len(row) != len(header):
             raise place.error(f"expected {len(header)} columns, got {len(row)}")
         else:
@@ -222,47 +246,8 @@ def _all_rows(reader: Any, characters_max: int) -> list[tuple[int, list[str]]]:
             csv.field_size_limit(before)
 
 
-def _example(
-    row: Mapping[str, object], place: _Place, labels: Sequence[str] | None, names: FieldNames
-) -> Example:
-    text = _text(row, place, names.text)
-    if text is None:
-        raise _absent(row, place, names.text)
-    pair = _text(row, place, names.text_pair)
-    label = None if labels is None else _label(row, place, labels, names.label)
-    return Example(text, pair, label)
-
-
-def _checked(
-    row: Example, place: _Place, labels: Sequence[str] | None, names: FieldNames
-) -> Example:
-    """The Example that an app has made, which may be wrong as any row may."""
-    if _text({names.text: row.text}, place, names.text) is None:
-        raise place.error("is null", names.text)
-    _text({names.text_pair: row.text_pair}, place, names.text_pair)
-    if labels is not None and not (row.label is not None and 0 <= row.label < len(labels)):
-        raise place.error(f"{row.label} is not an index of the {len(labels)} labels", names.label)
-    return row
-
-
-def _absent(row: Mapping[str, object], place: _Place, name: str) -> DataError:
-    if name in row:
-        return place.error("is null", name)
-    return place.error(f"is missing; the row has {_listed(sorted(map(str, row)))}", name)
-
-
-def _text(row: Mapping[str, object], place: _Place, name: str) -> str | None:
-    value = row.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise place.error(f"expected text, got {type(value).__name__}", name)
-    if not value.strip():
-        raise place.error("is empty", name)
-    return _whole(value, place, name)
-
-
-def _whole(text: str, place: _Place, name: str | None = None) -> str:
+def whole(text: str, place: Place, name: str | None = None) -> str:
+    """The text, if every character of it is one."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -270,25 +255,12 @@ def _whole(text: str, place: _Place, name: str | None = None) -> str:
     return text
 
 
-def _label(row: Mapping[str, object], place: _Place, labels: Sequence[str], name: str) -> int:
-    """The index of a row's label: given by its name or, where no name is a number, as the index."""
-    value = row.get(name)
-    if value is None:
-        raise _absent(row, place, name)
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    text = str(value) if whole or isinstance(value, str) else ""
-    if text in labels:
-        return labels.index(text)
-    is_index = text.isdecimal() and len(text) < _DIGITS_MAX
-    if is_index and not any(map(str.isdecimal, labels)) and int(text) < len(labels):
-        return int(text)
-    raise place.error(f"{value!r} is not a label of the task: {_listed(labels)}", name)
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Some names for a message, the first of many."""
     shown = ", ".join(map(repr, names[:_LABELS_SHOWN]))
     return shown + (f" and {len(names) - _LABELS_SHOWN} more" if len(names) > _LABELS_SHOWN else "")
 
 
-def _shown(source: object) -> str:
+def shown(source: object) -> str:
+    """A source's name for a message."""
     return str(source) if isinstance(source, str | Path) else "the rows given"

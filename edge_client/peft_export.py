@@ -26,12 +26,9 @@ from edge_client.backends.base import Arrays, Level
 from edge_client.errors import AdapterError, ConfigurationError, StorageFullError
 from edge_client.factors import Factor
 from edge_client.private_store import FULL
+from edge_client.tasks import RULES
 from protocol.federation import TaskKind
 
-_TASK_TYPES: Final = {
-    TaskKind.SEQUENCE_CLASSIFICATION: "SEQ_CLS",
-    TaskKind.CAUSAL_LM: "CAUSAL_LM",
-}
 _PREFIX: Final = "base_model.model"
 
 
@@ -64,13 +61,13 @@ def save_pretrained(
     unquantised checkpoint, or one quantised otherwise; its logits then differ as its backbone does.
 
     Raises:
-        AdapterError: the adapter has nothing at that level; or a classifier's head is not part of
-            it, and PEFT would put a random one in its place.
+        AdapterError: the adapter has nothing at that level; or the task's head is not part of it,
+            and PEFT would put a random one in its place.
         ConfigurationError, StorageFullError: the folder cannot be written.
     """
     kind, level = TaskKind(task), adapter.level.name.lower()
-    if kind is TaskKind.SEQUENCE_CLASSIFICATION and not adapter.heads:
-        raise AdapterError(f"no trained head at level {level}: a classifier needs one")
+    if RULES[kind].has_head and not adapter.heads:
+        raise AdapterError(f"no trained head at level {level}: {kind.value} needs one")
     if not adapter.factors:
         raise AdapterError(f"the adapter has no factors at level {level}")
     text = json.dumps(_config(adapter, base_model_name, kind), indent=2, sort_keys=True) + "\n"
@@ -124,6 +121,6 @@ def _config(adapter: TrainedAdapter, base_model_name: str, kind: TaskKind) -> di
         "rank_pattern": smaller,
         # Whole names: a suffix could match layers that were left out.
         "target_modules": list(adapter.factors),
-        "task_type": _TASK_TYPES[kind],
+        "task_type": RULES[kind].peft_type,
         "use_rslora": False,
     }

@@ -12,25 +12,28 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from edge_client.backends.base import Evaluation, Export, Level, Trainer
-from edge_client.data import Example, FieldNames, read_rows
+from edge_client.backends.base import (
+    Evaluation,
+    Export,
+    FoundAnswer,
+    Level,
+    Prediction,
+    Trainer,
+)
+from edge_client.data import ASKED, Example, FieldNames, Place
 from edge_client.errors import ConfigurationError, DataError, DivergedError, StateError
 from edge_client.private_store import DeviceState, PrivateStore
 from edge_client.session import FinishedReport, Offer
 from edge_client.splits import hold_out
-from protocol.federation import (
-    FederationSettings,
-    TaskKind,
-    settings_from_json,
-    settings_to_json,
-)
+from edge_client.tasks import read_rows, rules_for
+from protocol.federation import FederationSettings, settings_from_json, settings_to_json
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors, TensorSpec
@@ -196,7 +199,7 @@ class DeviceWorker:
         return self._trainer
 
     def evaluate(self, rows: list[Example], level: Level) -> Evaluation:
-        """Loss and accuracy on rows at one level; the rows must carry the task's labels."""
+        """Loss and accuracy on rows at one level; the rows must carry labels or answers."""
         if not rows:
             raise DataError("no rows to evaluate on: hold some out, or pass some")
         return self.trainer.evaluate(self.trainer.encode(rows), level)
@@ -228,9 +231,22 @@ class DeviceWorker:
 
     def read(self, source: DataSource) -> list[Example]:
         """Rows of this federation's task."""
-        task = self.settings.task
-        labels = task.labels if task.kind is TaskKind.SEQUENCE_CLASSIFICATION else None
-        return read_rows(source, labels=labels, fields=self._data.fields)
+        return read_rows(source, self.settings.task, self._data.fields)
+
+    def predict(
+        self, rows: Sequence[str | Mapping[str, object]], level: Level
+    ) -> list[Prediction] | list[FoundAnswer]:
+        """What is likeliest of rows without a label or an answer.
+
+        Raises:
+            DataError: a row is not what this kind of task predicts from.
+        """
+        rules = rules_for(self.settings.task)
+        asked = [
+            rules.asked(row, Place(ASKED, number), self._data.fields)
+            for number, row in enumerate(rows, 1)
+        ]
+        return self.trainer.predict(asked, level)
 
     # --- inside -------------------------------------------------------------------------------
 

@@ -22,9 +22,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_client.data import Example, device_files, find_labels, read_rows
+from edge_client.data import Example, device_files, find_labels
 from edge_client.errors import EdgeClientError
 from edge_client.splits import hold_out, split_by_skew
+from edge_client.tasks import read_rows
+from protocol.federation import Task, TaskKind
 
 COORDINATOR_READY_S = 60.0
 DEVICE_ROWS_MAX = 1000
@@ -90,7 +92,7 @@ def _device_files(options: argparse.Namespace, state: Path) -> list[Path]:
     if data.is_dir():
         return device_files(data)
     labels = find_labels([data])
-    rows = read_rows(data, labels=labels)
+    rows = read_rows(data, Task(TaskKind.SEQUENCE_CLASSIFICATION, tuple(labels)))
     limit = DEVICE_ROWS_MAX * options.devices
     if len(rows) > limit:
         _, rows = hold_out(rows, limit / len(rows), options.seed)

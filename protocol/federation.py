@@ -31,6 +31,7 @@ class TaskKind(Enum):
 
     SEQUENCE_CLASSIFICATION = "sequence-classification"
     CAUSAL_LM = "causal-lm"
+    QUESTION_ANSWERING = "question-answering"
 
 
 class Group(Enum):
@@ -86,17 +87,21 @@ class Backbone:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is learned, and the longest input in tokens."""
+    """What is learned, and the longest input in tokens.
+
+    Of question answering a longer context is read in windows of that length.
+    """
 
     kind: TaskKind
     labels: Annotated[tuple[Label, ...], Items(limits.LABELS_MAX)] = ()
     max_length: Annotated[int, Integer(4, 1 << 20)] = 64
 
     def __post_init__(self) -> None:
-        if self.kind is TaskKind.SEQUENCE_CLASSIFICATION and len(self.labels) < 2:
-            raise SchemaError("labels", "sequence-classification needs two labels or more")
-        if self.kind is TaskKind.CAUSAL_LM and self.labels:
-            raise SchemaError("labels", "causal-lm takes no labels")
+        if self.kind is TaskKind.SEQUENCE_CLASSIFICATION:
+            if len(self.labels) < 2:
+                raise SchemaError("labels", f"{self.kind.value} needs two labels or more")
+        elif self.labels:
+            raise SchemaError("labels", f"{self.kind.value} takes no labels")
         if len(set(self.labels)) != len(self.labels):
             raise SchemaError("labels", "a label is named twice")
 
@@ -108,7 +113,7 @@ class Adapter:
     `rank` is r of the common adapter, `personal_rank` r2 of each device's own; `target_modules` are
     PEFT's (suffixes, a regular expression, "all-linear"), or "query-value" for the attention query
     and value projections under whatever names the architecture gives them. `head` is the level that
-    a classifier's head belongs to, where the method leaves a choice.
+    the task's head belongs to, if it has one and the method leaves a choice.
     """
 
     rank: Annotated[int, Integer(1, limits.RANK_MAX)] = 8

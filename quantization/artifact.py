@@ -11,7 +11,8 @@ A folder of five files, made by `pf2lora-client export` (quantization/onnx), use
 Inputs of the gradient graph, all of them always given:
 
     input_ids, attention_mask, ...   int64 [b, t]: those of `Manifest.batch_inputs`
-    targets                          int64 [b], or [b, t] for a causal LM; IGNORED ones do not count
+    targets                          int64 [b], [b, t] for a causal LM, [b, 2] for question
+                                     answering; IGNORED ones do not count
     scale                            float32 []: alpha / rank
     LAYER.A, .B, .C, .D              float32 [r, n], [m, r], [r2, n], [m, r2]; r and r2 are any,
                                      from layer to layer, but r + r2 is 1 or more
@@ -20,8 +21,9 @@ Inputs of the gradient graph, all of them always given:
 Its outputs: `loss`, float32 [], the mean over the targets that count (at least one must), and for
 every array NAME of the last two lines `NAME.gradient`, shaped like it. A causal LM's targets lie
 beside their tokens as in `input_ids`; the graph itself compares each with the logits one before.
-The evaluation graph takes the same without `targets` and gives `logits`, float32 [b, labels], or
-[b, t, vocabulary]. Level by level: the scale 0 is the backbone alone, a rank r2 of 0 common alone.
+The evaluation graph takes the same without `targets` and gives `logits`, float32 [b, labels],
+[b, t, vocabulary] or [b, 2, t]. Level by level: the scale 0 is the backbone alone, a rank r2 of 0
+common alone.
 
 No start values are in it. A common adapter comes with every round; the starts of A, C and the head
 follow from names, shapes and seeds (quantization/seeded.py), which needs no torch.
@@ -53,7 +55,6 @@ from quantization.manifest import (
     manifest_bytes,
     read_manifest,
 )
-from quantization.tasks import TaskKind
 
 TARGETS: Final = "targets"
 SCALE: Final = "scale"
@@ -126,7 +127,7 @@ def load_artifact(folder: Path, digest: str = "") -> Artifact:
     # Ranks are open in the graphs, which stands as zero here and there.
     arrays = manifest.trainable(rank=0, personal_rank=0)
     batch = dict.fromkeys(manifest.batch_inputs, (0, 0))
-    targets = (0, 0) if manifest.task is TaskKind.CAUSAL_LM else (0,)
+    targets = manifest.task.target_shape(0, 0)
     inputs = {**batch, SCALE: (), **arrays}
     gradients = {gradient_name(name) for name in arrays}
     _check_graph(folder, GRADIENT_GRAPH, {**inputs, TARGETS: targets}, {LOSS, *gradients})

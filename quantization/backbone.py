@@ -27,9 +27,11 @@ from quantization.schemes import Scheme
 from quantization.seeded import head_start
 from quantization.tasks import TaskKind
 
-__all__ = ["Backbone", "Scheme", "TaskKind", "load_backbone", "resolve_backbone"]
+__all__ = ["Backbone", "Scheme", "TaskKind", "load_backbone", "logits_of", "resolve_backbone"]
 
 _PROOF_TEXTS: Final = ("The gradient comes back.", "So it does, all the way.")
+# A logit of what cannot be: the softmax leaves nothing of it.
+_NEVER: Final = -1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Backbone:
     """A frozen model, ready to carry adapters.
 
     `head_modules` names the top-level modules that the task adds to the backbone (`classifier`,
-    `score`; none for a causal LM): fresh from a seed, in float32, never quantised, frozen as given.
+    `score`, `qa_outputs`; none for a causal LM): fresh from a seed, in float32, never quantised,
+    frozen as given.
     """
 
     model: PreTrainedModel
@@ -63,7 +66,7 @@ def load_backbone(
 ) -> Backbone:
     """Load the backbone that `name_or_path` stands for (see `resolve_backbone`).
 
-    A classification head always starts from `head_seed`, also where the checkpoint brings one.
+    A task's head always starts from `head_seed`, also where the checkpoint brings one.
     `attention` is transformers' `attn_implementation`; double backward needs "eager". Whatever is
     not quantised is float32. `compute_dtype`, "float32" or "bfloat16", is what NF4, FP4 and INT8
     layers multiply in: by default float32 on a CPU, bfloat16 on CUDA (INT8: what comes in). The
@@ -198,8 +201,19 @@ def proof_logits(backbone: Backbone) -> Tensor:
     """The logits of two short texts, for comparing backbones bit by bit."""
     with torch.no_grad():
         batch = _proof_batch(backbone.model, backbone.tokenizer, _PROOF_TEXTS)
-        logits: Tensor = backbone.model(**batch).logits
-    return logits
+        return logits_of(backbone.model(**batch), batch["attention_mask"])
+
+
+def logits_of(output: Any, attention_mask: Tensor) -> Tensor:
+    """The logits in what a model gave; of question answering [b, 2, t], start and end.
+
+    An answer neither starts nor ends in padding, however long the batch was padded to.
+    """
+    if "logits" in output:
+        logits: Tensor = output.logits
+        return logits
+    both = torch.stack([output.start_logits, output.end_logits], dim=1)
+    return both.masked_fill(attention_mask[:, None] == 0, _NEVER)
 
 
 def _proof_batch(
@@ -231,7 +245,8 @@ def _embedding_gradient(
     handle = model.get_input_embeddings().register_forward_hook(want_gradient)
     try:
         with torch.enable_grad():
-            loss = model(**batch).logits[:, at].float().square().mean()
+            logits = logits_of(model(**batch), batch["attention_mask"])
+            loss = logits[:, at].float().square().mean()
             return torch.autograd.grad(loss, embedded[0])[0]
     finally:
         handle.remove()

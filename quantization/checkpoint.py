@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
@@ -23,6 +25,11 @@ from quantization.errors import BackboneError
 from quantization.tasks import TaskKind
 
 _REASON_MAX: Final = 400  # characters of what a library says; some list every model they know
+_READERS: Final[dict[TaskKind, Any]] = {
+    TaskKind.SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    TaskKind.CAUSAL_LM: AutoModelForCausalLM,
+    TaskKind.QUESTION_ANSWERING: AutoModelForQuestionAnswering,
+}
 
 
 def read_model(
@@ -36,7 +43,7 @@ def read_model(
     config = _read_config(folder, kind, label_count)
     try:
         with _quiet_transformers(), torch.random.fork_rng(devices=[]):
-            model, report = _reader(kind).from_pretrained(
+            model, report = _READERS[kind].from_pretrained(
                 folder,
                 config=config,
                 attn_implementation=attention,
@@ -45,11 +52,13 @@ def read_model(
                 local_files_only=True,
                 output_loading_info=True,
                 trust_remote_code=False,
+                key_mapping=_renamed(kind, config),
             )
     except Exception as error:  # as many kinds as there are architectures
         raise _unreadable(folder, kind, error) from error
     found = head_modules(model, kind)
     _forbid_gaps(folder, report, found)
+    _drop_idle_biases(model, kind, found)
     return model, found
 
 
@@ -64,7 +73,7 @@ def build_model(
     config = _read_config(folder, kind, label_count)
     try:
         with _quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = _reader(kind).from_config(
+            model = _READERS[kind].from_config(
                 config,
                 attn_implementation=attention,
                 dtype=torch.float32,
@@ -72,12 +81,14 @@ def build_model(
             )
     except Exception as error:
         raise _unreadable(folder, kind, error) from error
-    return model, head_modules(model, kind)
+    found = head_modules(model, kind)
+    _drop_idle_biases(model, kind, found)
+    return model, found
 
 
 def head_modules(model: PreTrainedModel, kind: TaskKind) -> tuple[str, ...]:
     """Top-level modules with parameters beside the base model; none for a causal LM."""
-    if kind is TaskKind.CAUSAL_LM:
+    if kind.outputs(0) is None:
         return ()
     return tuple(
         name
@@ -86,16 +97,39 @@ def head_modules(model: PreTrainedModel, kind: TaskKind) -> tuple[str, ...]:
     )
 
 
+def _drop_idle_biases(model: Any, kind: TaskKind, head_modules: tuple[str, ...]) -> None:
+    """Leave out what a softmax over tokens does not see: the same number added to every token.
+
+    Its gradient is what rounding leaves, and Adam would make whole steps of that.
+    """
+    if kind is not TaskKind.QUESTION_ANSWERING:
+        return
+    for name in head_modules:
+        if isinstance(head := model.get_submodule(name), nn.Linear):
+            head.register_parameter("bias", None)
+
+
+def _renamed(kind: TaskKind, config: Any) -> dict[str, str] | None:
+    """Names of a checkpoint that this kind's model has otherwise, for transformers to change.
+
+    Its Llama that answers questions calls `transformer` what every Llama checkpoint calls `model`.
+    """
+    if kind is not TaskKind.QUESTION_ANSWERING:
+        return None
+    readers: tuple[Any, Any] = (_READERS[kind], AutoModel)
+    with torch.device("meta"):
+        own, usual = (
+            reader.from_config(config, trust_remote_code=False).base_model_prefix
+            for reader in readers
+        )
+    return None if own == usual else {rf"^{usual}\.": f"{own}."}
+
+
 def output_embeddings(model: Any) -> list[str]:
     """The language model's head: often tied to the input embeddings, so it stays as it is."""
     output = model.get_output_embeddings()
     modules = model.named_modules()
     return [] if output is None else [name for name, module in modules if module is output]
-
-
-def _reader(kind: TaskKind) -> Any:
-    classify = kind is TaskKind.SEQUENCE_CLASSIFICATION
-    return AutoModelForSequenceClassification if classify else AutoModelForCausalLM
 
 
 def stacked_weights(model: nn.Module) -> list[str]:
@@ -149,8 +183,8 @@ def _read_config(folder: Path, kind: TaskKind, label_count: int) -> Any:
             f"{folder}: quantised by another program; give the checkpoint before that"
         )
     _switch_off_dropout(config)
-    if kind is TaskKind.SEQUENCE_CLASSIFICATION:
-        config.num_labels = label_count
+    if (outputs := kind.outputs(label_count)) is not None:
+        config.num_labels = outputs
     return config
 
 

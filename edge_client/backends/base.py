@@ -30,13 +30,23 @@ class Level(Enum):
 class Evaluation:
     """On some rows: mean loss, share answered right, and the mean of that over the labels present.
 
-    For causal LM the loss is per token, and accuracy the share of next tokens foretold.
+    For causal LM the loss is per token, and accuracy the share of next tokens foretold. For
+    question answering accuracy is SQuAD's exact match; `f1`, the mean overlap in words, is there
+    alone.
     """
 
     count: int
     loss: float
     accuracy: float
     balanced_accuracy: float
+    f1: float | None = None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """All but the loss, each under its usual name."""
+        if self.f1 is not None:
+            return {"exact_match": self.accuracy, "f1": self.f1}
+        return {"accuracy": self.accuracy, "balanced_accuracy": self.balanced_accuracy}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,19 @@ class Prediction:
 
     label: str
     probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAnswer:
+    """The likeliest answer in a context: its text, which is `context[start:end]`.
+
+    `probability` is its share among all spans of the context that could be answers.
+    """
+
+    text: str
+    start: int
+    end: int
+    probability: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +165,10 @@ class Trainer(Protocol):
     def evaluate(self, rows: Encoded, level: Level) -> Evaluation:
         """Loss and accuracy at a level."""
 
-    def predict(self, rows: Sequence[Example], level: Level) -> list[Prediction]:
-        """The likeliest label of each row."""
+    def predict(
+        self, rows: Sequence[Example], level: Level
+    ) -> list[Prediction] | list[FoundAnswer]:
+        """The likeliest label of each row, or the likeliest answer in its context."""
 
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of each adapted layer."""

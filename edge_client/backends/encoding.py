@@ -9,10 +9,6 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.data import Example
-from edge_client.errors import DataError
-from protocol.federation import Task, TaskKind
-
 # torch's cross entropy passes over targets of this value, and so does everything here.
 IGNORED: Final = -100
 
@@ -32,113 +28,79 @@ class Tokenizer(Protocol):
         the model wants around a text.
         """
 
+    def windows(self, question: str, context: str, length_max: int, overlap: int) -> list[Window]:
+        """A question with each part of its context in turn; neighbours share `overlap` tokens."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text, without special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """A question and a part of its context, as token ids; segments where the model takes any.
+
+    The tokens of the context begin at position `first`; `spans`, [n, 2], has the characters of the
+    context that each of them stands for.
+    """
+
+    ids: Sequence[int]
+    types: Sequence[int] | None
+    first: int
+    spans: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """One row's token ids, and its target: a label, or a label a token."""
+    """One row's token ids, their segments where the model takes any, and what is to be foretold."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...] | None
-    label: int | None
-    token_labels: tuple[int, ...] | None
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded rows: `inputs` of shape [b, t] each, `targets` [b], or [b, t] for causal LM; int64."""
+    """Padded rows: `inputs` of shape [b, t] each, `targets` as their kind of task has them; int64.
+
+    `rows` are those that it was made of.
+    """
 
     inputs: dict[str, NDArray[np.int64]]
     targets: NDArray[np.int64]
+    rows: tuple[EncodedRow, ...] = ()
 
     @property
     def weight(self) -> int:
         """How many targets the mean loss is over."""
-        targets = self.targets[:, 1:] if self.targets.ndim == 2 else self.targets
-        return int((targets != IGNORED).sum())
-
-    def split(self, rows: int) -> list[Batch]:
-        """Parts of at most so many rows, each padded to its own longest; 0 leaves it whole.
-
-        Rows that come in order of their length leave little to pad.
-        """
-        if rows == 0 or len(self.targets) <= rows:
-            return [self]
-        parts = []
-        for at in range(0, len(self.targets), rows):
-            inputs = {name: array[at : at + rows] for name, array in self.inputs.items()}
-            longest = int(inputs["attention_mask"].sum(1).max())
-            targets = self.targets[at : at + rows, ...]
-            parts.append(
-                Batch(
-                    {name: array[:, :longest] for name, array in inputs.items()},
-                    targets[:, :longest] if targets.ndim == 2 else targets,
-                )
-            )
-        return parts
+        return int((self.targets != IGNORED).sum())
 
 
-class Encoder:
-    """Tokenises rows of one task, and pads them into batches."""
-
-    def __init__(self, tokenizer: Tokenizer, task: Task) -> None:
-        self._tokenizer = tokenizer
-        self._task = task
-
-    def rows(self, rows: Sequence[Example]) -> list[EncodedRow]:
-        """Token ids, cut to the task's longest input."""
-        if self._task.kind is TaskKind.CAUSAL_LM:
-            return [self._causal(row) for row in rows]
-        return [self._classified(row) for row in rows]
-
-    def batch(self, rows: Sequence[EncodedRow]) -> Batch:
-        """Rows padded on the right to the longest of them."""
-        inputs = {
-            "input_ids": _padded([row.ids for row in rows], self._tokenizer.pad_id),
-            "attention_mask": _padded([(1,) * len(row.ids) for row in rows], 0),
-        }
-        if rows[0].types is not None:
-            inputs["token_type_ids"] = _padded([row.types or () for row in rows], 0)
-        if self._task.kind is TaskKind.CAUSAL_LM:
-            targets = _padded([row.token_labels or () for row in rows], IGNORED)
-        else:
-            labels = [IGNORED if row.label is None else row.label for row in rows]
-            targets = np.array(labels, np.int64)
-        return Batch(inputs, targets)
-
-    def _classified(self, row: Example) -> EncodedRow:
-        ids, types = self._tokenizer.encode(
-            row.text, row.text_pair, length_max=self._task.max_length
-        )
-        if not ids:
-            raise DataError(f"a text leaves no token: {row.text[:40]!r}")
-        return EncodedRow(tuple(ids), tuple(types) if types else None, row.label, None)
-
-    def _causal(self, row: Example) -> EncodedRow:
-        prompt = tuple(self._tokenizer.encode(row.text)[0])
-        if row.text_pair is None:
-            ids, silent = prompt, 0
-        else:
-            more, _ = self._tokenizer.encode(row.text_pair, special=False)
-            ids, silent = prompt + tuple(more), len(prompt)
-        end = self._tokenizer.end_id
-        ids = (ids + ((end,) if end is not None and ids[-1:] != (end,) else ()))[
-            : self._task.max_length
-        ]
-        # The first token is never foretold; a prompt's tokens are, but do not count.
-        counted = ids[max(silent, 1) :]
-        if not counted:
-            raise DataError(
-                f"a text leaves no token to learn within max_length {self._task.max_length}: "
-                f"{row.text[:40]!r}"
-            )
-        return EncodedRow(ids, None, None, (IGNORED,) * (len(ids) - len(counted)) + counted)
+def window_of(
+    ids: Sequence[int],
+    types: Sequence[int] | None,
+    parts: Sequence[int | None],
+    offsets: Sequence[tuple[int, int]],
+) -> Window:
+    """A window as the `tokenizers` library has it: of each token its part and characters there."""
+    places = [place for place, part in enumerate(parts) if part == 1]
+    spans = np.array([offsets[place] for place in places], np.int32).reshape(-1, 2)
+    return Window(ids, types, places[0] if places else 0, spans)
 
 
-def _padded(rows: Sequence[Sequence[int]], filler: int) -> NDArray[np.int64]:
-    padded = np.full((len(rows), max(map(len, rows))), filler, np.int64)
-    for row, ids in zip(padded, rows, strict=True):
-        row[: len(ids)] = ids
-    return padded
+def batch_of(rows: Sequence[EncodedRow], targets: NDArray[np.int64], pad_id: int) -> Batch:
+    """Rows padded on the right to the longest of them."""
+    inputs = {
+        "input_ids": padded([row.ids for row in rows], pad_id),
+        "attention_mask": padded([(1,) * len(row.ids) for row in rows], 0),
+    }
+    if rows[0].types is not None:
+        inputs["token_type_ids"] = padded([row.types or () for row in rows], 0)
+    return Batch(inputs, targets, tuple(rows))
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int) -> NDArray[np.int64]:
+    """Rows of any lengths as [b, longest]."""
+    array = np.full((len(rows), max(map(len, rows))), filler, np.int64)
+    for into, row in zip(array, rows, strict=True):
+        into[: len(row)] = row
+    return array

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from edge_client.backends.encoding import Window, window_of
 from edge_client.errors import MissingExtraError
 from quantization.errors import ArtifactError
 
@@ -43,6 +44,19 @@ class FastTokenizer:
         # An empty second text is none, as transformers has it.
         encoded = self._tokenizer.encode(text, pair or None, add_special_tokens=special)
         return encoded.ids, encoded.type_ids if self._with_types else None
+
+    def windows(self, question: str, context: str, length_max: int, overlap: int) -> list[Window]:
+        self._tokenizer.enable_truncation(length_max, stride=overlap, strategy="only_second")
+        first = self._tokenizer.encode(question, context)
+        return [
+            window_of(
+                one.ids,
+                one.type_ids if self._with_types else None,
+                one.sequence_ids,
+                one.offsets,
+            )
+            for one in (first, *first.overflowing)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -22,10 +22,11 @@ from edge_client.backends.encoding import IGNORED, Batch
 from edge_client.backends.fast_tokenizer import FastTokenizer
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.ort_graphs import EvaluationGraph, GradientGraph
-from edge_client.backends.trainer import FlatTrainer, Score, Shape, start_of
+from edge_client.backends.trainer import FlatTrainer, Shape, start_of
 from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
-from protocol.federation import FederationSettings, Group, TaskKind
+from edge_client.tasks.base import Score, cross_entropy
+from protocol.federation import FederationSettings, Group
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
@@ -127,14 +128,10 @@ class OrtTrainer(FlatTrainer):
         return arrays
 
     def _score(self, batch: Batch) -> Score:
-        logits, targets = self._logits(batch), batch.targets
-        if self._settings.task.kind is TaskKind.CAUSAL_LM:
-            logits, targets = logits[:, :-1], targets[:, 1:]
+        logits, targets = self._rules.compared(self._logits(batch), batch.targets)
         kept = targets != IGNORED
         logits, targets = logits[kept], targets[kept]
-        highest = logits.max(-1)
-        log_sums = highest + np.log(np.exp(logits - highest[:, None]).sum(-1))
-        losses = log_sums - logits[np.arange(len(targets)), targets]
+        losses = cross_entropy(logits, targets)
         return Score(float(losses.sum(dtype=np.float64)), logits.argmax(-1) == targets, targets)
 
     def _factors(self, layer: str) -> tuple[Factor, Factor]:

@@ -62,7 +62,7 @@ class EvaluationGraph:
         _, self._session = _session(artifact, artifact.evaluation_graph)
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
-        """Float32 logits [b, labels], or [b, t, vocabulary]."""
+        """Float32 logits [b, labels], [b, t, vocabulary] or [b, 2, t]."""
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         logits: Array = self._session.run([LOGITS], feeds)[0]
         return logits

@@ -18,15 +18,16 @@ from torch.nn import functional
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Level
-from edge_client.backends.encoding import IGNORED, Batch
+from edge_client.backends.encoding import IGNORED, Batch, Window, window_of
 from edge_client.backends.flat import FlatGroup
-from edge_client.backends.trainer import FlatTrainer, Score, Shape
+from edge_client.backends.trainer import FlatTrainer, Shape
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.factors import Factor
 from edge_client.lora import AdapterError, active_level, inject
-from protocol.federation import FederationSettings, TaskKind
+from edge_client.tasks.base import Score
+from protocol.federation import FederationSettings
 from protocol.methods import Hypergradient, PF2LoRA
-from quantization.backbone import Backbone, load_backbone
+from quantization.backbone import Backbone, load_backbone, logits_of
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
@@ -49,15 +50,44 @@ class TransformersTokenizer:
         cut = {"truncation": True, "max_length": length_max} if length_max else {}
         encoded = self._tokenizer(text, pair, add_special_tokens=special, **cut)
         ids = encoded["input_ids"]
+        self._check(ids, text)
+        return ids, encoded.get("token_type_ids")
+
+    def windows(self, question: str, context: str, length_max: int, overlap: int) -> list[Window]:
+        if not self._tokenizer.is_fast:
+            kind = type(self._tokenizer).__name__
+            raise AdapterError(f"{kind} does not say which characters a token stands for")
+        encoded = self._tokenizer(
+            question,
+            context,
+            truncation="only_second",
+            max_length=length_max,
+            stride=overlap,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        types = encoded.get("token_type_ids")
+        for ids in encoded["input_ids"]:
+            self._check(ids, context)
+        return [
+            window_of(
+                ids,
+                None if types is None else types[number],
+                encoded.sequence_ids(number),
+                encoded["offset_mapping"][number],
+            )
+            for number, ids in enumerate(encoded["input_ids"])
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _check(self, ids: Sequence[int], text: str) -> None:
         if max(ids, default=0) >= self._embedding_count:
             raise DataError(
                 f"a text holds the token {self._tokenizer.convert_ids_to_tokens(max(ids))!r}, for "
                 f"which the backbone has no embedding: {text[:40]!r}"
             )
-        return ids, encoded.get("token_type_ids")
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def flat_group(parameters: Mapping[str, nn.Parameter], device: str) -> FlatGroup:
@@ -174,8 +204,7 @@ class TorchTrainer(FlatTrainer):
 
     def _forward(self, batch: Batch) -> Tensor:
         inputs = {name: self._placed(array) for name, array in batch.inputs.items()}
-        logits: Tensor = self._model(**inputs).logits
-        return logits
+        return logits_of(self._model(**inputs), inputs["attention_mask"])
 
     def _placed(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -184,11 +213,9 @@ class TorchTrainer(FlatTrainer):
         return functional.cross_entropy(*self._flat(batch))
 
     def _flat(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [k, classes] and targets [k]: a row each, or for causal LM a next token each."""
-        logits, targets = self._forward(batch), self._placed(batch.targets)
-        if self._settings.task.kind is TaskKind.CAUSAL_LM:
-            logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
-        return logits.float(), targets
+        """Logits [k, classes] and targets [k]."""
+        logits, targets = self._rules.compared(self._forward(batch), self._placed(batch.targets))
+        return logits.flatten(0, -2).float(), targets.flatten()
 
 
 def _embedding_count(model: Any) -> int:

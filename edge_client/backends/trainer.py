@@ -21,28 +21,28 @@ from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, Vector, train
 from edge_client.algorithms.schedule import plans
 from edge_client.algorithms.vectors import as_numpy, as_vector
-from edge_client.backends.base import Arrays, Evaluation, Export, Level, Prediction, RankReport
-from edge_client.backends.encoding import Batch, EncodedRow, Encoder, Tokenizer
+from edge_client.backends.base import (
+    Arrays,
+    Evaluation,
+    Export,
+    FoundAnswer,
+    Level,
+    Prediction,
+    RankReport,
+)
+from edge_client.backends.encoding import Batch, EncodedRow, Tokenizer, batch_of
 from edge_client.backends.flat import FlatGroup
 from edge_client.data import Example
-from edge_client.errors import AdapterError
 from edge_client.factors import Factor
 from edge_client.peft_export import TrainedAdapter, save_pretrained
 from edge_client.splits import batch_indices
-from protocol.federation import FederationSettings, OptimizerState, TaskKind, WireDtype
+from edge_client.tasks import rules_for
+from edge_client.tasks.base import Model, Score
+from protocol.federation import FederationSettings, OptimizerState, WireDtype
 from protocol.methods import HetLoRA
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
 from quantization.seeded import factor_start, head_start
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A batch's summed loss; of each target that counts whether it was foretold, and its label."""
-
-    loss_sum: float
-    hits: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class FlatTrainer(abc.ABC):
             view[:] = float(is_below(name, shape.head_modules))
         self._state = AlgorithmState()
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
-        self._encoder = Encoder(tokenizer, settings.task)
+        self._rules = rules_for(settings.task)
 
     def become(self, seed: int) -> None:
         """Be another device, one that has just begun: for simulations of many in one process."""
@@ -135,7 +135,7 @@ class FlatTrainer(abc.ABC):
 
     @abc.abstractmethod
     def _logits(self, batch: Batch) -> np.ndarray[Any, Any]:
-        """Float32 logits at the present level: [b, labels], or [b, t, vocabulary]."""
+        """Float32 logits at the present level, as the kind of task has them."""
 
     @abc.abstractmethod
     def _score(self, batch: Batch) -> Score:
@@ -173,7 +173,11 @@ class FlatTrainer(abc.ABC):
     # --- backends.base.Trainer ----------------------------------------------------------------
 
     def encode(self, rows: Sequence[Example]) -> list[EncodedRow]:
-        return self._encoder.rows(rows)
+        return [one for row in rows for one in self._rules.encode(row, self._tokenizer)]
+
+    def batch(self, rows: Sequence[EncodedRow]) -> Batch:
+        """Rows padded to the longest of them, with their targets."""
+        return batch_of(rows, self._rules.targets(rows), self._tokenizer.pad_id)
 
     def common(self) -> NamedTensors:
         return NamedTensors.from_arrays(self._common.arrays())
@@ -234,31 +238,16 @@ class FlatTrainer(abc.ABC):
         with self._at(level):
             return self._evaluate(rows)
 
-    def predict(self, rows: Sequence[Example], level: Level) -> list[Prediction]:
-        if self._settings.task.kind is TaskKind.CAUSAL_LM:
-            raise AdapterError("predict is for classification; use generate for causal-lm")
-        names = self._settings.task.labels
-        found = []
+    def predict(
+        self, rows: Sequence[Example], level: Level
+    ) -> list[Prediction] | list[FoundAnswer]:
         with self._at(level):
-            for batch in self._batches(self.encode(rows)):
-                for row in _softmax(self._logits(batch)):
-                    found.append(Prediction(names[int(row.argmax())], tuple(row.tolist())))
-        return found
+            return self._rules.predict(rows, self._model_now)
 
     def generate(self, prompt: str, new_tokens_max: int, level: Level = Level.PERSONAL) -> str:
         """The likeliest continuation of a prompt, token by token (causal LM)."""
-        if self._settings.task.kind is not TaskKind.CAUSAL_LM:
-            raise AdapterError("generate is for causal-lm; use predict for classification")
-        ids = list(self._tokenizer.encode(prompt)[0])
-        begin = len(ids)
         with self._at(level):
-            for _ in range(new_tokens_max):
-                row = np.array([ids], np.int64)
-                batch = Batch({"input_ids": row, "attention_mask": np.ones_like(row)}, row)
-                ids.append(int(self._logits(batch)[0, -1].argmax()))
-                if ids[-1] == self._tokenizer.end_id:
-                    break
-        return self._tokenizer.decode(ids[begin:])
+            return self._rules.generate(prompt, new_tokens_max, self._model_now)
 
     def rank_report(self) -> dict[str, RankReport]:
         return {name: factor_math.rank_report(*self._factors(name)) for name in self._shape.layers}
@@ -322,16 +311,12 @@ class FlatTrainer(abc.ABC):
         self._state.vectors["feedback"] = as_vector(flat - update.flat(), self._common.values)
         return update
 
+    @property
+    def _model_now(self) -> Model:
+        return Model(self._tokenizer, self._batches, self._score, self._logits)
+
     def _evaluate(self, rows: list[EncodedRow]) -> Evaluation:
-        ordered = sorted(rows, key=lambda row: len(row.ids))
-        scores = [self._score(batch) for batch in self._batches(ordered)]
-        hits = np.concatenate([score.hits for score in scores]).astype(np.float64)
-        labels = np.concatenate([score.labels for score in scores])
-        recalls = [float(hits[labels == label].mean()) for label in np.unique(labels)]
-        loss_sum = sum(score.loss_sum for score in scores)
-        return Evaluation(
-            len(rows), loss_sum / len(hits), float(hits.mean()), sum(recalls) / len(recalls)
-        )
+        return self._rules.evaluate(rows, self._model_now)
 
     @contextlib.contextmanager
     def _at(self, level: Level) -> Iterator[None]:
@@ -355,14 +340,21 @@ class FlatTrainer(abc.ABC):
             chosen = [rows[i] for i in indices]
             if self._settings.training.micro_batch_size:
                 chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
-            yield self._encoder.batch(chosen)
+            yield self.batch(chosen)
 
-    def _batches(self, rows: list[EncodedRow]) -> list[Batch]:
-        parts = range(0, len(rows), self.evaluation_batch)
-        return [self._encoder.batch(rows[at : at + self.evaluation_batch]) for at in parts]
+    def _batches(self, rows: Sequence[EncodedRow]) -> list[Batch]:
+        return self._batches_of(rows, self.evaluation_batch)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        return batch.split(self._settings.training.micro_batch_size)
+        """Parts of at most so many rows, each padded to its own longest.
+
+        Rows that come in order of their length leave little to pad.
+        """
+        size = self._settings.training.micro_batch_size
+        return self._batches_of(batch.rows, size) if 0 < size < len(batch.rows) else [batch]
+
+    def _batches_of(self, rows: Sequence[EncodedRow], size: int) -> list[Batch]:
+        return [self.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
 class Oracle:
@@ -378,9 +370,3 @@ class Oracle:
         self.mixed_product = trainer.mixed_product
         self.factors = trainer.factors
         self.personal_factors = trainer.personal_factors
-
-
-def _softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    powers: np.ndarray[Any, Any] = np.exp(logits - logits.max(-1, keepdims=True))
-    powers /= powers.sum(-1, keepdims=True)
-    return powers

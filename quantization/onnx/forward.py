@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantization.artifact import IGNORED, LOGITS, LOSS, SCALE, TARGETS
-from quantization.backbone import Backbone
+from quantization.backbone import Backbone, logits_of
 from quantization.bnb import dense_weight, embeddings, is_below, is_transposed, linear_shape
 from quantization.checkpoint import output_embeddings, stacked_weights
 from quantization.errors import ArtifactError, SchemeError
@@ -101,12 +101,12 @@ class _Model(nn.Module):
         scale, targets = given.pop(SCALE), given.pop(TARGETS)
         for name, layer in self._layers.items():
             layer.factors = (given.pop(f"{name}.down"), given.pop(f"{name}.up"), scale)
-        logits: Tensor = self.model(**given, **self._settings()).logits
+        logits = logits_of(self.model(**given, **self._settings()), given["attention_mask"])
         if self._is_causal:
             # Each token's logits foretell the next one. Moving the targets copies no logits.
-            targets = functional.pad(targets[:, 1:], (0, 1), value=IGNORED).flatten()
-        rows = logits.flatten(0, -2)
-        return functional.cross_entropy(rows, targets, ignore_index=IGNORED), logits
+            targets = functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
+        rows, wanted = logits.flatten(0, -2), targets.flatten()
+        return functional.cross_entropy(rows, wanted, ignore_index=IGNORED), logits
 
     def by_torch(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See Forward. The head's parameters keep the values given."""
@@ -200,9 +200,9 @@ def _example(backbone: Backbone, layers: Sequence[str]) -> tuple[list[str], tupl
     given = set(backbone.tokenizer(_EXAMPLE))
     batch = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in given]
     tokens = torch.ones(_ROWS, _LENGTH, dtype=torch.int64)
-    is_causal = backbone.task is TaskKind.CAUSAL_LM
     values = dict.fromkeys(batch, tokens)
-    values[TARGETS] = tokens if is_causal else torch.ones(_ROWS, dtype=torch.int64)
+    shape = backbone.task.target_shape(_ROWS, _LENGTH)
+    values[TARGETS] = torch.ones(shape, dtype=torch.int64)
     values[SCALE] = torch.tensor(1.0)
     for name in layers:
         layer: Any = backbone.model.get_submodule(name)
@@ -242,7 +242,9 @@ def _dynamic_axes(name: str, value: Tensor) -> dict[int, str]:
         return {0: "k"}
     if name.endswith(".up"):
         return {1: "k"}
-    return dict(zip(range(value.dim()), "bt", strict=False))
+    # Rows may be any, and tokens: an answer's two ends are not tokens.
+    sizes = zip(value.shape, "bt", strict=False)
+    return {i: axis for i, (size, axis) in enumerate(sizes) if axis == "b" or size == _LENGTH}
 
 
 def _is_factor(name: str) -> bool:

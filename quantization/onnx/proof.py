@@ -66,11 +66,14 @@ def _batch(forward: Forward, manifest: Manifest) -> Arrays:
     ids = np.where(mask, rng.integers(2, 12, mask.shape), manifest.pad_id)
     arrays = dict.fromkeys(forward.batch_inputs, np.zeros_like(ids))
     arrays |= {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
-    if manifest.task is TaskKind.CAUSAL_LM:
-        targets = np.where(mask, ids, IGNORED)
-        targets[:, 2] = IGNORED
-    else:
-        targets = np.array([0, IGNORED, manifest.label_count - 1])
+    match manifest.task:
+        case TaskKind.SEQUENCE_CLASSIFICATION:
+            targets = np.array([0, IGNORED, manifest.label_count - 1])
+        case TaskKind.CAUSAL_LM:
+            targets = np.where(mask, ids, IGNORED)
+            targets[:, 2] = IGNORED
+        case TaskKind.QUESTION_ANSWERING:
+            targets = np.array([[1, length - 1], [IGNORED, IGNORED], [0, 2]])
     arrays = {name: arrays[name] for name in forward.batch_inputs}
     return arrays | {TARGETS: targets, SCALE: np.array(_SCALE, np.float32)}
 

@@ -74,6 +74,23 @@ def test_devices_are_tested_on_their_own_mix_and_on_other_rows(name: str, split:
 
 
 @needs_data
+@pytest.mark.parametrize("name", ["e2e", "squad"])
+def test_devices_by_a_field_have_rows_in_every_part_and_nobody_reads_a_test_text(name: str) -> None:
+    task = TASKS[name]
+    parts = {split: deal(task, split, 0) for split in ("dev", "test")}
+    for split, shares in parts.items():
+        assert len(shares) == task.devices
+        assert min(len(share.evaluation) for share in shares) >= 40, split
+    if name == "squad":
+        texts = [{row.text_pair for s in parts["test"] for row in s.training}]
+        texts += [{row.text_pair for s in parts[p] for row in s.evaluation} for p in parts]
+        assert len(set.union(*texts)) == sum(map(len, texts))
+        for row in (row for share in parts["test"] for row in share.training):
+            for answer in row.answers:
+                assert (row.text_pair or "").startswith(answer.text, answer.start)
+
+
+@needs_data
 def test_a_cell_is_a_whole_federation_and_comes_out_the_same_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,16 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client.data import Example, FieldNames, device_files, find_labels, read_rows
+from edge_client.data import Answer, Example, FieldNames, device_files, find_labels
 from edge_client.errors import DataError
+from edge_client.tasks import read_rows
+from protocol.federation import Task, TaskKind
 
-LABELS = ["no", "yes"]
+LABELS = Task(TaskKind.SEQUENCE_CLASSIFICATION, ("no", "yes"))
+TEXTS = Task(TaskKind.CAUSAL_LM)
+QUESTIONS = Task(TaskKind.QUESTION_ANSWERING)
 
 
 def _file(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def _answers(texts: list[object], starts: list[object]) -> dict[str, object]:
+    return {"text": texts, "answer_start": starts}
 
 
 @pytest.mark.parametrize(
@@ -34,18 +42,14 @@ def _file(folder: Path, name: str, content: str | bytes) -> Path:
 def test_files_of_every_kind_give_the_same_rows(
     tmp_path: Path, name: str, content: str | bytes
 ) -> None:
-    rows = read_rows(_file(tmp_path, name, content), labels=LABELS)
+    rows = read_rows(_file(tmp_path, name, content), LABELS)
     assert rows == [Example("a, b", None, 1), Example("c", None, 0)]
 
 
 def test_mappings_other_names_pairs_and_causal_texts(tmp_path: Path) -> None:
-    rows = read_rows(
-        [{"s1": "a", "s2": "b", "y": 1}], labels=LABELS, fields=FieldNames("s1", "s2", "y")
-    )
+    rows = read_rows([{"s1": "a", "s2": "b", "y": 1}], LABELS, FieldNames("s1", "s2", "y"))
     assert rows == [Example("a", "b", 1)]
-    assert read_rows([{"text": "t", "label": "anything"}], labels=None) == [
-        Example("t", None, None)
-    ]
+    assert read_rows([{"text": "t", "label": "anything"}], TEXTS) == [Example("t", None, None)]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_what_is_malformed_is_refused_by_file_line_and_field(
     tmp_path: Path, name: str, content: str | bytes, problem: str
 ) -> None:
     with pytest.raises(DataError, match=problem) as refused:
-        read_rows(_file(tmp_path, name, content), labels=LABELS)
+        read_rows(_file(tmp_path, name, content), LABELS)
     assert name in str(refused.value)
 
 
@@ -93,17 +97,17 @@ def test_a_text_stays_as_it_is_in_every_kind_of_file(tmp_path: Path, text: str) 
         ("d.csv", f"text,label\n{text},yes\n"),
         ("d.tsv", f"text\tlabel\n{text}\tyes\n"),
     ):
-        rows = read_rows(_file(tmp_path, name, content), labels=LABELS)
+        rows = read_rows(_file(tmp_path, name, content), LABELS)
         assert rows == [Example(text, None, 1)], name
     assert csv.field_size_limit() == limit  # which is one for the whole process
 
 
 def test_a_number_is_a_label_by_name_before_it_is_an_index() -> None:
-    stars = ["1", "2", "3", "4", "5"]
+    stars = Task(TaskKind.SEQUENCE_CLASSIFICATION, ("1", "2", "3", "4", "5"))
     rows = [{"text": "a", "label": label} for label in (1, "1", 5, np.int64(5))]
-    assert [row.label for row in read_rows(rows, labels=stars)] == [0, 0, 4, 4]
+    assert [row.label for row in read_rows(rows, stars)] == [0, 0, 4, 4]
     with pytest.raises(DataError, match="0 is not a label of the task"):
-        read_rows([{"text": "a", "label": 0}], labels=stars)
+        read_rows([{"text": "a", "label": 0}], stars)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +122,12 @@ def test_a_number_is_a_label_by_name_before_it_is_an_index() -> None:
 )
 def test_rows_of_an_app_are_looked_at_too(rows: object, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
-        read_rows(rows, labels=LABELS)
+        read_rows(rows, LABELS)
 
 
 def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file"):
-        read_rows(tmp_path / "none.jsonl", labels=LABELS)
+        read_rows(tmp_path / "none.jsonl", LABELS)
     with pytest.raises(DataError, match=r"holds no \.jsonl"):
         device_files(tmp_path)
 
@@ -133,3 +137,50 @@ def test_labels_are_found_and_numbers_sorted_as_numbers(tmp_path: Path) -> None:
     names = _file(tmp_path, "b.jsonl", '{"label": "b"}\n{"label": "a"}\n')
     assert find_labels([numbers]) == ["1", "2", "10"]
     assert find_labels([names]) == ["a", "b"]
+
+
+SQUAD_ROW = {
+    "id": "1",
+    "question": "Who wrote it?",
+    "context": "Ada wrote it in 1843.",
+    "answers": {"text": ["Ada", "Ada wrote"], "answer_start": [0, 0]},
+}
+
+
+def test_questions_have_a_context_and_answers_in_it(tmp_path: Path) -> None:
+    wanted = Example(
+        "Who wrote it?", "Ada wrote it in 1843.", None, (Answer("Ada", 0), Answer("Ada wrote", 0))
+    )
+    assert read_rows(_file(tmp_path, "d.jsonl", json.dumps(SQUAD_ROW)), QUESTIONS) == [wanted]
+    names = {"q": "question", "c": "context", "a": "answers"}
+    renamed = {short: SQUAD_ROW[name] for short, name in names.items()}
+    fields = FieldNames(question="q", context="c", answers="a")
+    assert read_rows([renamed], QUESTIONS, fields) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"question": None}, 'line 2, field "question": is null'),
+        ({"context": " "}, 'line 2, field "context": is empty'),
+        ({"answers": "Ada"}, 'field "answers": expected an object with .* answer_start, got str'),
+        ({"answers": {"text": ["Ada"]}}, r'"answers\.answer_start": expected a list, got NoneType'),
+        ({"answers": _answers([], [])}, r'"answers\.text": is empty: a question needs an answer'),
+        ({"answers": _answers(["Ada"], [0, 4])}, "has 2 starts for 1 texts"),
+        ({"answers": _answers([3], [0])}, r'"answers\.text": expected text, got 3'),
+        ({"answers": _answers(["Ada"], ["0"])}, r"'0' is no character of the context \(0 to 20\)"),
+        ({"answers": _answers(["Ada"], [21])}, "21 is no character of the context"),
+        (
+            {"answers": _answers(["Ada", "1843"], [0, 15])},
+            r"line 2, field \"answers\.answer_start\": '1843' is not at 15, where ' 184' is; "
+            "it is at 16",
+        ),
+        ({"answers": _answers(["Bob"], [0])}, "where 'Ada' is; it is nowhere in the context"),
+    ],
+)
+def test_an_answer_that_is_not_there_is_refused_by_line_and_field(
+    tmp_path: Path, changes: dict[str, object], problem: str
+) -> None:
+    lines = [json.dumps(SQUAD_ROW), json.dumps(SQUAD_ROW | changes)]
+    with pytest.raises(DataError, match=problem):
+        read_rows(_file(tmp_path, "d.jsonl", "\n".join(lines)), QUESTIONS)

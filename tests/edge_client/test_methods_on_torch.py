@@ -114,7 +114,7 @@ def test_the_secant_departs_from_the_exact_hypergradient_with_alpha_squared(sche
     factors_alone = Adapter(rank=4, personal_rank=2, head=Group.COMMON)
     trainer = _trainer(_settings(exact, adapter=factors_alone), scheme)
     oracle = trainer.oracle
-    batch = trainer._encoder.batch(trainer.encode(ROWS[:8]))
+    batch = trainer.batch(trainer.encode(ROWS[:8]))
     (plan, *_) = plans(trainer._settings, 1)
     # A point far from where training starts, for there the levels hardly curve the loss.
     generator = torch.Generator().manual_seed(0)

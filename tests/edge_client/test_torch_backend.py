@@ -173,7 +173,7 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
     trainer = _trainer(_settings(str(STORIES), task=task))
     rows = trainer.encode([Example("Once upon a time", " there was a red dog", None)] * 4)
     prompt = len(trainer._tokenizer.encode("Once upon a time")[0])
-    assert set((rows[0].token_labels or ())[:prompt]) == {-100}
+    assert set(rows[0].targets[:prompt]) == {-100}
     before = trainer.evaluate(rows, Level.PERSONAL).loss
     for number in range(10):
         trainer.train(rows, 3 * number)

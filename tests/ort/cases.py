@@ -11,7 +11,7 @@ import numpy as np
 
 from edge_client.backends.base import Level
 from edge_client.backends.trainer import FlatTrainer
-from edge_client.data import Example
+from edge_client.data import Answer, Example
 from edge_client.splits import seeded
 from protocol.federation import (
     Adapter,
@@ -73,6 +73,10 @@ def _stories(algorithm: Any, **changes: Any) -> FederationSettings:
     )
 
 
+def _answers(algorithm: Any, **changes: Any) -> FederationSettings:
+    return replace(_minilm(algorithm, **changes), task=Task(TaskKind.QUESTION_ANSWERING, (), 48))
+
+
 def _cases() -> dict[str, Case]:
     difference, first = Hypergradient.FINITE_DIFFERENCE, Hypergradient.FIRST_ORDER
     of_minilm = {
@@ -99,6 +103,7 @@ def _cases() -> dict[str, Case]:
     }
     found = [Case(n, "minilm-none", _minilm(a, **more)) for n, (a, more) in of_minilm.items()]
     found += [Case(n, "stories-none", _stories(a, **more)) for n, (a, more) in of_stories.items()]
+    found.append(Case("answers", "answers-none", _answers(PF2LoRA(), micro_batch_size=4)))
     long = {"minilm", "minilm-sgd", "stories", "stories-sgd"}
     return {case.name: replace(case, steps=20 if case.name in long else 6) for case in found}
 
@@ -107,8 +112,18 @@ CASES: Final = _cases()
 
 
 def rows_of(case: Case) -> list[Example]:
-    """Texts of different lengths, some of them pairs; a causal LM's pairs carry loss alone."""
+    """Texts of different lengths, some of them pairs; a causal LM's pairs carry loss alone.
+
+    Questions are the first words of texts; an answer is the last of a context, which may be long.
+    """
     texts = [json.loads(line)["text"] for line in _lines("nurse.jsonl")[:40]]
+    if case.settings.task.kind is TaskKind.QUESTION_ANSWERING:
+        contexts = [" ".join(texts[i : i + 1 + 2 * (i % 3)]) for i in range(20)]
+        ends = [context.split()[-1] for context in contexts]
+        return [
+            Example(text[:20], context, None, (Answer(end, len(context) - len(end)),))
+            for text, context, end in zip(texts, contexts, ends, strict=False)
+        ]
     is_causal = case.settings.task.kind is TaskKind.CAUSAL_LM
     return [
         Example(
@@ -168,12 +183,20 @@ def outlook(trainer: FlatTrainer, case: Case, folder: Path) -> dict[str, Any]:
     for name, wanted in (("whole", {}), ("cut", ranks)):
         trainer.save_pretrained(folder / name, base, wanted, rows)
     found: dict[str, Any] = {
-        "levels": [list(astuple(trainer.evaluate(rows, level))) for level in Level],
+        "levels": [
+            [found.loss, *found.scores.values()]
+            for found in (trainer.evaluate(rows, level) for level in Level)
+        ],
         "ranks": [list(astuple(one)) for one in trainer.rank_report().values()],
     }
     if case.settings.task.kind is TaskKind.CAUSAL_LM:
         return found | {"text": trainer.generate("Once upon a time", 12)}
-    predicted = trainer.predict(rows_of(case), Level.PERSONAL)
+    predicted: list[Any] = trainer.predict(rows_of(case), Level.PERSONAL)
+    if case.settings.task.kind is TaskKind.QUESTION_ANSWERING:
+        return found | {
+            "answers": [[one.text, one.start, one.end] for one in predicted],
+            "probabilities": [one.probability for one in predicted],
+        }
     return found | {
         "labels": [one.label for one in predicted],
         "probabilities": [list(one.probabilities) for one in predicted],

@@ -21,6 +21,7 @@ from quantization.backbone import load_backbone
 from tests.ort.cases import CASES, MINILM, STORIES, follow, outlook, token_rows
 
 FORETELL = ["--task", "causal-lm"]
+ANSWER = ["--task", "question-answering"]
 CLASSIFY = ["--task", "sequence-classification", "--label-count", "2"]
 
 
@@ -33,7 +34,8 @@ def main(folder: Path) -> None:
         _export(folder / f"mixed-{scheme}", MINILM, scheme, "query-value", CLASSIFY)
     _prepare(folder / "federation")
     _record_tokens(folder / "minilm-none.tokens.json", MINILM, "sequence-classification")
-    cases = [case for case in CASES.values() if case.artifact == "minilm-none"]
+    _export(folder / "answers-none", MINILM, "none", "all-linear", ANSWER)
+    cases = [case for case in CASES.values() if case.artifact != "stories-none"]
     if STORIES.exists():
         _export(
             folder / "stories-none", str(STORIES), "none", "all-linear", ["--task", "causal-lm"]
@@ -46,7 +48,7 @@ def main(folder: Path) -> None:
             case.settings, backbone=None, scheme="none", device="cpu", personal_seed=7
         )
         np.savez(folder / f"{case.name}.npz", **follow(trainer, case))
-        if case.name in ("minilm", "stories"):
+        if case.name in ("minilm", "stories", "answers"):
             found = outlook(trainer, case, folder / f"{case.name}.peft")
             (folder / f"{case.name}.json").write_text(json.dumps(found))
 
@@ -88,7 +90,7 @@ def _export(out: Path, model: str, scheme: str, targets: str, task: list[str]) -
 
 def _record_tokens(path: Path, model: str, task: str) -> None:
     backbone = load_backbone(model, task=task, label_count=2 if task != "causal-lm" else 0)
-    tokenizer = TransformersTokenizer(backbone.tokenizer)
+    tokenizer = TransformersTokenizer(backbone.tokenizer, len(backbone.tokenizer))
     found = []
     for row in token_rows():
         ids, types = tokenizer.encode(row["text"], row["pair"], length_max=row["length_max"])

@@ -45,7 +45,7 @@ def test_losses_and_both_levels_follow_step_by_step(artifacts: Path, name: str) 
     assert max(errors.values()) < MOVED
 
 
-@pytest.mark.parametrize("name", ["minilm", "stories"])
+@pytest.mark.parametrize("name", ["minilm", "stories", "answers"])
 def test_a_trained_model_answers_alike_and_is_written_alike(
     artifacts: Path, tmp_path: Path, name: str
 ) -> None:
@@ -57,7 +57,7 @@ def test_a_trained_model_answers_alike_and_is_written_alike(
     follow(trainer, case)
     found = outlook(trainer, case, tmp_path)
     assert found.keys() == wanted.keys()
-    for key in found.keys() & {"labels", "text"}:
+    for key in found.keys() & {"labels", "text", "answers"}:
         assert found[key] == wanted[key]
     for level, (ours, theirs) in enumerate(zip(found["levels"], wanted["levels"], strict=True)):
         assert ours == pytest.approx(theirs, rel=1e-4), level

@@ -73,7 +73,8 @@ def of_class(cls: type[Any]) -> st.SearchStrategy[Any]:
 def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
     if cls is Task:
         kind, labels, length = values
-        labels = () if kind is TaskKind.CAUSAL_LM else (*dict.fromkeys(labels), "0 one", "0 two")
+        labelled = kind is TaskKind.SEQUENCE_CLASSIFICATION
+        labels = (*dict.fromkeys(labels), "0 one", "0 two") if labelled else ()
         values = (kind, labels, length)
     if cls is Rounds:
         count, cohort, _, deadline_s, weighting, _, *rest = values

@@ -38,6 +38,14 @@ def test_settings_that_the_writer_did_not_know_take_their_defaults() -> None:
     [
         ({"rounds": {"cohrot": 4}}, r"rounds\.cohrot: is unknown; did you mean 'cohort'"),
         (
+            {"task": {"kind": "question-answering", "labels": ["a", "b"], "max_length": 64}},
+            r"labels: question-answering takes no labels",
+        ),
+        (
+            {"task": {"kind": "question-answer", "labels": [], "max_length": 64}},
+            r"task\.kind: expected one of .*'question-answering'",
+        ),
+        (
             {"algorithm": {"name": "ffa-lora", "hypergradient": "exact"}},
             r"algorithm\.hypergradient: is no setting of 'ffa-lora', which has no settings",
         ),

@@ -78,7 +78,7 @@ def _by_torch(backbone: str, artifact: Artifact, use: Any) -> tuple[dict[str, An
     from torch.nn import functional
 
     from edge_client.lora import inject
-    from quantization.backbone import load_backbone
+    from quantization.backbone import load_backbone, logits_of
 
     manifest = artifact.manifest
     loaded = load_backbone(
@@ -105,11 +105,12 @@ def _by_torch(backbone: str, artifact: Artifact, use: Any) -> tuple[dict[str, An
         values = rng.normal(0, 0.05, tuple(parameter.shape)).astype(np.float32)
         parameter.data = torch.from_numpy(values)
     batch, targets = _batch(rng, loaded, manifest)
-    logits = loaded.model(**{name: torch.from_numpy(a) for name, a in batch.items()}).logits
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    logits = logits_of(loaded.model(**tensors), tensors["attention_mask"])
     wanted, rows = torch.from_numpy(targets), logits
     if manifest.task is TaskKind.CAUSAL_LM:
-        rows, wanted = logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten()
-    loss = functional.cross_entropy(rows, wanted)
+        rows, wanted = logits[:, :-1], wanted[:, 1:]
+    loss = functional.cross_entropy(rows.flatten(0, -2), wanted.flatten())
     loss.backward()
     arrays = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     gradients = {gradient_name(name): p.grad.numpy() for name, p in parameters.items()}
@@ -178,7 +179,10 @@ def _batch(rng: Any, loaded: Any, manifest: Any) -> tuple[dict[str, Any], Array]
         ).astype(np.int64)
     if manifest.task is TaskKind.CAUSAL_LM:
         return batch, np.where((mask == 1) & (np.arange(LENGTH) > 4), ids, -100)
-    targets = rng.integers(0, LABELS, ROWS)
+    if manifest.task is TaskKind.QUESTION_ANSWERING:
+        targets = np.sort(rng.integers(0, LENGTH // 2, (ROWS, 2)))
+    else:
+        targets = rng.integers(0, LABELS, ROWS)
     targets[1] = -100
     return batch, targets
 
@@ -186,6 +190,7 @@ def _batch(rng: Any, loaded: Any, manifest: Any) -> tuple[dict[str, Any], Array]
 def main(folder: Path) -> None:
     backbones = {
         "minilm": (MINILM, TaskKind.SEQUENCE_CLASSIFICATION),
+        "minilm-answers": (MINILM, TaskKind.QUESTION_ANSWERING),
         "stories260K": (STORIES, TaskKind.CAUSAL_LM),
     }
     for name, (backbone, task) in backbones.items():

@@ -181,7 +181,7 @@ def test_peft_gives_the_same_logits_merged_or_not(folders, name, task, tmp_path)
     for parameter in (trainer._adapter.common | trainer._adapter.personal).values():
         parameter.data += 0.1 * torch.randn_like(parameter)
     trainer.save_pretrained(tmp_path, str(folders(name)), {}, [])
-    batch = trainer._encoder.batch(trainer.encode(_rows(task)))
+    batch = trainer.batch(trainer.encode(_rows(task)))
     ours = torch.from_numpy(trainer._logits(batch))
     with trainer._running_at(Level.BACKBONE):
         assert not torch.allclose(ours, torch.from_numpy(trainer._logits(batch)), atol=1e-3)
@@ -217,9 +217,9 @@ def test_the_secant_is_near_the_exact_hypergradient(folders, name):
 def test_a_row_does_not_notice_the_longer_ones_beside_it(folders, name):
     trainer = _trainer(folders(name), CLASSIFICATION)
     rows = trainer.encode(_rows(CLASSIFICATION))
-    together = trainer._logits(trainer._encoder.batch(rows))
+    together = trainer._logits(trainer.batch(rows))
     for row, logits in zip(rows, together, strict=True):
-        assert abs(trainer._logits(trainer._encoder.batch([row]))[0] - logits).max() < 1e-5
+        assert abs(trainer._logits(trainer.batch([row]))[0] - logits).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["AlbertModel", "BloomForCausalLM", "Qwen3ForCausalLM"])

@@ -39,7 +39,9 @@ def error(found, expected):
 
 def test_every_backbone_and_scheme_is_there():
     assert {case.folder.name for case in CASES} >= {
-        f"minilm-{scheme}" for scheme in ("none", "int8", "int4", "nf4")
+        f"{name}-{scheme}"
+        for name in ("minilm", "minilm-answers")
+        for scheme in ("none", "int8", "int4", "nf4")
     }
 
 

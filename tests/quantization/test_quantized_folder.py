@@ -74,7 +74,7 @@ def test_one_folder_serves_every_task_of_its_backbone(scheme, int8_embeddings, t
     source = write_gpt2(tmp_path / "gpt2")
     written = quantize(str(source), scheme, tmp_path / "out", int8_embeddings=int8_embeddings)
     assert (set(written.tasks), written.not_served) == (set(TaskKind), {})
-    for task in ("causal-lm", "sequence-classification"):
+    for task in (kind.value for kind in TaskKind):
         read = load(tmp_path / "out", task, scheme=scheme)
         assert same(read, load(source, task, scheme=scheme, int8_embeddings=int8_embeddings))
         assert is_transposed(read.model.transformer.h[0].attn.c_attn)
@@ -204,7 +204,7 @@ def test_another_scheme_is_refused(folder, scheme):
 
 
 def test_a_task_without_weights_is_refused(folder):
-    refused(folder, "has weights for sequence-classification, not for causal-lm", task="causal-lm")
+    refused(folder, "has weights for .*question-answering, not for causal-lm", task="causal-lm")
 
 
 @pytest.mark.parametrize(

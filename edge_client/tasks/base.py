@@ -1,0 +1,142 @@
+"""What a kind of task has to say: how its rows are read, encoded, scored and answered. No torch."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.backends.base import Evaluation, FoundAnswer, Prediction
+from edge_client.backends.encoding import Batch, EncodedRow, Tokenizer
+from edge_client.data import Example, FieldNames, Place, RawRow
+from edge_client.errors import AdapterError
+from protocol.federation import Task, TaskKind
+
+Logits = np.ndarray[Any, Any]
+Predictions = list[Prediction] | list[FoundAnswer]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A batch's summed loss; of each target that counts whether it was foretold, and its label."""
+
+    loss_sum: float
+    hits: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model at its present level, whatever runs it."""
+
+    tokenizer: Tokenizer
+    batches: Callable[[Sequence[EncodedRow]], list[Batch]]
+    score: Callable[[Batch], Score]
+    logits: Callable[[Batch], Logits]
+
+
+class TaskRules(abc.ABC):
+    """One kind of task, with one federation's settings for it.
+
+    `peft_type` is what PEFT is told of it; `has_head` says that the task adds a head to the
+    backbone, which is trained from the start.
+    """
+
+    peft_type: ClassVar[str | None]
+    has_head: ClassVar[bool] = True
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @abc.abstractmethod
+    def read(self, row: RawRow, names: FieldNames) -> Example:
+        """A row of training or held-out data.
+
+        Raises:
+            DataError: a field is missing or malformed.
+        """
+
+    def check(self, row: Example, place: Place, names: FieldNames) -> None:
+        """Look at an Example that an app has made, which may be wrong as any row may.
+
+        Raises:
+            DataError: a field is missing or malformed.
+        """
+        self.read(RawRow(self.fields_of(row, names), place), names)
+
+    def fields_of(self, row: Example, names: FieldNames) -> dict[str, object]:
+        """The fields of the row that an Example would be read from."""
+        return {names.text: row.text, names.text_pair: row.text_pair}
+
+    def asked(self, row: object, place: Place, names: FieldNames) -> Example:  # noqa: ARG002
+        """What `predict` is given, without its label or answer.
+
+        Raises:
+            DataError: it is not what this kind of task predicts from.
+            AdapterError: this kind predicts nothing; use `generate`.
+        """
+        raise self._no_choice()
+
+    @abc.abstractmethod
+    def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
+        """Token ids within the task's longest input: one row, or several that share the work.
+
+        Raises:
+            DataError: nothing is left to be learned within that length.
+        """
+
+    @abc.abstractmethod
+    def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
+        """The targets of a batch."""
+
+    def compared(self, logits: Any, targets: Any) -> tuple[Any, Any]:
+        """Logits [..., classes] beside the targets [...] that they foretell; torch's or NumPy's."""
+        return logits, targets
+
+    def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
+        """Loss and scores on rows."""
+        scores = [model.score(batch) for batch in model.batches(by_length(rows))]
+        hits = np.concatenate([score.hits for score in scores]).astype(np.float64)
+        labels = np.concatenate([score.labels for score in scores])
+        recalls = [float(hits[labels == label].mean()) for label in np.unique(labels)]
+        loss_sum = sum(score.loss_sum for score in scores)
+        return Evaluation(
+            len(rows), loss_sum / len(hits), float(hits.mean()), sum(recalls) / len(recalls)
+        )
+
+    def predict(self, rows: Sequence[Example], model: Model) -> Predictions:  # noqa: ARG002
+        """What is likeliest of each row.
+
+        Raises:
+            AdapterError: this kind predicts nothing; use `generate`.
+        """
+        raise self._no_choice()
+
+    def generate(self, prompt: str, new_tokens_max: int, model: Model) -> str:  # noqa: ARG002
+        """The likeliest continuation of a prompt, token by token.
+
+        Raises:
+            AdapterError: this kind of task continues nothing; use `predict`.
+        """
+        only = TaskKind.CAUSAL_LM.value
+        raise AdapterError(f"generate is for {only}; use predict for {self.task.kind.value}")
+
+    def _no_choice(self) -> AdapterError:
+        return AdapterError(f"there is nothing to predict for {self.task.kind.value}; use generate")
+
+
+def by_length(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+    """Shortest first, which leaves little to pad."""
+    return sorted(rows, key=lambda row: len(row.ids))
+
+
+def cross_entropy(logits: Logits, targets: NDArray[np.int64]) -> NDArray[Any]:
+    """The loss [k] of logits [k, classes] at targets [k]."""
+    highest = logits.max(-1)
+    log_sums = highest + np.log(np.exp(logits - highest[:, None]).sum(-1))
+    losses: NDArray[Any] = log_sums - logits[np.arange(len(targets)), targets]
+    return losses

@@ -1,0 +1,60 @@
+"""Causal LM: texts to continue. A second text is what follows the first, and alone carries loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Tokenizer, padded
+from edge_client.data import Example, FieldNames, RawRow
+from edge_client.errors import DataError
+from edge_client.tasks.base import Model, TaskRules
+
+
+class CausalLM(TaskRules):
+    """Targets [b, t] are the tokens themselves, logits [b, t, vocabulary] of the one after each."""
+
+    peft_type = "CAUSAL_LM"
+    has_head = False
+
+    def read(self, row: RawRow, names: FieldNames) -> Example:
+        return Example(row.text(names.text), row.optional_text(names.text_pair), None)
+
+    def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
+        prompt = tuple(tokenizer.encode(row.text)[0])
+        if row.text_pair is None:
+            ids, silent = prompt, 0
+        else:
+            more, _ = tokenizer.encode(row.text_pair, special=False)
+            ids, silent = prompt + tuple(more), len(prompt)
+        end = tokenizer.end_id
+        ids += (end,) if end is not None and ids[-1:] != (end,) else ()
+        ids = ids[: self.task.max_length]
+        # The first token is never foretold; a prompt's tokens are, but do not count.
+        counted = ids[max(silent, 1) :]
+        if not counted:
+            raise DataError(
+                f"a text leaves no token to learn within max_length {self.task.max_length}: "
+                f"{row.text[:40]!r}"
+            )
+        return [EncodedRow(ids, None, (IGNORED,) * (len(ids) - len(counted)) + counted)]
+
+    def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
+        return padded([row.targets for row in rows], IGNORED)
+
+    def compared(self, logits: Any, targets: Any) -> tuple[Any, Any]:
+        return logits[:, :-1], targets[:, 1:]
+
+    def generate(self, prompt: str, new_tokens_max: int, model: Model) -> str:
+        ids = list(model.tokenizer.encode(prompt)[0])
+        begin = len(ids)
+        for _ in range(new_tokens_max):
+            row = np.array([ids], np.int64)
+            batch = Batch({"input_ids": row, "attention_mask": np.ones_like(row)}, row)
+            ids.append(int(model.logits(batch)[0, -1].argmax()))
+            if ids[-1] == model.tokenizer.end_id:
+                break
+        return model.tokenizer.decode(ids[begin:])

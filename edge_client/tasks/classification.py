@@ -1,0 +1,76 @@
+"""Sequence classification: a text, or a pair of texts, and one of the task's labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.backends.base import Prediction
+from edge_client.backends.encoding import IGNORED, EncodedRow, Tokenizer
+from edge_client.data import Example, FieldNames, Place, RawRow, listed
+from edge_client.errors import DataError
+from edge_client.tasks.base import Logits, Model, TaskRules
+
+_DIGITS_MAX: Final = 10
+
+
+class Classification(TaskRules):
+    """Targets [b] are labels, logits [b, labels]."""
+
+    peft_type = "SEQ_CLS"
+
+    def read(self, row: RawRow, names: FieldNames) -> Example:
+        text, pair = row.text(names.text), row.optional_text(names.text_pair)
+        return Example(text, pair, self._label(row, names.label))
+
+    def check(self, row: Example, place: Place, names: FieldNames) -> None:
+        raw, count = RawRow(self.fields_of(row, names), place), len(self.task.labels)
+        raw.text(names.text)
+        raw.optional_text(names.text_pair)
+        if row.label is None or not 0 <= row.label < count:
+            raise raw.error(f"{row.label} is not an index of the {count} labels", names.label)
+
+    def asked(self, row: object, place: Place, names: FieldNames) -> Example:  # noqa: ARG002
+        if not isinstance(row, str):
+            raise place.error(f"expected text, got {type(row).__name__}")
+        return Example(row, None, None)
+
+    def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
+        ids, types = tokenizer.encode(row.text, row.text_pair, length_max=self.task.max_length)
+        if not ids:
+            raise DataError(f"a text leaves no token: {row.text[:40]!r}")
+        label = IGNORED if row.label is None else row.label
+        return [EncodedRow(tuple(ids), tuple(types) if types else None, (label,))]
+
+    def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
+        return np.array([row.targets[0] for row in rows], np.int64)
+
+    def predict(self, rows: Sequence[Example], model: Model) -> list[Prediction]:
+        encoded = [one for row in rows for one in self.encode(row, model.tokenizer)]
+        names, found = self.task.labels, []
+        for batch in model.batches(encoded):
+            for row in _softmax(model.logits(batch)):
+                found.append(Prediction(names[int(row.argmax())], tuple(row.tolist())))
+        return found
+
+    def _label(self, row: RawRow, name: str) -> int:
+        """Its index: given by its name or, where no name is a number, as the index."""
+        labels, value = self.task.labels, row.value(name)
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        text = str(value) if is_whole or isinstance(value, str) else ""
+        if text in labels:
+            return labels.index(text)
+        is_index = text.isdecimal() and len(text) < _DIGITS_MAX
+        if is_index and not any(map(str.isdecimal, labels)) and int(text) < len(labels):
+            return int(text)
+        raise row.error(f"{value!r} is not a label of the task: {listed(labels)}", name)
+
+
+def _softmax(logits: Logits) -> Logits:
+    powers: Logits = np.exp(logits - logits.max(-1, keepdims=True))
+    powers /= powers.sum(-1, keepdims=True)
+    return powers
