@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # nosec B403: nothing is unpickled, only its error is known
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
