@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle  # nosec B403: nothing is unpickled, only its error is known
+import pickle  # nosec B403 # for its error alone
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
