@@ -31,6 +31,7 @@ from benchmarks.simulation import Clock, SimulatedDevice, run_federation, scores
 from benchmarks.tasks import TASKS, DeviceRows, Task, deal, labels_of
 from coordinator.config import leaves
 from edge_client.backends.torch_backend import load_trainer
+from edge_client.splits import seeded
 from protocol.federation import FederationSettings
 from protocol.schema import from_text, record_of
 from quantization.backbone import resolve_backbone
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=["dev", "test"], default="test")
     parser.add_argument("--scheme", default="bf16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=0, help="training rows a task; 0: all it has")
+    parser.add_argument("--rows", type=int, default=0, help="training rows a device; 0: all it has")
     parser.add_argument("--devices", type=int, help="instead of the task's own number")
     parser.add_argument("--learning-rate", type=float, help="instead of the one found best")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
@@ -268,7 +269,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     task = replace(task, devices=cell.get("devices", task.devices))
     shares = deal(task, cell["split"], seed)
     if cell["rows"]:
-        shares = [DeviceRows(s.training[: cell["rows"]], s.evaluation) for s in shares]
+        shares = [_cut(share, cell["rows"], seed) for share in shares]
     labels = labels_of(task)
     settings = settings_of(cell, len(shares), labels)
     trainer = load_trainer(
@@ -305,6 +306,12 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "training_rows": sizes,
         "took_s": round(time.perf_counter() - started, 1),
     }
+
+
+def _cut(share: DeviceRows, rows: int, seed: int) -> DeviceRows:
+    """So many of a device's training rows at most; files have their labels one after another."""
+    order = seeded("rows", seed).permutation(len(share.training))[:rows]
+    return DeviceRows([share.training[at] for at in sorted(order)], share.evaluation)
 
 
 def _of_all(devices: list[SimulatedDevice], done: int, level: str) -> list[dict[str, float]]:
