@@ -138,21 +138,22 @@ class EdgeClient:
         self._token = token
         self._seed = seed
         self._backbone = backbone
-        self._store = PrivateStore(Path(state_dir))
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(self._store.lock())
-        self._identity = Identity.from_pem(self._store.secret("device.key", new_key))
         self._traffic = Traffic()
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         self._run_lock = threading.Lock()
         self._is_closed = False
-        self._worker = DeviceWorker(
-            DataSettings(data, fields or FieldNames(), held_out, seed),
-            self._store,
-            self._make_trainer,
-            progress,
-            tell_accuracy,
-        )
+        store = PrivateStore(Path(state_dir))
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(store.lock())
+            self._identity = Identity.from_pem(store.secret("device.key", new_key))
+            self._worker = DeviceWorker(
+                DataSettings(data, fields or FieldNames(), held_out, seed),
+                store,
+                self._make_trainer,
+                progress,
+                tell_accuracy,
+            )
+            self._open = opened.pop_all()
 
     def run(self) -> RunSummary:
         """Take part until the federation's rounds are over (or `close` is called elsewhere).
@@ -175,10 +176,9 @@ class EdgeClient:
         finally:
             self._run_lock.release()
             self._let_go()
-        state = self._worker.state
         return RunSummary(
             self._identity.device,
-            state.rounds_done,
+            self._worker.rounds_done,
             self._traffic.sent_bytes,
             self._traffic.received_bytes,
         )

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -38,14 +37,12 @@ from protocol.messages import Assignment, Metric, Receipt
 from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors, TensorSpec
 
-log = logging.getLogger("pf2lora.client")
-
 DataSource = str | Path | list[Example] | list[Mapping[str, object]]
 # Makes the model of a federation; where torch (or another backend) comes in.
 TrainerFactory = Callable[[FederationSettings], Trainer]
 Progress = Callable[[str], None]
+Result = TypeVar("Result")
 
-BEFORE: Final = "before training"
 # Settings that give what a device has learned its meaning.
 MEANING: Final = ("task", "adapter", "algorithm", "update_dtype", "seed")
 # The share of a layer's energy that a rank must keep to be told as the layer's.
@@ -82,6 +79,7 @@ class DeviceWorker:
         self._settings: FederationSettings | None = None
         self._trainer: Trainer | None = None
         self._base: NamedTensors | None = None
+        self._is_personal = False
         # The app asks from threads of its own, and an evaluation puts the model at another level.
         self._alone = threading.RLock()
         self.training_rows: list[Example] = []
@@ -109,7 +107,7 @@ class DeviceWorker:
                         "a new federation name, and a fresh state folder",
                     )
 
-        await asyncio.to_thread(make_ready)
+        await _aside(make_ready)
 
     def offer(self) -> Offer:
         return Offer(self.trainer.fingerprint, len(self.training_rows), self.trainer.rank)
@@ -139,22 +137,21 @@ class DeviceWorker:
         )
 
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
-        return await asyncio.to_thread(self._train, assignment, base)
+        return await _aside(lambda: self._train(assignment, base))
 
     async def settled(self, receipt: Receipt) -> None:
         round_number = self.state.facts.get("report_round")
         self._progress(f"report of round {round_number}: {receipt.status.value}")
-        await asyncio.to_thread(self._forget_report)
+        await _aside(self._forget_report)
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         def take() -> None:
             groups = {**self.state.groups, "common": base.arrays()}
             with self._alone:
-                self.trainer.set_common(base)
-                self.trainer.personalise(self._encoded)
+                self._take(base)
                 self._save(replace(self.state, groups=groups))
 
-        await asyncio.to_thread(take)
+        await _aside(take)
         self._progress(f"finished after {rounds} rounds")
 
     # --- the app's questions ------------------------------------------------------------------
@@ -168,6 +165,7 @@ class DeviceWorker:
         """
         with self._alone:
             self._restore()
+            self._personalise()
             yield self.trainer
 
     def _restore(self) -> None:
@@ -185,6 +183,10 @@ class DeviceWorker:
         if self._state is None:
             raise RuntimeError("the device has not been set up")
         return self._state
+
+    @property
+    def rounds_done(self) -> int:
+        return self._state.rounds_done if self._state else 0
 
     @property
     def settings(self) -> FederationSettings:
@@ -259,6 +261,7 @@ class DeviceWorker:
             )
             self._progress(f"{len(rows)} rows; loading the backbone")
             self._trainer = self._make_trainer(settings)
+            self._start = self._trainer.common()
             self._encoded = self._trainer.encode(self.training_rows)
             if self._state is None:
                 self._begin(settings)
@@ -298,10 +301,8 @@ class DeviceWorker:
         self._state = replace(state, facts=facts)
         self.trainer.set_personal(state.groups["personal"])
         self.trainer.set_optimizer_state(state.groups.get("optimizer", {}))
-        if "common" in state.groups:
-            specs = self.trainer.common().specs
-            self.trainer.set_common(_in_order(state.groups["common"], specs))
-            self.trainer.personalise(self._encoded)
+        common = state.groups.get("common", self._start.arrays())
+        self._take(_in_order(common, self._start.specs))
 
     def _train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         with self._alone:
@@ -315,8 +316,7 @@ class DeviceWorker:
     def _train_alone(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         trainer, state = self.trainer, self.state
         self._progress(f"round {assignment.round}: training")
-        trainer.set_common(base)
-        self._base = base
+        self._take(base)
         accuracy = self._accuracy_of_base() if self._tell_accuracy else {}
         result = trainer.train(self._encoded, state.steps_done, assignment.round)
         update = trainer.update_from(base)
@@ -347,17 +347,30 @@ class DeviceWorker:
                 },
             )
         )
+        # What the round made of it is in the update: a restart would not find it here either.
+        self._take(base)
         self._progress(f"round {assignment.round}: loss {result.mean_loss:.4f}")
         report = self.unsent()
         if report is None:
             raise RuntimeError("the report was not remembered")
         return report
 
+    def _take(self, base: NamedTensors) -> None:
+        """Make it the common adapter here; what is personal of it is made when it is asked for."""
+        self.trainer.set_common(base)
+        self._base, self._is_personal = base, False
+
+    def _personalise(self) -> None:
+        if not self._is_personal:
+            self.trainer.personalise(self._encoded)
+            self._is_personal = True
+
     def _accuracy_of_base(self) -> dict[str, float]:
         """What the base version gives this device on the rows it holds out, before it trains."""
         if not self.held_out_rows:
             return {}
         rows = self.trainer.encode(self.held_out_rows)
+        self._personalise()
         return {
             "accuracy_common": self.trainer.evaluate(rows, Level.COMMON).accuracy,
             "accuracy_personal": self.trainer.evaluate(rows, Level.PERSONAL).accuracy,
@@ -378,6 +391,20 @@ class DeviceWorker:
     def _save(self, state: DeviceState) -> None:
         self._store.save(state)
         self._state = state
+
+
+async def _aside(do: Callable[[], Result]) -> Result:
+    """Do it in a thread, and to its end where this is cancelled: the folder is not let go before.
+
+    asyncio.run waits for a thread too, but from Python 3.12 on for five minutes alone.
+    """
+    doing = asyncio.ensure_future(asyncio.to_thread(do))
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait({doing})
+        doing.result()
+        raise
 
 
 def _settings_of(state: DeviceState) -> FederationSettings:

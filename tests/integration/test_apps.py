@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from protocol.federation import (
     Training,
 )
 from protocol.messages import Assignment
+from protocol.methods import PerFedAvg, PF2LoRA
 from protocol.tensors import NamedTensors
 from tests.integration.test_federation import (
     MINILM,
@@ -139,6 +141,58 @@ def test_a_round_that_found_no_room_is_as_if_it_had_never_begun(
     assert device.round(1, base).digest() == other.round(1, base).digest()
 
 
+def test_a_first_round_that_fails_leaves_a_model_that_answers(tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    base = device.worker.trainer.common()
+    bad = NamedTensors.from_arrays({n: a * np.float32("nan") for n, a in base.arrays().items()})
+    with pytest.raises(DivergedError):
+        device.round(1, bad)
+    assert device.worker.trainer.common().digest() == base.digest()
+
+
+@pytest.mark.parametrize("algorithm", [PF2LoRA(), PerFedAvg()], ids=["pf2lora", "perfedavg"])
+def test_a_device_between_rounds_says_what_it_says_after_a_restart(
+    tmp_path: Path, algorithm: Any
+) -> None:
+    def said(device: Device) -> list[Any]:
+        with device.worker.ready():
+            rows = device.worker.held_out_rows
+            return [device.worker.evaluate(rows, level) for level in Level]
+
+    settings = replace(SETTINGS, algorithm=algorithm)
+    device = Device(tmp_path, settings)
+    device.round(1)
+    assert said(device) == said(Device(tmp_path, settings))
+
+
+def test_a_round_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
+    """Else the folder would be let go while its round is still to be written."""
+    device, begun = Device(tmp_path), threading.Event()
+    worker, base = device.worker, device.worker.trainer.common()
+
+    def train(*_: object) -> None:
+        begun.set()
+        go_on.wait(60)
+        done.append(True)
+
+    async def cancel() -> None:
+        training = asyncio.create_task(
+            worker.train(Assignment("", 1, b"", 1.0, base.payload()), base)
+        )
+        await asyncio.to_thread(begun.wait, 60)
+        training.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await training
+        assert done
+
+    done: list[bool] = []
+    go_on = threading.Event()
+    monkeypatch.setattr(worker, "_train", train)
+    asyncio.run(cancel())
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -231,6 +285,33 @@ def test_the_folder_stays_locked_until_a_closed_run_has_ended(
     go_on.set()
     running.join()
     EdgeClient("localhost:1", ROWS, tmp_path / "a").close()
+
+
+def test_a_run_can_be_stopped_before_a_coordinator_was_found(tmp_path: Path) -> None:
+    client = EdgeClient("localhost:1", ROWS, tmp_path, scheme="none")
+    asked = threading.Event()
+
+    async def dial() -> Any:
+        asked.set()
+        await asyncio.sleep(60)
+
+    client._dial = dial
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(client.run)
+        asked.wait(60)
+        client.stop()
+        assert running.result(60).rounds_done == 0
+
+
+def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
+    key = tmp_path / "device.key"
+    key.write_text("no key")
+    key.chmod(0o600)
+    with pytest.raises(StateError, match="the device key is damaged") as refused:
+        EdgeClient("localhost:1", ROWS, tmp_path)
+    key.unlink()
+    EdgeClient("localhost:1", ROWS, tmp_path).close()
+    assert refused.value.__traceback__  # which would hold the lock, if the call had kept it
 
 
 @pytest.mark.parametrize(
