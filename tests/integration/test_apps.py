@@ -264,6 +264,22 @@ def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: 
             assert not again.worker.trainer._model.training
 
 
+def test_rows_can_be_held_out_later_than_the_device_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _write_config(tmp_path, count=1, cohort=1)
+    data = _write_data(tmp_path / "a.jsonl", 0.5)
+    with _coordinator(config) as address:
+        run = ["run", "--coordinator", address, "--data", str(data), "--scheme", "none"]
+        run += ["--state-dir", str(tmp_path / "a")]
+        assert cli.main([*run, "--held-out", "0"]) == 0
+        assert "accuracy" not in capsys.readouterr().out
+        assert cli.main(run) == 0
+        said = capsys.readouterr().out
+    assert "accuracy common: " in said
+    assert "accuracy before: " not in said
+
+
 def test_the_folder_stays_locked_until_a_closed_run_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
