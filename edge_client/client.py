@@ -81,7 +81,8 @@ class EdgeClient:
         fields: the names of the data's fields.
         tell_accuracy: send the coordinator, with each report, this device's accuracy on the rows it
             holds out (with the common adapter alone, and with its personal one) and the range of
-            its learned ranks: four numbers for its operators to look at.
+            its learned ranks: four numbers for its operators to look at. Of many held-out rows a
+            thousand are looked at.
         seed: of the held-out choice, the batches and the personal adapter's start.
         ca_file: PEM file of the authorities to trust for wss, where the system's do not do.
         client_certificate: PEM file, where the coordinator wants to see one.

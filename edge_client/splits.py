@@ -65,6 +65,11 @@ def hold_out(
     )
 
 
+def sample(rows: Sequence[Example], most: int, seed: int) -> list[Example]:
+    """At most so many of the rows, each label's share as far as its count allows."""
+    return list(rows) if len(rows) <= most else hold_out(rows, most / len(rows), seed)[1]
+
+
 def split_by_skew(
     rows: Sequence[Example], devices: int, skew: float, seed: int
 ) -> list[list[Example]]:

@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from edge_client.backends.base import (
+    Encoded,
     Evaluation,
     Export,
     FoundAnswer,
@@ -30,7 +31,7 @@ from edge_client.data import ASKED, Example, FieldNames, Place
 from edge_client.errors import ConfigurationError, DataError, DivergedError, StateError
 from edge_client.private_store import DeviceState, PrivateStore
 from edge_client.session import FinishedReport, Offer
-from edge_client.splits import hold_out
+from edge_client.splits import hold_out, sample
 from edge_client.tasks import read_rows, rules_for
 from protocol.federation import FederationSettings, settings_from_json, settings_to_json
 from protocol.messages import Assignment, Metric, Receipt
@@ -45,6 +46,8 @@ Result = TypeVar("Result")
 
 # Settings that give what a device has learned its meaning.
 MEANING: Final = ("task", "adapter", "algorithm", "update_dtype", "seed")
+# Of the held-out rows, in a run; `evaluate` takes all of them.
+LOOKED_AT_MAX: Final = 1000
 # The share of a layer's energy that a rank must keep to be told as the layer's.
 TOLD_ENERGY: Final = 0.99
 
@@ -274,8 +277,8 @@ class DeviceWorker:
     def _begin(self, settings: FederationSettings) -> None:
         trainer = self.trainer
         facts: dict[str, str | int | float | bool | None] = {"settings": settings_to_json(settings)}
-        if self.held_out_rows:
-            before = self.evaluate(self.held_out_rows, Level.BACKBONE)
+        if rows := self._looked_at():
+            before = trainer.evaluate(rows, Level.BACKBONE)
             facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
         self._save(
             DeviceState(
@@ -367,14 +370,17 @@ class DeviceWorker:
 
     def _accuracy_of_base(self) -> dict[str, float]:
         """What the base version gives this device on the rows it holds out, before it trains."""
-        if not self.held_out_rows:
+        if not (rows := self._looked_at()):
             return {}
-        rows = self.trainer.encode(self.held_out_rows)
         self._personalise()
         return {
             "accuracy_common": self.trainer.evaluate(rows, Level.COMMON).accuracy,
             "accuracy_personal": self.trainer.evaluate(rows, Level.PERSONAL).accuracy,
         }
+
+    def _looked_at(self) -> Encoded:
+        """Held-out rows for what a run asks by itself, which no round should wait for long."""
+        return self.trainer.encode(sample(self.held_out_rows, LOOKED_AT_MAX, self._data.seed))
 
     def _rank_range(self) -> dict[str, float]:
         """The least and the greatest rank that keeps a layer's energy, over the layers."""

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from edge_client import cli
+from edge_client import cli, worker
 from edge_client.algorithms.base import Gradients
-from edge_client.backends.base import Level
-from edge_client.backends.encoding import Batch
-from edge_client.backends.torch_backend import load_trainer
+from edge_client.backends.base import Evaluation, Level
+from edge_client.backends.encoding import Batch, EncodedRow
+from edge_client.backends.torch_backend import TorchTrainer, load_trainer
 from edge_client.client import EdgeClient
 from edge_client.data import Example, FieldNames
 from edge_client.errors import (
@@ -66,7 +66,7 @@ class Device:
     def __init__(self, folder: Path, settings: FederationSettings = SETTINGS, **how: Any) -> None:
         self.store = PrivateStore(folder)
         data = DataSettings(how.pop("rows", ROWS), FieldNames(), 0.2, 0)
-        self.worker = DeviceWorker(data, self.store, self._trainer, how.pop("progress", print))
+        self.worker = DeviceWorker(data, self.store, self._trainer, print, **how)
         self.settings = settings
         asyncio.run(self.worker.prepare(settings))
 
@@ -165,10 +165,31 @@ def test_a_device_between_rounds_says_what_it_says_after_a_restart(
     assert said(device) == said(Device(tmp_path, settings))
 
 
+def test_a_run_looks_at_so_many_held_out_rows_and_evaluate_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty thousand rows would be minutes before the first round, and twice that in each."""
+    looked_at: list[int] = []
+
+    def evaluate(trainer: TorchTrainer, rows: list[EncodedRow], level: Level) -> Evaluation:
+        looked_at.append(len(rows))
+        return plain(trainer, rows, level)
+
+    plain = TorchTrainer.evaluate
+    monkeypatch.setattr(TorchTrainer, "evaluate", evaluate)
+    monkeypatch.setattr(worker, "LOOKED_AT_MAX", 4)
+    device = Device(tmp_path, rows=ROWS * 4, tell_accuracy=True)
+    assert looked_at == [4]
+    device.round(1)
+    assert looked_at == [4, 4, 4]
+    with device.worker.ready():
+        assert device.worker.evaluate(device.worker.held_out_rows, Level.COMMON).count == 8
+
+
 def test_a_round_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
     """Else the folder would be let go while its round is still to be written."""
     device, begun = Device(tmp_path), threading.Event()
-    worker, base = device.worker, device.worker.trainer.common()
+    doing, base = device.worker, device.worker.trainer.common()
 
     def train(*_: object) -> None:
         begun.set()
@@ -177,7 +198,7 @@ def test_a_round_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: An
 
     async def cancel() -> None:
         training = asyncio.create_task(
-            worker.train(Assignment("", 1, b"", 1.0, base.payload()), base)
+            doing.train(Assignment("", 1, b"", 1.0, base.payload()), base)
         )
         await asyncio.to_thread(begun.wait, 60)
         training.cancel()
@@ -189,7 +210,7 @@ def test_a_round_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: An
 
     done: list[bool] = []
     go_on = threading.Event()
-    monkeypatch.setattr(worker, "_train", train)
+    monkeypatch.setattr(doing, "_train", train)
     asyncio.run(cancel())
 
 
