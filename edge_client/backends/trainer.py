@@ -342,8 +342,13 @@ class FlatTrainer(abc.ABC):
                 chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
             yield self.batch(chosen)
 
-    def _batches(self, rows: Sequence[EncodedRow]) -> list[Batch]:
-        return self._batches_of(rows, self.evaluation_batch)
+    def _batches(self, rows: Sequence[EncodedRow]) -> Iterator[Batch]:
+        training = self._settings.training
+        size = self.evaluation_batch
+        if not self._rules.has_head:
+            # Logits of a whole vocabulary at each token: no more of them than training holds.
+            size = min(size, training.micro_batch_size or training.batch_size)
+        return self._batches_of(rows, size)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Parts of at most so many rows, each padded to its own longest.
@@ -351,10 +356,11 @@ class FlatTrainer(abc.ABC):
         Rows that come in order of their length leave little to pad.
         """
         size = self._settings.training.micro_batch_size
-        return self._batches_of(batch.rows, size) if 0 < size < len(batch.rows) else [batch]
+        is_whole = not 0 < size < len(batch.rows)
+        return [batch] if is_whole else list(self._batches_of(batch.rows, size))
 
-    def _batches_of(self, rows: Sequence[EncodedRow], size: int) -> list[Batch]:
-        return [self.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+    def _batches_of(self, rows: Sequence[EncodedRow], size: int) -> Iterator[Batch]:
+        return (self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
 
 
 class Oracle:

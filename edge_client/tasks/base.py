@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,7 +34,7 @@ class Model:
     """A model at its present level, whatever runs it."""
 
     tokenizer: Tokenizer
-    batches: Callable[[Sequence[EncodedRow]], list[Batch]]
+    batches: Callable[[Sequence[EncodedRow]], Iterable[Batch]]
     score: Callable[[Batch], Score]
     logits: Callable[[Batch], Logits]
 
