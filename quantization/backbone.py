@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantization.bnb import is_below, parse_compute_dtype, quantize_embeddings, quantize_linears
-from quantization.checkpoint import brief, output_embeddings, read_model, stacked_weights
+from quantization.checkpoint import (
+    brief,
+    embedding_count_of,
+    output_embeddings,
+    read_model,
+    stacked_weights,
+)
 from quantization.errors import BackboneError, SchemeError
 from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.folder_manifest import is_quantized
@@ -151,7 +157,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _check_vocabulary(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer of another model, or one that was given a pad token and the model none."""
-    count = model.get_input_embeddings().weight.shape[0]
+    count = embedding_count_of(model)
     ids = [*tokenizer(_PROOF_TEXTS[0])["input_ids"], tokenizer.pad_token_id]
     if max(ids) >= count:
         token = tokenizer.convert_ids_to_tokens(max(ids))

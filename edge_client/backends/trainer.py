@@ -78,7 +78,8 @@ class FlatTrainer(abc.ABC):
     """A backends.base.Trainer and a GradientOracle on two flat groups of trainable arrays.
 
     The common adapter starts alike on all devices, from the federation's seed; `personal_seed`
-    is this device's own, for its personal adapter and its batches.
+    is this device's own, for its personal adapter and its batches. `length_max` is the longest
+    input, where the model has one.
     """
 
     evaluation_batch: ClassVar[int] = 64
@@ -92,11 +93,13 @@ class FlatTrainer(abc.ABC):
         groups: tuple[FlatGroup, FlatGroup],
         *,
         personal_seed: int,
+        length_max: int | None = None,
     ) -> None:
         self.fingerprint = fingerprint
         self._settings = settings
         self._tokenizer = tokenizer
         self._shape = shape
+        self._length_max = length_max
         self._seed = personal_seed
         self._algorithm = algorithm_for(settings, personal_seed)
         self._common, self._personal = groups
@@ -245,7 +248,11 @@ class FlatTrainer(abc.ABC):
             return self._rules.predict(rows, self._model_now)
 
     def generate(self, prompt: str, new_tokens_max: int, level: Level = Level.PERSONAL) -> str:
-        """The likeliest continuation of a prompt, token by token (causal LM)."""
+        """The likeliest continuation of a prompt, token by token (causal LM).
+
+        Raises:
+            DataError: the prompt has no token, or more than the model takes.
+        """
         with self._at(level):
             return self._rules.generate(prompt, new_tokens_max, self._model_now)
 
@@ -313,7 +320,7 @@ class FlatTrainer(abc.ABC):
 
     @property
     def _model_now(self) -> Model:
-        return Model(self._tokenizer, self._batches, self._score, self._logits)
+        return Model(self._tokenizer, self._batches, self._score, self._logits, self._length_max)
 
     def _evaluate(self, rows: list[EncodedRow]) -> Evaluation:
         return self._rules.evaluate(rows, self._model_now)

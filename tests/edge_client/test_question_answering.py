@@ -94,7 +94,11 @@ def test_an_answer_is_found_again_in_the_windows_that_hold_it(
 
 def test_both_tokenizers_cut_the_same_windows(tokenizer: TransformersTokenizer) -> None:
     fast = FastTokenizer(
-        resolve_backbone(MINILM) / "tokenizer.json", pad_id=0, end_id=None, with_types=True
+        resolve_backbone(MINILM) / "tokenizer.json",
+        pad_id=0,
+        end_id=None,
+        embedding_count=30522,
+        with_types=True,
     )
 
     def plain(window: Window) -> tuple[Any, ...]:
