@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -30,7 +30,7 @@ from edge_client.backends.base import (
 )
 from edge_client.backends.loading import choose, load_trainer
 from edge_client.data import FieldNames, check_asked, check_source
-from edge_client.errors import ConfigurationError
+from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
@@ -130,6 +130,9 @@ class EdgeClient:
             artifact_digest=artifact_digest,
         )
         check_source(data)
+        if isinstance(data, Iterator):
+            kind = type(data).__name__
+            raise DataError(f"expected rows that can be read again, got {kind}", path="data")
         check_share(held_out)
         if not isinstance(fields, FieldNames | None):
             raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
@@ -208,6 +211,13 @@ class EdgeClient:
         check_asked(rows)
         with self._worker.ready():
             return self._worker.predict(rows, level)
+
+    def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
+        """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
+        self._check_open()
+        check_asked([prompt])
+        with self._worker.ready() as trainer:
+            return trainer.generate(prompt, new_tokens_max, level)
 
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of `B A + D C`, layer by layer."""

@@ -148,6 +148,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if files and not any((folder / file).is_file() for file in files):
         # transformers makes an empty tokenizer of nothing, without a word.
         raise BackboneError(f"{folder}: the tokenizer has no vocabulary: none of {sorted(files)}")
+    tokenizer.truncation_side = "right"  # some would keep a text's end, which other runtimes do not
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"{folder}: the tokenizer has neither a pad nor an eos token")

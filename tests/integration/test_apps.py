@@ -24,6 +24,7 @@ from edge_client.backends.torch_backend import TorchTrainer, load_trainer
 from edge_client.client import EdgeClient
 from edge_client.data import Example, FieldNames
 from edge_client.errors import (
+    AdapterError,
     ConfigurationError,
     DataError,
     DivergedError,
@@ -49,6 +50,7 @@ from tests.integration.test_federation import (
     _write_config,
     _write_data,
 )
+from tests.quantization.tiny import write_gpt2
 
 ROWS = [{"text": f"a film {n}", "label": ("bad", "good")[n % 2]} for n in range(10)]
 SETTINGS = FederationSettings(
@@ -357,6 +359,7 @@ def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
         ({"data": "none.jsonl"}, DataError, r"none\.jsonl: cannot be read: No such file"),
         ({"data": "d.parquet"}, DataError, r"d\.parquet: expected a \.jsonl"),
         ({"data": {"text": ["a"]}}, DataError, "data: expected a file, or rows"),
+        ({"data": iter(ROWS)}, DataError, "data: expected rows that can be read again, got list_i"),
         ({"scheme": "nf5"}, ConfigurationError, "scheme: 'nf5' is none; use none, bf16, nf4"),
         ({"compute_dtype": "f8"}, ConfigurationError, "compute_dtype: 'f8' is none; use float32"),
         ({"held_out": 1.0}, ConfigurationError, "held_out: 1.0 is no share"),
@@ -386,6 +389,21 @@ def test_what_cannot_be_foretold_is_refused(tmp_path: Path, texts: Any, reason: 
         pytest.raises(DataError, match=reason),
     ):
         client.predict(texts)
+
+
+def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
+    model, rows = str(write_gpt2(tmp_path / "model")), [{"text": "The gradient So"}] * 4
+    task, backbone = Task(TaskKind.CAUSAL_LM, (), 8), Backbone(model, SETTINGS.backbone.fingerprint)
+    device = Device(tmp_path / "a", replace(SETTINGS, backbone=backbone, task=task), rows=rows)
+    device.round(1)
+    with EdgeClient("localhost:1", rows, tmp_path / "a", scheme="none") as client:
+        assert client.generate("The gradient", 3) == device.worker.trainer.generate(
+            "The gradient", 3
+        )
+        with pytest.raises(DataError, match="expected text, got int"):
+            client.generate(1)
+        with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
+            client.predict(["The"])
 
 
 def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(
