@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,14 +27,20 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.data import ASKED, Example, FieldNames, Place
-from edge_client.errors import ConfigurationError, DataError, DivergedError, StateError
-from edge_client.private_store import DeviceState, PrivateStore
+from edge_client.errors import ConfigurationError, DataError, DivergedError
+from edge_client.private_store import DeviceState, Fact, PrivateStore
+from edge_client.remembered import (
+    report_of,
+    settings_of,
+    with_report,
+    with_settings,
+    without_report,
+)
 from edge_client.session import FinishedReport, Offer
 from edge_client.splits import hold_out, sample
 from edge_client.tasks import read_rows, rules_for
-from protocol.federation import FederationSettings, settings_from_json, settings_to_json
+from protocol.federation import FederationSettings, settings_to_json
 from protocol.messages import Assignment, Metric, Receipt
-from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors, TensorSpec
 
 DataSource = str | Path | list[Example] | list[Mapping[str, object]]
@@ -44,8 +49,6 @@ TrainerFactory = Callable[[FederationSettings], Trainer]
 Progress = Callable[[str], None]
 Result = TypeVar("Result")
 
-# Settings that give what a device has learned its meaning.
-MEANING: Final = ("task", "adapter", "algorithm", "update_dtype", "seed")
 # Of the held-out rows, in a run; `evaluate` takes all of them.
 LOOKED_AT_MAX: Final = 1000
 # The share of a layer's energy that a rank must keep to be told as the layer's.
@@ -121,23 +124,7 @@ class DeviceWorker:
         return None
 
     def unsent(self) -> FinishedReport | None:
-        state = self.state
-        if "report_assignment" not in state.facts:
-            return None
-        facts = state.facts
-        specs = [
-            TensorSpec(name, self.settings.update_dtype, tuple(shape))
-            for name, shape in json.loads(str(facts["report_specs"]))
-        ]
-        metrics = json.loads(str(facts["report_metrics"]))
-        return FinishedReport(
-            str(facts["report_assignment"]),
-            int(facts["report_round"] or 0),
-            bytes.fromhex(str(facts["report_base"])),
-            int(facts["report_examples"] or 0),
-            tuple(Metric(name, value) for name, value in metrics.items()),
-            NamedTensors(tuple(specs), state.groups["report"]["buffer"].tobytes()),
-        )
+        return report_of(self.state)
 
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         return await _aside(lambda: self._train(assignment, base))
@@ -145,7 +132,7 @@ class DeviceWorker:
     async def settled(self, receipt: Receipt) -> None:
         round_number = self.state.facts.get("report_round")
         self._progress(f"report of round {round_number}: {receipt.status.value}")
-        await _aside(self._forget_report)
+        await _aside(lambda: self._save(without_report(self.state)))
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         def take() -> None:
@@ -179,7 +166,7 @@ class DeviceWorker:
             raise ConfigurationError(
                 "state_dir", f"{self._store.folder} holds no trained state", "call run() first"
             )
-        self._set_up(_settings_of(self._state))
+        self._set_up(settings_of(self._state))
 
     @property
     def state(self) -> DeviceState:
@@ -276,7 +263,7 @@ class DeviceWorker:
 
     def _begin(self, settings: FederationSettings) -> None:
         trainer = self.trainer
-        facts: dict[str, str | int | float | bool | None] = {"settings": settings_to_json(settings)}
+        facts: dict[str, Fact] = {"settings": settings_to_json(settings)}
         if rows := self._looked_at():
             before = trainer.evaluate(rows, Level.BACKBONE)
             facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
@@ -293,15 +280,7 @@ class DeviceWorker:
 
     def _go_on(self, state: DeviceState) -> None:
         self._store.check(state, self.settings.name, self.trainer.fingerprint)
-        before = _settings_of(state)
-        changed = [n for n in MEANING if getattr(before, n) != getattr(self.settings, n)]
-        if changed:
-            raise StateError(
-                f"{self._store.folder} holds what was learned in {before.name!r} when its "
-                f"{', '.join(changed)} had other settings; use another state folder"
-            )
-        facts = {**state.facts, "settings": settings_to_json(self.settings)}
-        self._state = replace(state, facts=facts)
+        self._state = with_settings(state, self.settings, self._store.folder)
         self.trainer.set_personal(state.groups["personal"])
         self.trainer.set_optimizer_state(state.groups.get("optimizer", {}))
         common = state.groups.get("common", self._start.arrays())
@@ -328,34 +307,28 @@ class DeviceWorker:
         metrics = {"loss": result.mean_loss, "steps": float(result.steps), **accuracy}
         if self._tell_accuracy:
             metrics |= self._rank_range()
-        self._save(
-            replace(
-                state,
-                steps_done=state.steps_done + result.steps,
-                rounds_done=state.rounds_done + 1,
-                groups={
-                    "personal": trainer.personal(),
-                    "optimizer": trainer.optimizer_state(),
-                    "common": base.arrays(),
-                    "report": {"buffer": np.frombuffer(update.buffer, np.uint8)},
-                },
-                facts={
-                    **state.facts,
-                    "report_assignment": assignment.assignment,
-                    "report_round": assignment.round,
-                    "report_examples": len(self.training_rows),
-                    "report_base": assignment.base_version.hex(),
-                    "report_metrics": json.dumps(metrics),
-                    "report_specs": json.dumps([(s.name, s.shape) for s in update.specs]),
-                },
-            )
+        report = FinishedReport(
+            assignment.assignment,
+            assignment.round,
+            assignment.base_version,
+            len(self.training_rows),
+            tuple(Metric(name, value) for name, value in metrics.items()),
+            update,
         )
+        state = replace(
+            state,
+            steps_done=state.steps_done + result.steps,
+            rounds_done=state.rounds_done + 1,
+            groups={
+                "personal": trainer.personal(),
+                "optimizer": trainer.optimizer_state(),
+                "common": base.arrays(),
+            },
+        )
+        self._save(with_report(state, report))
         # What the round made of it is in the update: a restart would not find it here either.
         self._take(base)
         self._progress(f"round {assignment.round}: loss {result.mean_loss:.4f}")
-        report = self.unsent()
-        if report is None:
-            raise RuntimeError("the report was not remembered")
         return report
 
     def _take(self, base: NamedTensors) -> None:
@@ -388,12 +361,6 @@ class DeviceWorker:
         ranks = [report.rank_for(TOLD_ENERGY) for report in reports]
         return {"rank_min": float(min(ranks)), "rank_max": float(max(ranks))} if ranks else {}
 
-    def _forget_report(self) -> None:
-        state = self.state
-        groups = {name: group for name, group in state.groups.items() if name != "report"}
-        facts = {k: v for k, v in state.facts.items() if not k.startswith("report_")}
-        self._save(replace(state, groups=groups, facts=facts))
-
     def _save(self, state: DeviceState) -> None:
         self._store.save(state)
         self._state = state
@@ -411,13 +378,6 @@ async def _aside(do: Callable[[], Result]) -> Result:
         await asyncio.wait({doing})
         doing.result()
         raise
-
-
-def _settings_of(state: DeviceState) -> FederationSettings:
-    try:
-        return settings_from_json(str(state.facts["settings"]))
-    except SchemaError as error:
-        raise StateError(f"the state's settings are not of this version: {error}") from None
 
 
 def _are_finite(*arrays: np.ndarray) -> bool:
