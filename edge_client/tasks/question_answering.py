@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Final, cast
 
 import numpy as np
@@ -189,24 +190,27 @@ def _answers(row: RawRow, name: str, context: str) -> tuple[Answer, ...]:
         if not isinstance(text, str) or not text.strip():
             raise row.error(f"expected text, got {text!r}", f"{name}.text")
         _check_start(row, f"{name}.answer_start", context, text, start)
-        answers.append(Answer(text, start))
+        answers.append(Answer(text, int(start)))
     return tuple(answers)
 
 
 def _list(row: RawRow, answers: Mapping[Any, Any], name: str, key: str) -> Sequence[Any]:
     value = answers.get(key)
+    if isinstance(value, np.ndarray):  # as pandas reads lists
+        value = value.tolist()
     if not isinstance(value, list | tuple):
         raise row.error(f"expected a list, got {type(value).__name__}", f"{name}.{key}")
     return value
 
 
-def _check_start(row: RawRow, field: str, context: str, text: str, start: object) -> None:
-    if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < len(context):
+def _check_start(row: RawRow, field: str, context: str, text: str, start: Any) -> None:
+    is_whole = isinstance(start, Integral) and not isinstance(start, bool)
+    if not is_whole or not 0 <= (at := int(start)) < len(context):
         raise row.error(
             f"{start!r} is no character of the context (0 to {len(context) - 1})", field
         )
-    there = context[start : start + len(text)]
+    there = context[at : at + len(text)]
     if there != text:
         place = context.find(text)
         hint = f"it is at {place}" if place >= 0 else "it is nowhere in the context"
-        raise row.error(f"{text!r} is not at {start}, where {there!r} is; {hint}", field)
+        raise row.error(f"{text!r} is not at {at}, where {there!r} is; {hint}", field)
