@@ -247,7 +247,7 @@ class DeviceWorker:
         try:
             rows = self.read(self._data.source)
             self.training_rows, self.held_out_rows = hold_out(
-                rows, self._data.held_out_share, self._data.seed
+                rows, self._data.held_out_share, self._data.seed, by_content=True
             )
             self._progress(f"{len(rows)} rows; loading the backbone")
             self._trainer = self._make_trainer(settings)

@@ -117,3 +117,16 @@ def test_a_sample_has_the_labels_in_their_shares() -> None:
     assert Counter(row.label for row in found) == {0: 30, 1: 15, 2: 5}
     assert found == sample(rows, 50, 0)
     assert sample(rows[:50], 50, 0) == rows[:50]
+
+
+@pytest.mark.parametrize("more", [1, 30])
+def test_rows_that_come_later_leave_the_held_out_ones_held_out(more: int) -> None:
+    rows = _rows([index % 3 for index in range(300)])
+    later = [Example(f"late {index}", None, index % 3) for index in range(more)]
+    before, after = (
+        [set(part) for part in hold_out(some, 0.2, 0, by_content=True)]
+        for some in (rows, later[: more // 2] + rows + later[more // 2 :])
+    )
+    assert len(before[1]) == 60
+    assert len(before[0] & after[1]) <= 5  # trained on, and held out now; 30 by place
+    assert len(before[1] & after[1]) >= 55
