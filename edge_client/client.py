@@ -303,6 +303,10 @@ class EdgeClient:
             task.cancel()
         try:
             await asyncio.wait({task})
+        except asyncio.CancelledError:  # Ctrl-C
+            task.cancel()
+            await asyncio.wait({task})  # for a round that is being written
+            raise
         finally:
             self._running = None
         if not task.cancelled():

@@ -287,6 +287,29 @@ def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: 
             assert not again.worker.trainer._model.training
 
 
+def test_an_interrupted_run_has_ended_when_it_returns(tmp_path: Path) -> None:
+    config = _write_config(tmp_path, count=1000, cohort=1)
+    data = _write_data(tmp_path / "a.jsonl", 0.5)
+    trains = threading.Event()
+
+    def progress(line: str) -> None:
+        if "training" in line:
+            trains.set()
+
+    async def interrupt(client: EdgeClient) -> None:
+        running = asyncio.create_task(client._run())
+        await asyncio.to_thread(trains.wait, 60)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert client.worker.rounds_done == 1
+
+    with _coordinator(config) as address:
+        client = EdgeClient(address, data, tmp_path / "a", scheme="none", progress=progress)
+        with client:
+            asyncio.run(interrupt(client))
+
+
 def test_rows_can_be_held_out_later_than_the_device_began(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
