@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,9 @@ def _run(options: argparse.Namespace) -> None:
         }
         name = ""
         if worker.held_out_rows:
-            facts["before"] = worker.state.facts["before_accuracy"]
+            # Nothing was held out when the device began.
+            if (before := worker.state.facts.get("before_accuracy")) is not None:
+                facts["before"] = before
             for level in _LEVELS:
                 found = client.evaluate(level=level)
                 name = _shown(next(iter(found.scores)))
@@ -174,7 +177,8 @@ def _label_counts(client: EdgeClient) -> dict[str, int]:
     worker = client.worker
     rows = [*worker.training_rows, *worker.held_out_rows]
     labels = worker.settings.task.labels
-    return {name: sum(row.label == i for row in rows) for i, name in enumerate(labels)}
+    counts = Counter(row.label for row in rows)
+    return {name: counts[i] for i, name in enumerate(labels)}
 
 
 def _shown(score: str) -> str:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -30,7 +30,7 @@ from edge_client.backends.base import (
 )
 from edge_client.backends.loading import choose, load_trainer
 from edge_client.data import FieldNames, check_asked, check_source
-from edge_client.errors import ConfigurationError
+from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic
@@ -81,7 +81,8 @@ class EdgeClient:
         fields: the names of the data's fields.
         tell_accuracy: send the coordinator, with each report, this device's accuracy on the rows it
             holds out (with the common adapter alone, and with its personal one) and the range of
-            its learned ranks: four numbers for its operators to look at.
+            its learned ranks: four numbers for its operators to look at. Of many held-out rows a
+            thousand are looked at.
         seed: of the held-out choice, the batches and the personal adapter's start.
         ca_file: PEM file of the authorities to trust for wss, where the system's do not do.
         client_certificate: PEM file, where the coordinator wants to see one.
@@ -129,6 +130,9 @@ class EdgeClient:
             artifact_digest=artifact_digest,
         )
         check_source(data)
+        if isinstance(data, Iterator):
+            kind = type(data).__name__
+            raise DataError(f"expected rows that can be read again, got {kind}", path="data")
         check_share(held_out)
         if not isinstance(fields, FieldNames | None):
             raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
@@ -138,21 +142,22 @@ class EdgeClient:
         self._token = token
         self._seed = seed
         self._backbone = backbone
-        self._store = PrivateStore(Path(state_dir))
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(self._store.lock())
-        self._identity = Identity.from_pem(self._store.secret("device.key", new_key))
         self._traffic = Traffic()
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         self._run_lock = threading.Lock()
         self._is_closed = False
-        self._worker = DeviceWorker(
-            DataSettings(data, fields or FieldNames(), held_out, seed),
-            self._store,
-            self._make_trainer,
-            progress,
-            tell_accuracy,
-        )
+        store = PrivateStore(Path(state_dir))
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(store.lock())
+            self._identity = Identity.from_pem(store.secret("device.key", new_key))
+            self._worker = DeviceWorker(
+                DataSettings(data, fields or FieldNames(), held_out, seed),
+                store,
+                self._make_trainer,
+                progress,
+                tell_accuracy,
+            )
+            self._open = opened.pop_all()
 
     def run(self) -> RunSummary:
         """Take part until the federation's rounds are over (or `close` is called elsewhere).
@@ -175,10 +180,9 @@ class EdgeClient:
         finally:
             self._run_lock.release()
             self._let_go()
-        state = self._worker.state
         return RunSummary(
             self._identity.device,
-            state.rounds_done,
+            self._worker.rounds_done,
             self._traffic.sent_bytes,
             self._traffic.received_bytes,
         )
@@ -207,6 +211,13 @@ class EdgeClient:
         check_asked(rows)
         with self._worker.ready():
             return self._worker.predict(rows, level)
+
+    def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
+        """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
+        self._check_open()
+        check_asked([prompt])
+        with self._worker.ready() as trainer:
+            return trainer.generate(prompt, new_tokens_max, level)
 
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of `B A + D C`, layer by layer."""
@@ -292,6 +303,10 @@ class EdgeClient:
             task.cancel()
         try:
             await asyncio.wait({task})
+        except asyncio.CancelledError:  # Ctrl-C
+            task.cancel()
+            await asyncio.wait({task})  # for a round that is being written
+            raise
         finally:
             self._running = None
         if not task.cancelled():

@@ -38,7 +38,7 @@ def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
     Colours are singular values relative to the layer's largest.
 
     Raises:
-        MissingExtraError, ConfigurationError: as `check_drawing`.
+        MissingExtraError, ConfigurationError: as `check_drawing`; or it cannot be written.
     """
     figures = check_drawing(path)
     most = max(len(report.singular_values) for report in reports.values())
@@ -57,7 +57,11 @@ def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
     axes.set_xlabel("singular value (red: numerical rank)")
     figure.colorbar(image, label="share of the layer's largest")
     figure.tight_layout()
-    figure.savefig(path, format="png")
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        problem = f"{path} cannot be written: {error.strerror}"
+        raise ConfigurationError("png", problem, "a file that can be") from error
 
 
 def _short(name: str) -> str:

@@ -36,9 +36,12 @@ def check_share(share: float) -> None:
 
 
 def hold_out(
-    rows: Sequence[Example], share: float, seed: int
+    rows: Sequence[Example], share: float, seed: int, *, by_content: bool = False
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out rows, each label divided alike as far as its count allows.
+
+    With `by_content` what a row says decides, and not where it is: rows that come later leave
+    nearly all others where they were, and so what was trained on is not evaluated on.
 
     Raises:
         ConfigurationError: the share is outside [0, 1).
@@ -56,6 +59,9 @@ def hold_out(
     place = np.empty(len(rows))
     for label, members in _by_label(rows).items():
         order = seeded("hold_out", seed, label).permutation(len(members))
+        if by_content:
+            digests = [_digest(rows[member], seed) for member in members]
+            order = np.array(sorted(range(len(members)), key=digests.__getitem__))
         jitter = seeded("hold_out offset", seed, label).random()
         place[np.array(members)[order]] = (np.arange(len(members)) + jitter) / len(members)
     held = set(np.argsort(place, kind="stable")[:wanted].tolist())
@@ -63,6 +69,11 @@ def hold_out(
         [row for index, row in enumerate(rows) if index not in held],
         [row for index, row in enumerate(rows) if index in held],
     )
+
+
+def sample(rows: Sequence[Example], most: int, seed: int) -> list[Example]:
+    """At most so many of the rows, each label's share as far as its count allows."""
+    return list(rows) if len(rows) <= most else hold_out(rows, most / len(rows), seed)[1]
 
 
 def split_by_skew(
@@ -132,6 +143,10 @@ def batch_indices(
     stream = np.concatenate(parts) if parts else np.empty(0, np.int64)
     offset = begin - (begin // count) * count
     return np.split(stream[offset : offset + end - begin], steps) if steps else []
+
+
+def _digest(row: Example, seed: int) -> bytes:
+    return hashlib.sha256(repr((seed, row.text, row.text_pair)).encode()).digest()
 
 
 def _by_label(rows: Sequence[Example]) -> dict[int | None, list[int]]:

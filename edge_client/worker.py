@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
 from edge_client.backends.base import (
+    Encoded,
     Evaluation,
     Export,
     FoundAnswer,
@@ -28,26 +27,30 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.data import ASKED, Example, FieldNames, Place
-from edge_client.errors import ConfigurationError, DataError, DivergedError, StateError
-from edge_client.private_store import DeviceState, PrivateStore
+from edge_client.errors import ConfigurationError, DataError, DivergedError
+from edge_client.private_store import DeviceState, Fact, PrivateStore
+from edge_client.remembered import (
+    report_of,
+    settings_of,
+    with_report,
+    with_settings,
+    without_report,
+)
 from edge_client.session import FinishedReport, Offer
-from edge_client.splits import hold_out
+from edge_client.splits import hold_out, sample
 from edge_client.tasks import read_rows, rules_for
-from protocol.federation import FederationSettings, settings_from_json, settings_to_json
+from protocol.federation import FederationSettings, settings_to_json
 from protocol.messages import Assignment, Metric, Receipt
-from protocol.schema import SchemaError
 from protocol.tensors import NamedTensors, TensorSpec
-
-log = logging.getLogger("pf2lora.client")
 
 DataSource = str | Path | list[Example] | list[Mapping[str, object]]
 # Makes the model of a federation; where torch (or another backend) comes in.
 TrainerFactory = Callable[[FederationSettings], Trainer]
 Progress = Callable[[str], None]
+Result = TypeVar("Result")
 
-BEFORE: Final = "before training"
-# Settings that give what a device has learned its meaning.
-MEANING: Final = ("task", "adapter", "algorithm", "update_dtype", "seed")
+# Of the held-out rows, in a run; `evaluate` takes all of them.
+LOOKED_AT_MAX: Final = 1000
 # The share of a layer's energy that a rank must keep to be told as the layer's.
 TOLD_ENERGY: Final = 0.99
 
@@ -82,6 +85,7 @@ class DeviceWorker:
         self._settings: FederationSettings | None = None
         self._trainer: Trainer | None = None
         self._base: NamedTensors | None = None
+        self._is_personal = False
         # The app asks from threads of its own, and an evaluation puts the model at another level.
         self._alone = threading.RLock()
         self.training_rows: list[Example] = []
@@ -109,7 +113,7 @@ class DeviceWorker:
                         "a new federation name, and a fresh state folder",
                     )
 
-        await asyncio.to_thread(make_ready)
+        await _aside(make_ready)
 
     def offer(self) -> Offer:
         return Offer(self.trainer.fingerprint, len(self.training_rows), self.trainer.rank)
@@ -120,41 +124,24 @@ class DeviceWorker:
         return None
 
     def unsent(self) -> FinishedReport | None:
-        state = self.state
-        if "report_assignment" not in state.facts:
-            return None
-        facts = state.facts
-        specs = [
-            TensorSpec(name, self.settings.update_dtype, tuple(shape))
-            for name, shape in json.loads(str(facts["report_specs"]))
-        ]
-        metrics = json.loads(str(facts["report_metrics"]))
-        return FinishedReport(
-            str(facts["report_assignment"]),
-            int(facts["report_round"] or 0),
-            bytes.fromhex(str(facts["report_base"])),
-            int(facts["report_examples"] or 0),
-            tuple(Metric(name, value) for name, value in metrics.items()),
-            NamedTensors(tuple(specs), state.groups["report"]["buffer"].tobytes()),
-        )
+        return report_of(self.state)
 
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
-        return await asyncio.to_thread(self._train, assignment, base)
+        return await _aside(lambda: self._train(assignment, base))
 
     async def settled(self, receipt: Receipt) -> None:
         round_number = self.state.facts.get("report_round")
         self._progress(f"report of round {round_number}: {receipt.status.value}")
-        await asyncio.to_thread(self._forget_report)
+        await _aside(lambda: self._save(without_report(self.state)))
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         def take() -> None:
             groups = {**self.state.groups, "common": base.arrays()}
             with self._alone:
-                self.trainer.set_common(base)
-                self.trainer.personalise(self._encoded)
+                self._take(base)
                 self._save(replace(self.state, groups=groups))
 
-        await asyncio.to_thread(take)
+        await _aside(take)
         self._progress(f"finished after {rounds} rounds")
 
     # --- the app's questions ------------------------------------------------------------------
@@ -168,6 +155,7 @@ class DeviceWorker:
         """
         with self._alone:
             self._restore()
+            self._personalise()
             yield self.trainer
 
     def _restore(self) -> None:
@@ -178,13 +166,17 @@ class DeviceWorker:
             raise ConfigurationError(
                 "state_dir", f"{self._store.folder} holds no trained state", "call run() first"
             )
-        self._set_up(_settings_of(self._state))
+        self._set_up(settings_of(self._state))
 
     @property
     def state(self) -> DeviceState:
         if self._state is None:
             raise RuntimeError("the device has not been set up")
         return self._state
+
+    @property
+    def rounds_done(self) -> int:
+        return self._state.rounds_done if self._state else 0
 
     @property
     def settings(self) -> FederationSettings:
@@ -255,10 +247,11 @@ class DeviceWorker:
         try:
             rows = self.read(self._data.source)
             self.training_rows, self.held_out_rows = hold_out(
-                rows, self._data.held_out_share, self._data.seed
+                rows, self._data.held_out_share, self._data.seed, by_content=True
             )
             self._progress(f"{len(rows)} rows; loading the backbone")
             self._trainer = self._make_trainer(settings)
+            self._start = self._trainer.common()
             self._encoded = self._trainer.encode(self.training_rows)
             if self._state is None:
                 self._begin(settings)
@@ -270,9 +263,9 @@ class DeviceWorker:
 
     def _begin(self, settings: FederationSettings) -> None:
         trainer = self.trainer
-        facts: dict[str, str | int | float | bool | None] = {"settings": settings_to_json(settings)}
-        if self.held_out_rows:
-            before = self.evaluate(self.held_out_rows, Level.BACKBONE)
+        facts: dict[str, Fact] = {"settings": settings_to_json(settings)}
+        if rows := self._looked_at():
+            before = trainer.evaluate(rows, Level.BACKBONE)
             facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
         self._save(
             DeviceState(
@@ -287,21 +280,11 @@ class DeviceWorker:
 
     def _go_on(self, state: DeviceState) -> None:
         self._store.check(state, self.settings.name, self.trainer.fingerprint)
-        before = _settings_of(state)
-        changed = [n for n in MEANING if getattr(before, n) != getattr(self.settings, n)]
-        if changed:
-            raise StateError(
-                f"{self._store.folder} holds what was learned in {before.name!r} when its "
-                f"{', '.join(changed)} had other settings; use another state folder"
-            )
-        facts = {**state.facts, "settings": settings_to_json(self.settings)}
-        self._state = replace(state, facts=facts)
+        self._state = with_settings(state, self.settings, self._store.folder)
         self.trainer.set_personal(state.groups["personal"])
         self.trainer.set_optimizer_state(state.groups.get("optimizer", {}))
-        if "common" in state.groups:
-            specs = self.trainer.common().specs
-            self.trainer.set_common(_in_order(state.groups["common"], specs))
-            self.trainer.personalise(self._encoded)
+        common = state.groups.get("common", self._start.arrays())
+        self._take(_in_order(common, self._start.specs))
 
     def _train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         with self._alone:
@@ -315,8 +298,7 @@ class DeviceWorker:
     def _train_alone(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
         trainer, state = self.trainer, self.state
         self._progress(f"round {assignment.round}: training")
-        trainer.set_common(base)
-        self._base = base
+        self._take(base)
         accuracy = self._accuracy_of_base() if self._tell_accuracy else {}
         result = trainer.train(self._encoded, state.steps_done, assignment.round)
         update = trainer.update_from(base)
@@ -325,43 +307,53 @@ class DeviceWorker:
         metrics = {"loss": result.mean_loss, "steps": float(result.steps), **accuracy}
         if self._tell_accuracy:
             metrics |= self._rank_range()
-        self._save(
-            replace(
-                state,
-                steps_done=state.steps_done + result.steps,
-                rounds_done=state.rounds_done + 1,
-                groups={
-                    "personal": trainer.personal(),
-                    "optimizer": trainer.optimizer_state(),
-                    "common": base.arrays(),
-                    "report": {"buffer": np.frombuffer(update.buffer, np.uint8)},
-                },
-                facts={
-                    **state.facts,
-                    "report_assignment": assignment.assignment,
-                    "report_round": assignment.round,
-                    "report_examples": len(self.training_rows),
-                    "report_base": assignment.base_version.hex(),
-                    "report_metrics": json.dumps(metrics),
-                    "report_specs": json.dumps([(s.name, s.shape) for s in update.specs]),
-                },
-            )
+        report = FinishedReport(
+            assignment.assignment,
+            assignment.round,
+            assignment.base_version,
+            len(self.training_rows),
+            tuple(Metric(name, value) for name, value in metrics.items()),
+            update,
         )
+        state = replace(
+            state,
+            steps_done=state.steps_done + result.steps,
+            rounds_done=state.rounds_done + 1,
+            groups={
+                "personal": trainer.personal(),
+                "optimizer": trainer.optimizer_state(),
+                "common": base.arrays(),
+            },
+        )
+        self._save(with_report(state, report))
+        # What the round made of it is in the update: a restart would not find it here either.
+        self._take(base)
         self._progress(f"round {assignment.round}: loss {result.mean_loss:.4f}")
-        report = self.unsent()
-        if report is None:
-            raise RuntimeError("the report was not remembered")
         return report
+
+    def _take(self, base: NamedTensors) -> None:
+        """Make it the common adapter here; what is personal of it is made when it is asked for."""
+        self.trainer.set_common(base)
+        self._base, self._is_personal = base, False
+
+    def _personalise(self) -> None:
+        if not self._is_personal:
+            self.trainer.personalise(self._encoded)
+            self._is_personal = True
 
     def _accuracy_of_base(self) -> dict[str, float]:
         """What the base version gives this device on the rows it holds out, before it trains."""
-        if not self.held_out_rows:
+        if not (rows := self._looked_at()):
             return {}
-        rows = self.trainer.encode(self.held_out_rows)
+        self._personalise()
         return {
             "accuracy_common": self.trainer.evaluate(rows, Level.COMMON).accuracy,
             "accuracy_personal": self.trainer.evaluate(rows, Level.PERSONAL).accuracy,
         }
+
+    def _looked_at(self) -> Encoded:
+        """Held-out rows for what a run asks by itself, which no round should wait for long."""
+        return self.trainer.encode(sample(self.held_out_rows, LOOKED_AT_MAX, self._data.seed))
 
     def _rank_range(self) -> dict[str, float]:
         """The least and the greatest rank that keeps a layer's energy, over the layers."""
@@ -369,22 +361,23 @@ class DeviceWorker:
         ranks = [report.rank_for(TOLD_ENERGY) for report in reports]
         return {"rank_min": float(min(ranks)), "rank_max": float(max(ranks))} if ranks else {}
 
-    def _forget_report(self) -> None:
-        state = self.state
-        groups = {name: group for name, group in state.groups.items() if name != "report"}
-        facts = {k: v for k, v in state.facts.items() if not k.startswith("report_")}
-        self._save(replace(state, groups=groups, facts=facts))
-
     def _save(self, state: DeviceState) -> None:
         self._store.save(state)
         self._state = state
 
 
-def _settings_of(state: DeviceState) -> FederationSettings:
+async def _aside(do: Callable[[], Result]) -> Result:
+    """Do it in a thread, and to its end where this is cancelled: the folder is not let go before.
+
+    asyncio.run waits for a thread too, but from Python 3.12 on for five minutes alone.
+    """
+    doing = asyncio.ensure_future(asyncio.to_thread(do))
     try:
-        return settings_from_json(str(state.facts["settings"]))
-    except SchemaError as error:
-        raise StateError(f"the state's settings are not of this version: {error}") from None
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait({doing})
+        doing.result()
+        raise
 
 
 def _are_finite(*arrays: np.ndarray) -> bool:

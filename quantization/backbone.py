@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantization.bnb import is_below, parse_compute_dtype, quantize_embeddings, quantize_linears
-from quantization.checkpoint import brief, output_embeddings, read_model, stacked_weights
+from quantization.checkpoint import (
+    brief,
+    embedding_count_of,
+    output_embeddings,
+    read_model,
+    stacked_weights,
+)
 from quantization.errors import BackboneError, SchemeError
 from quantization.fingerprint import fingerprint, resolve_backbone
 from quantization.folder_manifest import is_quantized
@@ -142,6 +148,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if files and not any((folder / file).is_file() for file in files):
         # transformers makes an empty tokenizer of nothing, without a word.
         raise BackboneError(f"{folder}: the tokenizer has no vocabulary: none of {sorted(files)}")
+    tokenizer.truncation_side = "right"  # some would keep a text's end, which other runtimes do not
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"{folder}: the tokenizer has neither a pad nor an eos token")
@@ -151,7 +158,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _check_vocabulary(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer of another model, or one that was given a pad token and the model none."""
-    count = model.get_input_embeddings().weight.shape[0]
+    count = embedding_count_of(model)
     ids = [*tokenizer(_PROOF_TEXTS[0])["input_ids"], tokenizer.pad_token_id]
     if max(ids) >= count:
         token = tokenizer.convert_ids_to_tokens(max(ids))

@@ -25,6 +25,8 @@ from quantization.errors import BackboneError
 from quantization.tasks import TaskKind
 
 _REASON_MAX: Final = 400  # characters of what a library says; some list every model they know
+# Some models keep a few of their positions for themselves, such as RoBERTa's two.
+_POSITIONS_KEPT: Final = 8
 _READERS: Final[dict[TaskKind, Any]] = {
     TaskKind.SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
     TaskKind.CAUSAL_LM: AutoModelForCausalLM,
@@ -130,6 +132,27 @@ def output_embeddings(model: Any) -> list[str]:
     output = model.get_output_embeddings()
     modules = model.named_modules()
     return [] if output is None else [name for name, module in modules if module is output]
+
+
+def embedding_count_of(model: Any) -> int:
+    """How many token ids the model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def longest_input(model: Any) -> int | None:
+    """How many tokens the model's table of positions has rows for; None where it has no table."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    words = model.get_input_embeddings()
+    found = []
+    for module in model.modules():
+        rows = getattr(module, "num_embeddings", 0)
+        if module is not words and positions <= rows <= positions + _POSITIONS_KEPT:
+            # RoBERTa's begin behind the row of its padding.
+            kept = 0 if module.padding_idx is None else module.padding_idx + 1
+            found.append(min(positions, rows - kept))
+    return min(found, default=None)
 
 
 def stacked_weights(model: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from quantization.tasks import TaskKind
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
 GRADIENT_GRAPH: Final = "gradient.onnx"
 EVALUATION_GRAPH: Final = "evaluation.onnx"
@@ -89,7 +89,9 @@ class Manifest:
     `fingerprint` is the backbone's as every device computes it, whatever its scheme. The layers are
     those that `target_modules` (PEFT's, as settings say it) chose, in the order of their names.
     `head_modules` and `head` are empty for a causal LM. `pad_id` fills batches up, `end_id` ends a
-    causal LM's texts; None where the tokenizer has no such token.
+    causal LM's texts; None where the tokenizer has no such token. The graphs have embeddings for
+    `embedding_count` token ids and, where positions are in a table, inputs of up to `length_max`
+    tokens.
     """
 
     fingerprint: str
@@ -104,6 +106,8 @@ class Manifest:
     batch_inputs: tuple[str, ...]
     pad_id: int
     end_id: int | None
+    embedding_count: int
+    length_max: int | None
     files: tuple[ArtifactFile, ...] = ()
 
     def trainable(self, rank: int = 1, personal_rank: int = 1) -> dict[str, tuple[int, ...]]:
@@ -150,6 +154,8 @@ def read_manifest(raw: bytes) -> Manifest:
         batch_inputs=_texts(table.take("batch_inputs", list), "batch_inputs"),
         pad_id=table.count("pad_id"),
         end_id=table.take("end_id", int | None),
+        embedding_count=table.count("embedding_count"),
+        length_max=table.take("length_max", int | None),
         files=tuple(_file(one) for one in table.tables("files")),
     )
     table.end()

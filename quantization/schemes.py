@@ -23,10 +23,6 @@ class Scheme(Enum):
     INT8 = "int8"
 
     @property
-    def is_4bit(self) -> bool:
-        return self.value.startswith(("nf4", "fp4"))
-
-    @property
     def is_double(self) -> bool:
         return self.value.endswith("-double")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edge_client.errors import DataError
 
 # torch's cross entropy passes over targets of this value, and so does everything here.
 IGNORED: Final = -100
@@ -73,6 +75,21 @@ class Batch:
     def weight(self) -> int:
         """How many targets the mean loss is over."""
         return int((self.targets != IGNORED).sum())
+
+
+def check_ids(
+    ids: Sequence[int], embedding_count: int, text: str, name_of: Callable[[int], object]
+) -> None:
+    """Refuse a token that a model of so many embeddings has none for.
+
+    Raises:
+        DataError: naming the token and the text.
+    """
+    if max(ids, default=0) >= embedding_count:
+        raise DataError(
+            f"a text holds the token {name_of(max(ids))!r}, for which the backbone has no "
+            f"embedding: {text[:40]!r}"
+        )
 
 
 def window_of(

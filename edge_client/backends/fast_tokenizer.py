@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_client.backends.encoding import Window, window_of
+from edge_client.backends.encoding import Window, check_ids, window_of
 from edge_client.errors import MissingExtraError
 from quantization.errors import ArtifactError
 
 
 class FastTokenizer:
-    """An encoding.Tokenizer on one tokenizer.json; `with_types` where the model takes segments.
+    """An encoding.Tokenizer on one tokenizer.json, for a model of so many embeddings.
+
+    `with_types` says that the model takes segments.
 
     Raises:
         ArtifactError: the file is not one that the library reads.
         MissingExtraError: the library is not installed.
     """
 
-    def __init__(self, path: Path, *, pad_id: int, end_id: int | None, with_types: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        pad_id: int,
+        end_id: int | None,
+        embedding_count: int,
+        with_types: bool,
+    ) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -30,6 +40,7 @@ class FastTokenizer:
         # A file may bring lengths of its own; here the task decides, and batches are padded later.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._embedding_count = embedding_count
         self._with_types = with_types
         self.pad_id = pad_id
         self.end_id = end_id
@@ -43,11 +54,15 @@ class FastTokenizer:
             self._tokenizer.no_truncation()
         # An empty second text is none, as transformers has it.
         encoded = self._tokenizer.encode(text, pair or None, add_special_tokens=special)
+        self._check(encoded.ids, text)
         return encoded.ids, encoded.type_ids if self._with_types else None
 
     def windows(self, question: str, context: str, length_max: int, overlap: int) -> list[Window]:
         self._tokenizer.enable_truncation(length_max, stride=overlap, strategy="only_second")
         first = self._tokenizer.encode(question, context)
+        found = [first, *first.overflowing]
+        for one in found:
+            self._check(one.ids, context)
         return [
             window_of(
                 one.ids,
@@ -55,8 +70,11 @@ class FastTokenizer:
                 one.sequence_ids,
                 one.offsets,
             )
-            for one in (first, *first.overflowing)
+            for one in found
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _check(self, ids: Sequence[int], text: str) -> None:
+        check_ids(ids, self._embedding_count, text, self._tokenizer.id_to_token)

@@ -48,6 +48,7 @@ class OrtTrainer(FlatTrainer):
             artifact.tokenizer,
             pad_id=manifest.pad_id,
             end_id=manifest.end_id,
+            embedding_count=manifest.embedding_count,
             with_types="token_type_ids" in manifest.batch_inputs,
         )
         layout = algorithm_for(settings, personal_seed).layout(adapter)
@@ -80,6 +81,7 @@ class OrtTrainer(FlatTrainer):
             ),
             (groups[0], groups[1]),
             personal_seed=personal_seed,
+            length_max=manifest.length_max,
         )
 
     def gradients(self, batch: Batch) -> Gradients:
@@ -209,3 +211,6 @@ def _check(settings: FederationSettings, manifest: Manifest) -> None:
                 f"its {what}: {found}; the federation's: {wanted}",
                 "one exported for this federation",
             )
+    if manifest.length_max is not None and task.max_length > manifest.length_max:
+        problem = f"the backbone does not take {task.max_length} tokens"
+        raise ConfigurationError("task.max_length", problem, f"{manifest.length_max} at most")

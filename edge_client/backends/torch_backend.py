@@ -18,16 +18,17 @@ from torch.nn import functional
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Level
-from edge_client.backends.encoding import IGNORED, Batch, Window, window_of
+from edge_client.backends.encoding import IGNORED, Batch, Window, check_ids, window_of
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.trainer import FlatTrainer, Shape
-from edge_client.errors import ConfigurationError, DataError
+from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
 from edge_client.lora import AdapterError, active_level, inject
 from edge_client.tasks.base import Score
 from protocol.federation import FederationSettings
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone, logits_of
+from quantization.checkpoint import embedding_count_of, longest_input
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
@@ -83,11 +84,7 @@ class TransformersTokenizer:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _check(self, ids: Sequence[int], text: str) -> None:
-        if max(ids, default=0) >= self._embedding_count:
-            raise DataError(
-                f"a text holds the token {self._tokenizer.convert_ids_to_tokens(max(ids))!r}, for "
-                f"which the backbone has no embedding: {text[:40]!r}"
-            )
+        check_ids(ids, self._embedding_count, text, self._tokenizer.convert_ids_to_tokens)
 
 
 def flat_group(parameters: Mapping[str, nn.Parameter], device: str) -> FlatGroup:
@@ -136,7 +133,7 @@ class TorchTrainer(FlatTrainer):
         super().__init__(
             settings,
             backbone.fingerprint,
-            TransformersTokenizer(backbone.tokenizer, _embedding_count(backbone.model)),
+            TransformersTokenizer(backbone.tokenizer, embedding_count_of(backbone.model)),
             Shape(
                 tuple(self._adapter.layers),
                 self._adapter.head_modules,
@@ -145,6 +142,7 @@ class TorchTrainer(FlatTrainer):
             ),
             (common, personal),
             personal_seed=personal_seed,
+            length_max=longest_input(backbone.model),
         )
 
     def gradients(self, batch: Batch) -> Gradients:
@@ -216,10 +214,6 @@ class TorchTrainer(FlatTrainer):
         """Logits [k, classes] and targets [k]."""
         logits, targets = self._rules.compared(self._forward(batch), self._placed(batch.targets))
         return logits.flatten(0, -2).float(), targets.flatten()
-
-
-def _embedding_count(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ class FlatTrainer(abc.ABC):
     """A backends.base.Trainer and a GradientOracle on two flat groups of trainable arrays.
 
     The common adapter starts alike on all devices, from the federation's seed; `personal_seed`
-    is this device's own, for its personal adapter and its batches.
+    is this device's own, for its personal adapter and its batches. `length_max` is the longest
+    input, where the model has one.
     """
 
     evaluation_batch: ClassVar[int] = 64
@@ -92,11 +93,13 @@ class FlatTrainer(abc.ABC):
         groups: tuple[FlatGroup, FlatGroup],
         *,
         personal_seed: int,
+        length_max: int | None = None,
     ) -> None:
         self.fingerprint = fingerprint
         self._settings = settings
         self._tokenizer = tokenizer
         self._shape = shape
+        self._length_max = length_max
         self._seed = personal_seed
         self._algorithm = algorithm_for(settings, personal_seed)
         self._common, self._personal = groups
@@ -245,7 +248,11 @@ class FlatTrainer(abc.ABC):
             return self._rules.predict(rows, self._model_now)
 
     def generate(self, prompt: str, new_tokens_max: int, level: Level = Level.PERSONAL) -> str:
-        """The likeliest continuation of a prompt, token by token (causal LM)."""
+        """The likeliest continuation of a prompt, token by token (causal LM).
+
+        Raises:
+            DataError: the prompt has no token, or more than the model takes.
+        """
         with self._at(level):
             return self._rules.generate(prompt, new_tokens_max, self._model_now)
 
@@ -313,7 +320,7 @@ class FlatTrainer(abc.ABC):
 
     @property
     def _model_now(self) -> Model:
-        return Model(self._tokenizer, self._batches, self._score, self._logits)
+        return Model(self._tokenizer, self._batches, self._score, self._logits, self._length_max)
 
     def _evaluate(self, rows: list[EncodedRow]) -> Evaluation:
         return self._rules.evaluate(rows, self._model_now)
@@ -342,8 +349,13 @@ class FlatTrainer(abc.ABC):
                 chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
             yield self.batch(chosen)
 
-    def _batches(self, rows: Sequence[EncodedRow]) -> list[Batch]:
-        return self._batches_of(rows, self.evaluation_batch)
+    def _batches(self, rows: Sequence[EncodedRow]) -> Iterator[Batch]:
+        training = self._settings.training
+        size = self.evaluation_batch
+        if not self._rules.has_head:
+            # Logits of a whole vocabulary at each token: no more of them than training holds.
+            size = min(size, training.micro_batch_size or training.batch_size)
+        return self._batches_of(rows, size)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Parts of at most so many rows, each padded to its own longest.
@@ -351,10 +363,11 @@ class FlatTrainer(abc.ABC):
         Rows that come in order of their length leave little to pad.
         """
         size = self._settings.training.micro_batch_size
-        return self._batches_of(batch.rows, size) if 0 < size < len(batch.rows) else [batch]
+        is_whole = not 0 < size < len(batch.rows)
+        return [batch] if is_whole else list(self._batches_of(batch.rows, size))
 
-    def _batches_of(self, rows: Sequence[EncodedRow], size: int) -> list[Batch]:
-        return [self.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+    def _batches_of(self, rows: Sequence[EncodedRow], size: int) -> Iterator[Batch]:
+        return (self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
 
 
 class Oracle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,12 +31,13 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model at its present level, whatever runs it."""
+    """A model at its present level, whatever runs it; `length_max` tokens at most, if not None."""
 
     tokenizer: Tokenizer
-    batches: Callable[[Sequence[EncodedRow]], list[Batch]]
+    batches: Callable[[Sequence[EncodedRow]], Iterable[Batch]]
     score: Callable[[Batch], Score]
     logits: Callable[[Batch], Logits]
+    length_max: int | None = None
 
 
 class TaskRules(abc.ABC):
@@ -117,9 +118,10 @@ class TaskRules(abc.ABC):
         raise self._no_choice()
 
     def generate(self, prompt: str, new_tokens_max: int, model: Model) -> str:  # noqa: ARG002
-        """The likeliest continuation of a prompt, token by token.
+        """The likeliest continuation of a prompt, token by token, as far as the model's input goes.
 
         Raises:
+            DataError: the prompt has no token, or more than the model takes.
             AdapterError: this kind of task continues nothing; use `predict`.
         """
         only = TaskKind.CAUSAL_LM.value

@@ -50,8 +50,12 @@ class CausalLM(TaskRules):
 
     def generate(self, prompt: str, new_tokens_max: int, model: Model) -> str:
         ids = list(model.tokenizer.encode(prompt)[0])
-        begin = len(ids)
-        for _ in range(new_tokens_max):
+        begin, length_max = len(ids), model.length_max or len(ids) + new_tokens_max
+        if not ids:
+            raise DataError(f"a prompt has no token: {prompt!r}")
+        if begin > length_max:
+            raise DataError(f"a prompt has {begin} tokens, and the model takes {length_max}")
+        for _ in range(min(new_tokens_max, length_max - begin + 1)):
             row = np.array([ids], np.int64)
             batch = Batch({"input_ids": row, "attention_mask": np.ones_like(row)}, row)
             ids.append(int(model.logits(batch)[0, -1].argmax()))

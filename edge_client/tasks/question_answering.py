@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Final, cast
 
 import numpy as np
@@ -109,37 +110,42 @@ class QuestionAnswering(TaskRules):
 
 
 class _Search:
-    """The best span of each context over its windows, and what all its spans come to."""
+    """The best span of each context over its windows, and its share of what all spans come to."""
 
     def __init__(self) -> None:
-        self._best: dict[_Asked, tuple[float, int, int]] = {}
-        self._log_sums: dict[_Asked, float] = {}
+        self._seen: dict[_Asked, list[tuple[NDArray[np.int32], Logits]]] = {}
 
     def look(self, rows: Sequence[EncodedRow], logits: Logits) -> None:
         """Take in windows and their logits, [b, 2, t]."""
-        for window, (starts, ends) in zip(
-            cast("Sequence[_EncodedWindow]", rows), logits, strict=True
-        ):
-            count = len(window.spans)
-            part = slice(window.first, window.first + count)
-            scores = _span_scores(starts[part], ends[part])
-            first, more = divmod(int(scores.argmax()), scores.shape[1])
-            begin, end = window.spans[first, 0], window.spans[first + more, 1]
-            best = (float(scores[first, more]), int(begin), int(end))
-            asked = window.asked
-            self._best[asked] = max(self._best.get(asked, best), best)
-            log_sum = best[0] + np.log(np.exp(scores - best[0]).sum())
-            self._log_sums[asked] = np.logaddexp(self._log_sums.get(asked, -np.inf), log_sum)
+        for window, both in zip(cast("Sequence[_EncodedWindow]", rows), logits, strict=True):
+            part = both[:, window.first : window.first + len(window.spans)].copy()
+            self._seen.setdefault(window.asked, []).append((window.spans, part))
 
     def found(self) -> Iterator[tuple[_Asked, FoundAnswer]]:
         """Each context's answer, in the order in which they were first looked at."""
-        for asked, (score, start, end) in self._best.items():
+        for asked, windows in self._seen.items():
+            start, end, probability = _likeliest(windows)
             # Tokens of some vocabularies begin with a space.
             text = asked.context[start:end]
             start += len(text) - len(text.lstrip())
             text = text.strip()
-            probability = float(np.exp(score - self._log_sums[asked]))
             yield asked, FoundAnswer(text, start, start + len(text), probability)
+
+
+def _likeliest(windows: Sequence[tuple[NDArray[np.int32], Logits]]) -> tuple[int, int, float]:
+    """The characters of the best span, and its probability; windows share spans."""
+    begins, ends, scores = [], [], []
+    for spans, logits in windows:
+        found = _span_scores(*logits)
+        first, more = np.nonzero(~np.isneginf(found))
+        begins.append(spans[first, 0])
+        ends.append(spans[first + more, 1])
+        scores.append(found[first, more])
+    begin, end, score = map(np.concatenate, (begins, ends, scores))
+    best = int(score.argmax())
+    powers = np.exp(score - score[best])
+    is_same = (begin == begin[best]) & (end == end[best])
+    return int(begin[best]), int(end[best]), float(powers[is_same].sum() / powers.sum())
 
 
 def _span_scores(starts: Logits, ends: Logits) -> NDArray[np.float64]:
@@ -184,24 +190,27 @@ def _answers(row: RawRow, name: str, context: str) -> tuple[Answer, ...]:
         if not isinstance(text, str) or not text.strip():
             raise row.error(f"expected text, got {text!r}", f"{name}.text")
         _check_start(row, f"{name}.answer_start", context, text, start)
-        answers.append(Answer(text, start))
+        answers.append(Answer(text, int(start)))
     return tuple(answers)
 
 
 def _list(row: RawRow, answers: Mapping[Any, Any], name: str, key: str) -> Sequence[Any]:
     value = answers.get(key)
+    if isinstance(value, np.ndarray):  # as pandas reads lists
+        value = value.tolist()
     if not isinstance(value, list | tuple):
         raise row.error(f"expected a list, got {type(value).__name__}", f"{name}.{key}")
     return value
 
 
-def _check_start(row: RawRow, field: str, context: str, text: str, start: object) -> None:
-    if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < len(context):
+def _check_start(row: RawRow, field: str, context: str, text: str, start: Any) -> None:
+    is_whole = isinstance(start, Integral) and not isinstance(start, bool)
+    if not is_whole or not 0 <= (at := int(start)) < len(context):
         raise row.error(
             f"{start!r} is no character of the context (0 to {len(context) - 1})", field
         )
-    there = context[start : start + len(text)]
+    there = context[at : at + len(text)]
     if there != text:
         place = context.find(text)
         hint = f"it is at {place}" if place >= 0 else "it is nowhere in the context"
-        raise row.error(f"{text!r} is not at {start}, where {there!r} is; {hint}", field)
+        raise row.error(f"{text!r} is not at {at}, where {there!r} is; {hint}", field)

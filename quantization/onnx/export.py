@@ -19,6 +19,7 @@ import onnx
 from quantization.artifact import Artifact, load_artifact, write_manifest
 from quantization.backbone import Backbone
 from quantization.bnb import is_transposed, linear_shape
+from quantization.checkpoint import embedding_count_of, longest_input
 from quantization.errors import ArtifactError
 from quantization.manifest import (
     EVALUATION_GRAPH,
@@ -62,7 +63,9 @@ def export_artifact(
     layers = sorted(layers)
     adapted = tuple(_adapted_layer(backbone, name) for name in layers)
     head = _head(backbone)
-    forward = build_forward(backbone, layers)
+    embedding_count = embedding_count_of(backbone.model)
+    length_max = longest_input(backbone.model)
+    forward = build_forward(backbone, layers)  # uses the model up
     if embeddings is EmbeddingScheme.INT8 and not forward.embeddings:
         raise ArtifactError("embeddings int8: the model has no plain table of them; use float32")
     manifest = Manifest(
@@ -78,6 +81,8 @@ def export_artifact(
         batch_inputs=forward.batch_inputs,
         pad_id=backbone.tokenizer.pad_token_id,
         end_id=backbone.tokenizer.eos_token_id,
+        embedding_count=embedding_count,
+        length_max=length_max,
     )
     graphs = {
         GRADIENT_GRAPH: gradient_graph(forward, layers),

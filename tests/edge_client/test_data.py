@@ -152,6 +152,9 @@ def test_questions_have_a_context_and_answers_in_it(tmp_path: Path) -> None:
         "Who wrote it?", "Ada wrote it in 1843.", None, (Answer("Ada", 0), Answer("Ada wrote", 0))
     )
     assert read_rows(_file(tmp_path, "d.jsonl", json.dumps(SQUAD_ROW)), QUESTIONS) == [wanted]
+    of_pandas = {"text": np.array(["Ada", "Ada wrote"], object), "answer_start": np.zeros(2, "i4")}
+    for answers in (of_pandas, _answers(["Ada", "Ada wrote"], [np.int64(0)] * 2)):
+        assert read_rows([SQUAD_ROW | {"answers": answers}], QUESTIONS) == [wanted]
     names = {"q": "question", "c": "context", "a": "answers"}
     renamed = {short: SQUAD_ROW[name] for short, name in names.items()}
     fields = FieldNames(question="q", context="c", answers="a")

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from edge_client.backends.base import FoundAnswer, Level
-from edge_client.backends.encoding import IGNORED, Window
+from edge_client.backends.encoding import IGNORED, Batch, Window
 from edge_client.backends.fast_tokenizer import FastTokenizer
 from edge_client.backends.torch_backend import TorchTrainer, TransformersTokenizer
 from edge_client.data import Answer, Example
 from edge_client.errors import AdapterError, DataError
 from edge_client.tasks import rules_for
 from edge_client.tasks.answer_scores import exact_match, f1
+from edge_client.tasks.base import Model
 from edge_client.tasks.question_answering import _span_scores
 from protocol.federation import Adapter, Backbone, FederationSettings, Task, TaskKind, Training
 from protocol.methods import Hypergradient
@@ -93,7 +94,11 @@ def test_an_answer_is_found_again_in_the_windows_that_hold_it(
 
 def test_both_tokenizers_cut_the_same_windows(tokenizer: TransformersTokenizer) -> None:
     fast = FastTokenizer(
-        resolve_backbone(MINILM) / "tokenizer.json", pad_id=0, end_id=None, with_types=True
+        resolve_backbone(MINILM) / "tokenizer.json",
+        pad_id=0,
+        end_id=None,
+        embedding_count=30522,
+        with_types=True,
     )
 
     def plain(window: Window) -> tuple[Any, ...]:
@@ -175,6 +180,26 @@ def test_answers_are_looked_for_up_to_a_length_and_in_order() -> None:
         assert {tuple(map(int, at)) for at in np.argwhere(np.isfinite(scores))} == set(wanted)
         for at, score in wanted.items():
             assert scores[at] == pytest.approx(score, rel=1e-6)
+
+
+def test_an_answer_that_two_windows_share_is_one_answer(tokenizer: TransformersTokenizer) -> None:
+    rules = rules_for(TASK)
+    context = " ".join(f"{number}" for number in range(60))
+    windows: Any = rules.encode(Example("Who?", context, None), tokenizer)
+    spans = [set(map(tuple, window.spans.tolist())) for window in windows]
+    (shared, *_) = sorted(spans[0] & spans[1])
+
+    def logits(batch: Batch) -> Any:
+        found = np.zeros((len(batch.rows), 2, 32), np.float32)
+        for window, row in zip(batch.rows, found, strict=True):
+            places = [i for i, s in enumerate(window.spans.tolist()) if tuple(s) == shared]
+            row[:, [window.first + place for place in places]] = 20.0
+        return found
+
+    model: Any = Model(tokenizer, lambda rows: [Batch({}, np.empty(0), tuple(rows))], None, logits)
+    (found,) = rules.predict([Example("Who?", context, None)], model)
+    assert (found.start, found.end) == shared
+    assert found.probability == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from edge_client.backends.base import RankReport
 from edge_client.cli import rank_table
+from edge_client.errors import ConfigurationError
 from edge_client.rank_plot import draw_ranks
 
 REPORTS = {
@@ -42,3 +43,5 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw_ranks(REPORTS, tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigurationError, match=r"ranks\.png cannot be written: No such"):
+        draw_ranks(REPORTS, Path("/proc/ranks.png"))

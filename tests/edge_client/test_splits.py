@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from edge_client.data import Example
 from edge_client.errors import ConfigurationError, DataError
-from edge_client.splits import batch_indices, hold_out, split_by_dirichlet, split_by_skew
+from edge_client.splits import (
+    batch_indices,
+    hold_out,
+    sample,
+    split_by_dirichlet,
+    split_by_skew,
+)
 
 steady = settings(derandomize=True, deadline=None)
 
@@ -103,3 +109,24 @@ def test_out_of_bounds_is_refused_by_name() -> None:
             call()
     with pytest.raises(DataError, match="one row"):
         hold_out(rows[:1], 0.5, 0)
+
+
+def test_a_sample_has_the_labels_in_their_shares() -> None:
+    rows = _rows([0] * 600 + [1] * 300 + [2] * 100)
+    found = sample(rows, 50, 0)
+    assert Counter(row.label for row in found) == {0: 30, 1: 15, 2: 5}
+    assert found == sample(rows, 50, 0)
+    assert sample(rows[:50], 50, 0) == rows[:50]
+
+
+@pytest.mark.parametrize("more", [1, 30])
+def test_rows_that_come_later_leave_the_held_out_ones_held_out(more: int) -> None:
+    rows = _rows([index % 3 for index in range(300)])
+    later = [Example(f"late {index}", None, index % 3) for index in range(more)]
+    before, after = (
+        [set(part) for part in hold_out(some, 0.2, 0, by_content=True)]
+        for some in (rows, later[: more // 2] + rows + later[more // 2 :])
+    )
+    assert len(before[1]) == 60
+    assert len(before[0] & after[1]) <= 5  # trained on, and held out now; 30 by place
+    assert len(before[1] & after[1]) >= 55

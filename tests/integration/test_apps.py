@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from edge_client import cli
+from edge_client import cli, worker
 from edge_client.algorithms.base import Gradients
-from edge_client.backends.base import Level
-from edge_client.backends.encoding import Batch
-from edge_client.backends.torch_backend import load_trainer
+from edge_client.backends.base import Evaluation, Level
+from edge_client.backends.encoding import Batch, EncodedRow
+from edge_client.backends.torch_backend import TorchTrainer, load_trainer
 from edge_client.client import EdgeClient
 from edge_client.data import Example, FieldNames
 from edge_client.errors import (
+    AdapterError,
     ConfigurationError,
     DataError,
     DivergedError,
@@ -40,6 +42,7 @@ from protocol.federation import (
     Training,
 )
 from protocol.messages import Assignment
+from protocol.methods import PerFedAvg, PF2LoRA
 from protocol.tensors import NamedTensors
 from tests.integration.test_federation import (
     MINILM,
@@ -47,6 +50,7 @@ from tests.integration.test_federation import (
     _write_config,
     _write_data,
 )
+from tests.quantization.tiny import write_gpt2
 
 ROWS = [{"text": f"a film {n}", "label": ("bad", "good")[n % 2]} for n in range(10)]
 SETTINGS = FederationSettings(
@@ -64,7 +68,7 @@ class Device:
     def __init__(self, folder: Path, settings: FederationSettings = SETTINGS, **how: Any) -> None:
         self.store = PrivateStore(folder)
         data = DataSettings(how.pop("rows", ROWS), FieldNames(), 0.2, 0)
-        self.worker = DeviceWorker(data, self.store, self._trainer, how.pop("progress", print))
+        self.worker = DeviceWorker(data, self.store, self._trainer, print, **how)
         self.settings = settings
         asyncio.run(self.worker.prepare(settings))
 
@@ -139,6 +143,79 @@ def test_a_round_that_found_no_room_is_as_if_it_had_never_begun(
     assert device.round(1, base).digest() == other.round(1, base).digest()
 
 
+def test_a_first_round_that_fails_leaves_a_model_that_answers(tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    base = device.worker.trainer.common()
+    bad = NamedTensors.from_arrays({n: a * np.float32("nan") for n, a in base.arrays().items()})
+    with pytest.raises(DivergedError):
+        device.round(1, bad)
+    assert device.worker.trainer.common().digest() == base.digest()
+
+
+@pytest.mark.parametrize("algorithm", [PF2LoRA(), PerFedAvg()], ids=["pf2lora", "perfedavg"])
+def test_a_device_between_rounds_says_what_it_says_after_a_restart(
+    tmp_path: Path, algorithm: Any
+) -> None:
+    def said(device: Device) -> list[Any]:
+        with device.worker.ready():
+            rows = device.worker.held_out_rows
+            return [device.worker.evaluate(rows, level) for level in Level]
+
+    settings = replace(SETTINGS, algorithm=algorithm)
+    device = Device(tmp_path, settings)
+    device.round(1)
+    assert said(device) == said(Device(tmp_path, settings))
+
+
+def test_a_run_looks_at_so_many_held_out_rows_and_evaluate_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty thousand rows would be minutes before the first round, and twice that in each."""
+    looked_at: list[int] = []
+
+    def evaluate(trainer: TorchTrainer, rows: list[EncodedRow], level: Level) -> Evaluation:
+        looked_at.append(len(rows))
+        return plain(trainer, rows, level)
+
+    plain = TorchTrainer.evaluate
+    monkeypatch.setattr(TorchTrainer, "evaluate", evaluate)
+    monkeypatch.setattr(worker, "LOOKED_AT_MAX", 4)
+    device = Device(tmp_path, rows=ROWS * 4, tell_accuracy=True)
+    assert looked_at == [4]
+    device.round(1)
+    assert looked_at == [4, 4, 4]
+    with device.worker.ready():
+        assert device.worker.evaluate(device.worker.held_out_rows, Level.COMMON).count == 8
+
+
+def test_a_round_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
+    """Else the folder would be let go while its round is still to be written."""
+    device, begun = Device(tmp_path), threading.Event()
+    doing, base = device.worker, device.worker.trainer.common()
+
+    def train(*_: object) -> None:
+        begun.set()
+        go_on.wait(60)
+        done.append(True)
+
+    async def cancel() -> None:
+        training = asyncio.create_task(
+            doing.train(Assignment("", 1, b"", 1.0, base.payload()), base)
+        )
+        await asyncio.to_thread(begun.wait, 60)
+        training.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await training
+        assert done
+
+    done: list[bool] = []
+    go_on = threading.Event()
+    monkeypatch.setattr(doing, "_train", train)
+    asyncio.run(cancel())
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -210,6 +287,45 @@ def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: 
             assert not again.worker.trainer._model.training
 
 
+def test_an_interrupted_run_has_ended_when_it_returns(tmp_path: Path) -> None:
+    config = _write_config(tmp_path, count=1000, cohort=1)
+    data = _write_data(tmp_path / "a.jsonl", 0.5)
+    trains = threading.Event()
+
+    def progress(line: str) -> None:
+        if "training" in line:
+            trains.set()
+
+    async def interrupt(client: EdgeClient) -> None:
+        running = asyncio.create_task(client._run())
+        await asyncio.to_thread(trains.wait, 60)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert client.worker.rounds_done == 1
+
+    with _coordinator(config) as address:
+        client = EdgeClient(address, data, tmp_path / "a", scheme="none", progress=progress)
+        with client:
+            asyncio.run(interrupt(client))
+
+
+def test_rows_can_be_held_out_later_than_the_device_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _write_config(tmp_path, count=1, cohort=1)
+    data = _write_data(tmp_path / "a.jsonl", 0.5)
+    with _coordinator(config) as address:
+        run = ["run", "--coordinator", address, "--data", str(data), "--scheme", "none"]
+        run += ["--state-dir", str(tmp_path / "a")]
+        assert cli.main([*run, "--held-out", "0"]) == 0
+        assert "accuracy" not in capsys.readouterr().out
+        assert cli.main(run) == 0
+        said = capsys.readouterr().out
+    assert "accuracy common: " in said
+    assert "accuracy before: " not in said
+
+
 def test_the_folder_stays_locked_until_a_closed_run_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,12 +349,40 @@ def test_the_folder_stays_locked_until_a_closed_run_has_ended(
     EdgeClient("localhost:1", ROWS, tmp_path / "a").close()
 
 
+def test_a_run_can_be_stopped_before_a_coordinator_was_found(tmp_path: Path) -> None:
+    client = EdgeClient("localhost:1", ROWS, tmp_path, scheme="none")
+    asked = threading.Event()
+
+    async def dial() -> Any:
+        asked.set()
+        await asyncio.sleep(60)
+
+    client._dial = dial
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(client.run)
+        asked.wait(60)
+        client.stop()
+        assert running.result(60).rounds_done == 0
+
+
+def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
+    key = tmp_path / "device.key"
+    key.write_text("no key")
+    key.chmod(0o600)
+    with pytest.raises(StateError, match="the device key is damaged") as refused:
+        EdgeClient("localhost:1", ROWS, tmp_path)
+    key.unlink()
+    EdgeClient("localhost:1", ROWS, tmp_path).close()
+    assert refused.value.__traceback__  # which would hold the lock, if the call had kept it
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "reason"),
     [
         ({"data": "none.jsonl"}, DataError, r"none\.jsonl: cannot be read: No such file"),
         ({"data": "d.parquet"}, DataError, r"d\.parquet: expected a \.jsonl"),
         ({"data": {"text": ["a"]}}, DataError, "data: expected a file, or rows"),
+        ({"data": iter(ROWS)}, DataError, "data: expected rows that can be read again, got list_i"),
         ({"scheme": "nf5"}, ConfigurationError, "scheme: 'nf5' is none; use none, bf16, nf4"),
         ({"compute_dtype": "f8"}, ConfigurationError, "compute_dtype: 'f8' is none; use float32"),
         ({"held_out": 1.0}, ConfigurationError, "held_out: 1.0 is no share"),
@@ -268,6 +412,21 @@ def test_what_cannot_be_foretold_is_refused(tmp_path: Path, texts: Any, reason: 
         pytest.raises(DataError, match=reason),
     ):
         client.predict(texts)
+
+
+def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
+    model, rows = str(write_gpt2(tmp_path / "model")), [{"text": "The gradient So"}] * 4
+    task, backbone = Task(TaskKind.CAUSAL_LM, (), 8), Backbone(model, SETTINGS.backbone.fingerprint)
+    device = Device(tmp_path / "a", replace(SETTINGS, backbone=backbone, task=task), rows=rows)
+    device.round(1)
+    with EdgeClient("localhost:1", rows, tmp_path / "a", scheme="none") as client:
+        assert client.generate("The gradient", 3) == device.worker.trainer.generate(
+            "The gradient", 3
+        )
+        with pytest.raises(DataError, match="expected text, got int"):
+            client.generate(1)
+        with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
+            client.predict(["The"])
 
 
 def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(

@@ -22,6 +22,8 @@ from tests.ort.cases import CASES, MINILM, STORIES, follow, outlook, token_rows
 
 FORETELL = ["--task", "causal-lm"]
 ANSWER = ["--task", "question-answering"]
+CLASSES = 'kind = "sequence-classification"\nlabels = ["bad", "good"]\nmax_length = 16'
+QUESTIONS = 'kind = "question-answering"\nmax_length = 24'
 CLASSIFY = ["--task", "sequence-classification", "--label-count", "2"]
 
 
@@ -32,7 +34,8 @@ def main(folder: Path) -> None:
         _export(folder / f"minilm-{scheme}", MINILM, scheme, "all-linear", CLASSIFY)
     for scheme in ("int8", "int4"):
         _export(folder / f"mixed-{scheme}", MINILM, scheme, "query-value", CLASSIFY)
-    _prepare(folder / "federation")
+    _prepare(folder / "federation", CLASSES, "query-value")
+    _prepare(folder / "questions", QUESTIONS, "all-linear")
     _record_tokens(folder / "minilm-none.tokens.json", MINILM, "sequence-classification")
     _export(folder / "answers-none", MINILM, "none", "all-linear", ANSWER)
     cases = [case for case in CASES.values() if case.artifact != "stories-none"]
@@ -53,7 +56,7 @@ def main(folder: Path) -> None:
             (folder / f"{case.name}.json").write_text(json.dumps(found))
 
 
-def _prepare(folder: Path) -> None:
+def _prepare(folder: Path, task: str, targets: str) -> None:
     """What a coordinator serves: three rounds of two devices."""
     folder.mkdir()
     path = folder / "federation.toml"
@@ -61,13 +64,11 @@ def _prepare(folder: Path) -> None:
 [backbone]
 name = "{MINILM}"
 [task]
-kind = "sequence-classification"
-labels = ["bad", "good"]
-max_length = 16
+{task}
 [adapter]
 rank = 2
 personal_rank = 1
-target_modules = "query-value"
+target_modules = "{targets}"
 [training]
 local_steps = 4
 batch_size = 4

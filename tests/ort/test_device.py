@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -24,15 +25,14 @@ from protocol.methods import Hypergradient, PF2LoRA
 from quantization.artifact import load_artifact
 from quantization.errors import ArtifactError
 from tests.integration.test_federation import _coordinator, _run_all, _write_data
+from tests.integration.test_questions import _write_questions
 from tests.ort.cases import CASES, PERSONAL_SEED, rows_of
 
 ROUNDS = 3
 
 
-def _federation(artifacts: Path, folder: Path) -> Path:
-    return (
-        Path(shutil.copytree(artifacts / "federation", folder / "federation")) / "federation.toml"
-    )
+def _federation(artifacts: Path, folder: Path, name: str = "federation") -> Path:
+    return Path(shutil.copytree(artifacts / name, folder / name)) / "federation.toml"
 
 
 def _client(address: str, folder: Path, number: int, artifact: Path, **more: Any) -> EdgeClient:
@@ -85,6 +85,35 @@ def test_a_federation_of_two_and_every_method_of_the_client(
         product = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
         assert np.linalg.matrix_rank(product) == next(iter(small.ranks.values()))
         assert "base_model.model.classifier.weight" in tensors
+
+
+def test_devices_learn_to_answer_and_are_asked_in_another_process(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    config = _federation(artifacts, tmp_path, "questions")
+    for number, place in enumerate(("Oslo", "Cape Town")):
+        _write_questions(tmp_path / f"{number}.jsonl", place)
+    artifact = artifacts / "answers-none"
+    with _coordinator(config) as address:
+        clients = [_client(address, tmp_path, i, artifact) for i in range(2)]
+        _run_all(clients)
+        assert {client.worker.rounds_done for client in clients} == {ROUNDS}
+        context = "Later Anna moved to Oslo again. " * 6  # several windows
+        asked = [{"question": "Where to?", "context": context}]
+        (found,) = clients[0].predict(asked)
+        assert context[found.start : found.end] == found.text != ""
+        assert 0 < found.probability <= 1
+        for client in clients:
+            client.close()
+    with _client("ws://127.0.0.1:9", tmp_path, 0, artifact) as again:
+        assert again.predict(asked) == [found]
+    command = [sys.executable, "-m", "edge_client.cli", "evaluate", "--json", "--backend", "ort"]
+    command += ["--artifact", str(artifact), "--data", str(tmp_path / "0.jsonl")]
+    command += ["--state-dir", str(tmp_path / "device-0")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    levels = [json.loads(line) for line in done.stdout.splitlines() if "level" in line]
+    assert [one["rows"] for one in levels] == [2, 2, 2]
+    assert levels[2]["loss"] < levels[0]["loss"]
 
 
 def test_a_device_killed_while_it_trains_comes_back_and_finishes(
@@ -150,6 +179,7 @@ def test_an_artifact_of_another_federation_is_refused(artifacts: Path) -> None:
         ({"backbone": CASES["minilm"].settings.backbone}, "its backbone: sha256"),
         ({"task": Task(TaskKind.CAUSAL_LM)}, "its task: sequence-classification"),
         ({"task": three}, "its number of labels: 2; the federation's: 3"),
+        ({"task": replace(settings.task, max_length=513)}, "max_length: .* 513 tokens; use 512"),
         ({"adapter": replace(settings.adapter, target_modules="query-value")}, "target modules"),
         ({"algorithm": PF2LoRA(Hypergradient.EXACT)}, "hypergradient: exact .* secant"),
     ):

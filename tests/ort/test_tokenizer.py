@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.backends.fast_tokenizer import FastTokenizer
+from edge_client.errors import DataError
 from quantization.artifact import load_artifact
 from quantization.errors import ArtifactError
 from tests.ort.cases import STORIES, token_rows
@@ -22,6 +23,7 @@ def test_ids_segments_and_text_are_those_of_transformers(artifacts: Path, name: 
         artifacts / name / "tokenizer.json",
         pad_id=manifest.pad_id,
         end_id=manifest.end_id,
+        embedding_count=manifest.embedding_count,
         with_types="token_type_ids" in manifest.batch_inputs,
     )
     recorded = json.loads((artifacts / f"{name}.tokens.json").read_text())
@@ -34,8 +36,18 @@ def test_ids_segments_and_text_are_those_of_transformers(artifacts: Path, name: 
         assert tokenizer.decode(ids) == wanted["text"], row
 
 
+def test_a_token_without_an_embedding_is_refused(artifacts: Path) -> None:
+    path = artifacts / "minilm-none" / "tokenizer.json"
+    small = FastTokenizer(path, pad_id=0, end_id=None, embedding_count=2100, with_types=True)
+    said = r"the token 'film', for which the backbone has no embedding: 'a film'"
+    with pytest.raises(DataError, match=said):
+        small.encode("a film")
+    with pytest.raises(DataError, match="has no embedding"):
+        small.windows("a", "film", 16, 4)
+
+
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json: the tokenizer cannot be read"):
-        FastTokenizer(path, pad_id=0, end_id=None, with_types=False)
+        FastTokenizer(path, pad_id=0, end_id=None, embedding_count=9, with_types=False)

@@ -34,6 +34,8 @@ SAMPLE = Manifest(
     batch_inputs=("input_ids", "attention_mask"),
     pad_id=0,
     end_id=None,
+    embedding_count=100,
+    length_max=32,
 )
 WEIGHT_BYTES = 64
 

@@ -23,6 +23,7 @@ from edge_client.lora import AdapterError
 from protocol.federation import Adapter, Backbone, FederationSettings, Task, TaskKind, Training
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import load_backbone
+from quantization.checkpoint import longest_input
 from quantization.errors import BackboneError, SchemeError
 from quantization.fingerprint import fingerprint
 from quantization.quantize import quantize
@@ -170,6 +171,23 @@ def test_both_levels_move_all_of_them_and_not_a_byte_of_the_backbone(folders, na
             assert (array != common.arrays()[parameter]).any(), (scheme, parameter)
         for parameter, array in trainer.personal().items():
             assert (array != personal[parameter]).any(), (scheme, parameter)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS | DECODERS)
+def test_the_longest_input_is_the_longest_that_the_model_takes(folders, name):
+    model = load_backbone(str(folders(name)), task="sequence-classification", label_count=2).model
+    longest = longest_input(model)
+
+    def run(length: int) -> None:
+        ids = torch.full((1, length), 5)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    if longest is None:
+        run(2 * POSITIONS)  # they go on
+    else:
+        run(longest)
+        with pytest.raises((IndexError, RuntimeError)):
+            run(longest + 1)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

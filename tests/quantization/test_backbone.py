@@ -1,5 +1,6 @@
 """A loaded backbone is frozen, quantised, deterministic, and gradients pass through it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -141,6 +142,13 @@ def test_the_transposed_layers_of_gpt2_are_quantised_too(gpt2, scheme):
     assert linear_shape(attention) == (24, 8)
     assert is_transposed(attention)
     torch.testing.assert_close(logits(backbone), logits(exact), rtol=0.1, atol=0.02)
+
+
+def test_the_beginning_of_a_text_is_kept_whatever_its_tokenizer_says(gpt2):
+    path = gpt2 / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left"}))
+    tokenizer = load_backbone(str(gpt2), task="causal-lm").tokenizer
+    assert tokenizer("The gradient So", truncation=True, max_length=2)["input_ids"] == [2, 3]
 
 
 def test_a_missing_pad_token_becomes_the_end_token(gpt2):
