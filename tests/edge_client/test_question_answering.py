@@ -202,8 +202,8 @@ def test_peft_reads_what_was_learned(tmp_path: Any) -> None:
     trainer.save_pretrained(tmp_path, MINILM, {}, rows)
     batch = trainer.batch(rows[:4])
     inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
-    # Transformers' own model, whose head has a bias; and another head seed, for the trained head has
-    # to come out of the file.
+    # Transformers' own model, whose head has a bias; and another head seed: the trained head has to
+    # come out of the file.
     plain = AutoModelForQuestionAnswering.from_pretrained(resolve_backbone(MINILM))
     for base in (plain, load_backbone(MINILM, task="question-answering", head_seed=9).model):
         model: Any = PeftModel.from_pretrained(base, tmp_path).eval()
