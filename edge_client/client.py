@@ -29,7 +29,7 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.backends.loading import choose, load_trainer
-from edge_client.data import FieldNames, check_asked, check_prompt, check_source
+from edge_client.data import FieldNames, check_asked, check_source
 from edge_client.errors import ConfigurationError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
@@ -209,13 +209,9 @@ class EdgeClient:
             return self._worker.predict(rows, level)
 
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
-        """What a causal LM continues `prompt` with, its likeliest token each time.
-
-        Up to the token that ends a text, or `new_tokens_max`; prompt and continuation have to fit
-        into the backbone's positions.
-        """
+        """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
         self._check_open()
-        check_prompt(prompt, new_tokens_max)
+        check_asked([prompt])
         with self._worker.ready() as trainer:
             return trainer.generate(prompt, new_tokens_max, level)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from edge_client.errors import ConfigurationError, DataError
+from edge_client.errors import DataError
 
 SUFFIXES: Final = (".jsonl", ".csv", ".tsv")
 ASKED: Final = "the texts given"
@@ -115,21 +115,6 @@ def check_asked(rows: Sequence[object]) -> None:
             whole(row, place)
         elif not isinstance(row, Mapping):
             raise place.error(f"expected text, got {type(row).__name__}")
-
-
-def check_prompt(prompt: object, new_tokens_max: object) -> None:
-    """Look at what is to be continued, before anything is loaded.
-
-    Raises:
-        DataError: the prompt is no text, or there is none.
-        ConfigurationError: `new_tokens_max` is no count.
-    """
-    if not isinstance(prompt, str) or not prompt:
-        shown = "nothing" if prompt == "" else type(prompt).__name__
-        raise DataError(f"expected a text to continue, got {shown}", path="prompt")
-    whole(prompt, Place("prompt", 1))
-    if not isinstance(new_tokens_max, int) or new_tokens_max < 1:
-        raise ConfigurationError("new_tokens_max", f"{new_tokens_max!r}", "1 or more")
 
 
 def find_labels(paths: Iterable[Path], field: str = "label") -> list[str]:

@@ -171,7 +171,7 @@ class Trainer(Protocol):
         """The likeliest label of each row, or the likeliest answer in its context."""
 
     def generate(self, prompt: str, new_tokens_max: int, level: Level) -> str:
-        """The likeliest continuation of a prompt (causal LM)."""
+        """The likeliest continuation of a prompt, for a causal LM."""
 
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of each adapted layer."""

@@ -42,11 +42,9 @@ def test_devices_learn_to_continue_and_the_app_and_peft_do(tmp_path: Path) -> No
     assert said
     with pytest.raises(AdapterError, match="use generate"):
         client.predict([PROMPT])
-    for wrong in ("", 3, "a\ud800"):
-        with pytest.raises(DataError, match=r"^prompt"):
+    for wrong in (3, "a\ud800"):
+        with pytest.raises(DataError, match="the texts given, line 1"):
             client.generate(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="new_tokens_max: 0; use 1 or more"):
-        client.generate(PROMPT, 0)
     client.save_pretrained(tmp_path / "adapter")
     for one in clients:
         one.close()
