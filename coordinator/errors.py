@@ -55,7 +55,9 @@ class AddressError(CoordinatorError):
         # asyncio puts the system's words in a sentence of its own.
         number = error.errno or 0
         problem = os.strerror(number) if number > 0 else error.strerror
-        hint = "; use another port, or 0 for any" if number == errno.EADDRINUSE else ""
+        # Of the admin port 0 is the one after the server's.
+        more = ", or 0 for any" if section == "server" else ""
+        hint = f"; use another port{more}" if number == errno.EADDRINUSE else ""
         super().__init__(
             f"{section}.host, {section}.port: cannot listen on {host}:{port}: {problem}{hint}"
         )

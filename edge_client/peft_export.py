@@ -71,8 +71,9 @@ def save_pretrained(
     if not adapter.factors:
         raise AdapterError(f"the adapter has no factors at level {level}")
     text = json.dumps(_config(adapter, base_model_name, kind), indent=2, sort_keys=True) + "\n"
+    arrays = _named(adapter, kind)
     files = {
-        "adapter_model.safetensors": save(_named(adapter), {"format": "pt"}),
+        "adapter_model.safetensors": save(arrays, {"format": "pt"}),
         "adapter_config.json": text.encode(),
     }
     try:
@@ -89,7 +90,7 @@ def save_pretrained(
         raise ConfigurationError("folder", problem, "one that can be") from error
 
 
-def _named(adapter: TrainedAdapter) -> Arrays:
+def _named(adapter: TrainedAdapter, kind: TaskKind) -> Arrays:
     named = {
         f"{name}.lora_{letter}.weight": factor
         for name, pair in adapter.factors.items()
@@ -98,7 +99,19 @@ def _named(adapter: TrainedAdapter) -> Arrays:
     # safetensors writes what lies in memory: views in another order would be written wrong.
     return {
         f"{_PREFIX}.{name}": np.ascontiguousarray(array)
-        for name, array in {**named, **adapter.heads}.items()
+        for name, array in {**named, **adapter.heads, **_idle_biases(adapter, kind)}.items()
+    }
+
+
+def _idle_biases(adapter: TrainedAdapter, kind: TaskKind) -> Arrays:
+    """What quantization/checkpoint.py leaves out of a head, and PEFT asks the file for: zeros."""
+    if kind is not TaskKind.QUESTION_ANSWERING:
+        return {}
+    weights = {name: adapter.heads.get(f"{name}.weight") for name in adapter.head_modules}
+    return {
+        f"{name}.bias": np.zeros(len(weight), np.float32)
+        for name, weight in weights.items()
+        if weight is not None and f"{name}.bias" not in adapter.heads
     }
 
 

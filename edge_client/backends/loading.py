@@ -75,7 +75,8 @@ def choose(
     own = (("backbone", backbone), ("scheme", scheme), ("compute_dtype", compute_dtype))
     for field, given in own:
         if given is not None:
-            raise ConfigurationError(field, f"{given!r}: the artifact has its own", "none")
+            problem = f"{given!r}: the artifact has its own; leave it out"
+            raise ConfigurationError(field, problem)
     if device != "cpu":
         raise ConfigurationError("device", f"{device!r}: the ort backend has one", "cpu")
     return OrtChoice(Path(artifact), artifact_digest)

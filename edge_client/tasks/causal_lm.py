@@ -36,8 +36,9 @@ class CausalLM(TaskRules):
         # The first token is never foretold; a prompt's tokens are, but do not count.
         counted = ids[max(silent, 1) :]
         if not counted:
+            why = "" if row.text_pair is None else ", for its prompt takes all of it"
             raise DataError(
-                f"a text leaves no token to learn within max_length {self.task.max_length}: "
+                f"a text leaves no token to learn within max_length {self.task.max_length}{why}: "
                 f"{row.text[:40]!r}"
             )
         return [EncodedRow(ids, None, (IGNORED,) * (len(ids) - len(counted)) + counted)]

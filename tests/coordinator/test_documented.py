@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ from coordinator.errors import (
 from coordinator.events import CloseRound, OpenRound
 from coordinator.happenings import Acted, Called, Connected, Heard, Said
 from protocol.errors import ErrorCode
+from protocol.federation import FederationSettings
 from protocol.messages import Joined, Receipt, ReceiptStatus, Refusal, Report
+from protocol.schema import Tagged, record_of
 from protocol.tensors import NamedTensors
 from tests.coordinator.admin_port import AdminPort, admin_port
 from tests.coordinator.busy_store import busy_settings, fill_store
-from tests.coordinator.federation_file import write_federation
+from tests.coordinator.federation_file import FINGERPRINT, write_federation
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text()
+SETTINGS = (DOCS / "settings.md").read_text()
 KEYS = sorted(config.leaves())
 
 
@@ -119,16 +124,42 @@ def test_every_key_has_a_flag_that_refuses_nonsense_by_name_and_a_variable_that_
         config.load(path, {}, {misspelt: "1"})
 
 
-def test_keys_of_the_daemon_are_documented() -> None:
-    pages = ("operations.md", "coordinator.md", "security.md")
-    documented = "".join((DOCS / page).read_text() for page in pages)
-    undocumented = [
-        key
-        for key in KEYS
-        if key.startswith(("server.", "admin."))
-        and not re.search(rf"\b{key.rpartition('.')[2]}\b", documented)
-    ]
-    assert undocumented == []
+def _tables(of_methods: bool) -> dict[str, Any]:
+    """One of the two files in settings.md: a whole federation.toml, and what its methods have."""
+    return tomllib.loads(re.findall(r"(?s)```toml\n(.*?)```", SETTINGS)[of_methods])
+
+
+def test_every_setting_is_documented_with_its_default(tmp_path: Path) -> None:
+    table = _tables(of_methods=False)
+    shown = {k: table.pop(k) for k in ("server", "admin")}
+    shown_fingerprint = {"backbone": {**table["backbone"], "fingerprint": FINGERPRINT}}
+    given = {k: table[k] for k in ("name", "task")} | shown_fingerprint
+    given["task"] = {k: v for k, v in given["task"].items() if k in ("kind", "labels")}
+    federation = record_of(FederationSettings)
+    whole = federation.to_mapping(federation.from_mapping(given, ""))
+    assert table | shown_fingerprint == _plain(whole)
+    for name, settings in (("server", config.ServerSettings()), ("admin", config.AdminSettings())):
+        assert shown[name] == _plain(record_of(type(settings)).to_mapping(settings))
+
+
+def test_settings_of_methods_are_documented_with_their_defaults() -> None:
+    kinds = dict(record_of(FederationSettings).kinds)
+    whole = _tables(of_methods=False)
+    for section, shown in _tables(of_methods=True).items():
+        kind = kinds[section]
+        assert isinstance(kind, Tagged)
+        by_name = {one["name"]: one for one in (*shown, whole[section])}
+        if section == "server_step":
+            by_name["fedyogi"] = {**by_name["fedadam"], "name": "fedyogi"}
+        for name, _ in kind.records:
+            default = kind.to_mapping(kind.from_mapping({"name": name}, ""))
+            assert by_name.pop(name, {"name": name}) == _plain(default)
+        assert by_name == {}
+
+
+def _plain(value: Any) -> Any:
+    """As TOML has it."""
+    return json.loads(json.dumps(value))
 
 
 def test_exit_codes_are_those_of_the_table() -> None:
