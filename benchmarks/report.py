@@ -105,7 +105,8 @@ def _row(label: str, records: list[Record], task: str) -> str:
     cells = [_mean_and_spread(_final(records, column)) for column in _columns(task)]
     common = [np.mean([d[metric] for d in record["devices_common"]]) for record in records]
     last = records[0]["curve"][-1]
-    sent = last["sent_bytes"] / last["round"] / 1024
+    sends = records[0]["cell"]["method"] != "centralised"
+    sent = sends * last["sent_bytes"] / last["round"] / 1024
     spread = f"{label} | {seeds} | {rates} | {' | '.join(cells)}"
     return f"| {spread} | {_mean_and_spread(np.array(common))} | {sent:.0f} |"
 
@@ -132,6 +133,8 @@ def _plot(task: str, groups: Group, methods: Sequence[str], path: Path) -> None:
     for method, records in sorted(groups[task, ()].items()):
         colour = f"C{methods.index(method)}"
         for axes, (across, unit) in zip(panels, axes_of, strict=True):
+            if across == "sent_bytes" and method == "centralised":
+                continue  # its rows are where it trains
             x = np.mean([[at[across] / unit for at in r["curve"]] for r in records], 0)
             y = np.array([[at[metric] for at in record["curve"]] for record in records])
             axes.plot(x, y.mean(0), marker="o", markersize=3, label=method, color=colour)
