@@ -32,12 +32,11 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
-    Hypergradient,
-    PF2LoRA,
     Task,
     TaskKind,
     Training,
 )
+from protocol.methods import Hypergradient, PF2LoRA
 from quantization.fingerprint import fingerprint
 from quantization.quantize import quantize
 

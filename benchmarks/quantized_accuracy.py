@@ -29,11 +29,11 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
-    HomLoRA,
     Task,
     TaskKind,
     Training,
 )
+from protocol.methods import HomLoRA
 from quantization.backbone import load_backbone, resolve_backbone
 from quantization.fingerprint import fingerprint
 
