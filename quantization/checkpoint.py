@@ -26,7 +26,7 @@ from quantization.tasks import TaskKind
 
 _REASON_MAX: Final = 400  # characters of what a library says; some list every model they know
 # Some models keep a few of their positions for themselves, such as RoBERTa's two.
-_POSITIONS_KEPT: Final = 8
+POSITIONS_KEPT: Final = 8
 _READERS: Final[dict[TaskKind, Any]] = {
     TaskKind.SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
     TaskKind.CAUSAL_LM: AutoModelForCausalLM,
@@ -148,7 +148,7 @@ def longest_input(model: Any) -> int | None:
     found = []
     for module in model.modules():
         rows = getattr(module, "num_embeddings", 0)
-        if module is not words and positions <= rows <= positions + _POSITIONS_KEPT:
+        if module is not words and positions <= rows <= positions + POSITIONS_KEPT:
             # RoBERTa's begin behind the row of its padding.
             kept = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(min(positions, rows - kept))

@@ -28,12 +28,10 @@ from edge_client.tasks.base import Score
 from protocol.federation import FederationSettings
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone, logits_of
-from quantization.checkpoint import embedding_count_of, longest_input
+from quantization.checkpoint import POSITIONS_KEPT, embedding_count_of, longest_input
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
-# Some models keep a few of their positions for themselves, such as RoBERTa's two.
-_POSITIONS_KEPT: Final = 8
 
 
 class TransformersTokenizer:
@@ -226,7 +224,7 @@ def _prove(backbone: Backbone, length_max: int) -> None:
     """
     ids = backbone.tokenizer("The gradient comes back.")["input_ids"]
     positions = getattr(backbone.model.config, "max_position_embeddings", None)
-    is_long = positions is not None and length_max > positions - _POSITIONS_KEPT
+    is_long = positions is not None and length_max > positions - POSITIONS_KEPT
     length = length_max if is_long else min(len(ids), length_max)
     row = torch.tensor([(ids * length)[:length]], device=backbone.device)
     model: nn.Module = backbone.model

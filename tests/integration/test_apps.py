@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,17 @@ def test_what_was_learned_under_other_settings_is_not_taken_for_these(
     assert '"learning_rate": 0.01' in str(device.store.load().facts["settings"])
 
 
+def _training_begins() -> tuple[threading.Event, Callable[[str], None]]:
+    """An event that is set when a round is trained, and the client's `progress` that sets it."""
+    begins = threading.Event()
+
+    def progress(line: str) -> None:
+        if "training" in line:
+            begins.set()
+
+    return begins, progress
+
+
 def _global_state() -> list[Any]:
     root = logging.getLogger()
     return [
@@ -254,11 +266,7 @@ def _global_state() -> list[Any]:
 def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: Path) -> None:
     config = _write_config(tmp_path, count=1000, cohort=1)
     data = _write_data(tmp_path / "a.jsonl", 0.5)
-    trains = threading.Event()
-
-    def progress(line: str) -> None:
-        if "training" in line:
-            trains.set()
+    trains, progress = _training_begins()
 
     with _coordinator(config) as address:
         before = _global_state()
@@ -290,11 +298,7 @@ def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: 
 def test_an_interrupted_run_has_ended_when_it_returns(tmp_path: Path) -> None:
     config = _write_config(tmp_path, count=1000, cohort=1)
     data = _write_data(tmp_path / "a.jsonl", 0.5)
-    trains = threading.Event()
-
-    def progress(line: str) -> None:
-        if "training" in line:
-            trains.set()
+    trains, progress = _training_begins()
 
     async def interrupt(client: EdgeClient) -> None:
         running = asyncio.create_task(client._run())
