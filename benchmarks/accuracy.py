@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import write_report
-from benchmarks.simulation import Clock, SimulatedDevice, run_federation, scores
+from benchmarks.simulation import Clock, SimulatedDevice, labels_in, run_federation, scores
 from benchmarks.tasks import TASKS, DeviceRows, Task, deal, labels_of
 from coordinator.config import leaves
 from edge_client.backends.torch_backend import load_trainer
@@ -341,8 +341,8 @@ def _majority(shares: list[DeviceRows], classes: int) -> dict[str, float]:
     """What is had by answering with the label counts of a device's training rows."""
     found = []
     for share in shares:
-        counts = np.bincount([row.label for row in share.training], minlength=classes) + 1e-6
-        wanted = np.array([row.label for row in share.evaluation])
+        counts = np.bincount(labels_in(share.training), minlength=classes) + 1e-6
+        wanted = labels_in(share.evaluation)
         found.append(scores(np.tile(counts / counts.sum(), (len(wanted), 1)), wanted))
     return _means(found)
 

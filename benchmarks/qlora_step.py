@@ -175,16 +175,16 @@ def _peer_step(options: argparse.Namespace) -> Step:
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
     )
-    model = get_peft_model(model, config)
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapted = get_peft_model(model, config)
+    adapted.train()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     batch = word_tokenizer()(_texts(options), return_tensors="pt").to(options.device)
     batch["labels"] = batch["input_ids"].clone()
 
     def step() -> None:
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        adapted(**batch).loss.backward()
         optimizer.step()
 
     return step

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import step_cost
 from edge_client.backends.torch_backend import load_trainer
-from protocol.federation import PF2LoRA
+from protocol.methods import PF2LoRA
 from quantization.bnb import quantize_linears
 from quantization.layers import FrozenLinear16bit
 from quantization.schemes import Scheme
@@ -96,7 +96,7 @@ def _peer_4bit(weight: Tensor, scheme: str) -> nn.Module:
         inputs, outputs, bias=False, quant_type=scheme, compress_statistics=False
     )
     layer.weight.data = weight.clone()
-    return layer.to("cpu").train()
+    return _quantised(layer)
 
 
 def _peer_int8(weight: Tensor) -> nn.Module:
@@ -105,7 +105,12 @@ def _peer_int8(weight: Tensor) -> nn.Module:
     outputs, inputs = weight.shape
     layer = bitsandbytes.nn.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False)
     layer.weight.data = weight.clone()
-    return layer.to("cpu").train()
+    return _quantised(layer)
+
+
+def _quantised(layer: nn.Module) -> nn.Module:
+    """bitsandbytes' layers quantise their weight when they are put on a device."""
+    return layer.to(CPU).train()
 
 
 def _block(shapes: Mapping[str, int], tokens: int, way: Callable[[Tensor], nn.Module]) -> Call:
@@ -141,7 +146,7 @@ def _model_steps() -> dict[str, Call]:
         ("none", None),
         ("bf16", None),
     ):
-        trainer: Any = load_trainer(
+        trainer = load_trainer(
             settings,
             backbone=None,
             scheme=scheme,
@@ -151,7 +156,7 @@ def _model_steps() -> dict[str, Call]:
         )
         rows = trainer.encode(step_cost._rows(options))
         name = f"{scheme}, {dtype} product" if dtype else scheme
-        steps[name] = lambda trainer=trainer, rows=rows: trainer.train(rows, 0, 1)
+        steps[name] = partial(trainer.train, rows, 0, 1)
     return steps
 
 

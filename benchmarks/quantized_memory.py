@@ -31,11 +31,11 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
-    PF2LoRA,
     Task,
     TaskKind,
     Training,
 )
+from protocol.methods import PF2LoRA
 from quantization.backbone import load_backbone
 from quantization.fingerprint import fingerprint
 from quantization.quantize import quantize
@@ -54,7 +54,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.measure:
-        print(json.dumps(measure(*options.measure, options.batch_size, options.length)))
+        folder, tiny, scheme = options.measure
+        print(json.dumps(measure(folder, tiny, scheme, options.batch_size, options.length)))
         return
     with tempfile.TemporaryDirectory() as place:
         _run(Path(place), options)

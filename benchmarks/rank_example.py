@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.aggregation import aggregation_for
+from coordinator.aggregation import aggregation_for, fedavg, hetlora
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import AlgorithmState, Gradients, Layout, train
 from edge_client.algorithms.schedule import plans
@@ -36,6 +36,7 @@ from protocol.federation import (
     Weighting,
 )
 from protocol.methods import (
+    Algorithm,
     FedDPA,
     HetLoRA,
     HomLoRA,
@@ -51,7 +52,7 @@ TRUE_RANKS = (2, 3, 4, 5, 6)
 ROUNDS, LOCAL_STEPS = 600, 10
 TOLERANCE = 0.01
 RATE = 0.01  # of all methods; the default of PF2LoRA's lower level is a fifth
-METHODS = {
+METHODS: dict[str, Algorithm] = {
     "PF2LoRA": PF2LoRA(),
     "PF2LoRA, common first": PF2LoRA(common_warmup_rounds=60),
     "PF2LoRA, equal rates": PF2LoRA(lower_learning_rate=RATE),
@@ -112,7 +113,8 @@ class Regression:
 
     def factor(self, name: str, vectors: tuple[Array, Array] | None = None) -> Array:
         group, where, shape = self._at[name]
-        return (vectors or (self.common, self.personal))[group][where].reshape(shape)
+        found: Array = (vectors or (self.common, self.personal))[group][where].reshape(shape)
+        return found
 
     def factors(self, vector: Array) -> list[tuple[Array, Array]]:
         vectors = (vector, self.personal)
@@ -125,7 +127,8 @@ class Regression:
     @property
     def matrix(self) -> Array:
         a, b, c, d = (self.factor(name) for name in "ABCD")
-        return b @ a + d @ c
+        product: Array = b @ a + d @ c
+        return product
 
     def gradients(self, batch: object) -> Gradients:
         client = self._client
@@ -173,6 +176,7 @@ def learn(method: str, seed: int) -> list[Array]:
     base = NamedTensors.from_arrays(models[0].tensors() if layout.common_rank else {})
     for number in range(1, ROUNDS + 1):
         aggregate = aggregation_for(settings, base)
+        assert isinstance(aggregate, fedavg.FedAvg | hetlora.HetLoRA)  # all is in their sums
         for model, step, state in zip(models, steps, states, strict=True):
             download = aggregate.download(step.rank(state))
             if layout.common_rank:

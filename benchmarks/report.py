@@ -141,8 +141,8 @@ def _plot(task: str, groups: Group, methods: Sequence[str], path: Path) -> None:
             axes.fill_between(x, y.min(0), y.max(0), alpha=0.15, color=colour)
     every = [record for records in groups[task, ()].values() for record in records]
     majority = [record["majority"][metric] for record in every if record["majority"]]
-    across = ("rounds", "MiB sent by a device", "processor seconds of a device's training")
-    for axes, name in zip(panels, across, strict=True):
+    names = ("rounds", "MiB sent by a device", "processor seconds of a device's training")
+    for axes, name in zip(panels, names, strict=True):
         if majority:
             axes.axhline(float(np.mean(majority)), color="grey", linewidth=1, linestyle=":")
         axes.set_xlabel(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,8 @@ from coordinator.fake_server import FakeServer
 from coordinator.roster import Roster
 from coordinator.service import FederationService
 from coordinator.store.memory import MemoryStore
-from edge_client.backends.base import Arrays, Level
+from edge_client.backends.base import Arrays, Level, Prediction
+from edge_client.backends.encoding import EncodedRow
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
 from edge_client.identity import Identity
@@ -51,7 +53,7 @@ class SimulatedDevice:
 
     name: str
     seed: int
-    training: object
+    training: list[EncodedRow]
     training_count: int
     evaluation: list[DeviceRows]
     trainer: TorchTrainer
@@ -149,9 +151,13 @@ def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str,
         found_scores.pop("balanced_accuracy", None)  # over a vocabulary nobody asks for it
         return found_scores
     said = trainer.predict(by_length, level)
-    probabilities = np.array([one.probabilities for one in said], np.float64)
-    wanted = np.array([row.label for row in by_length])
-    return scores(probabilities, wanted)
+    probabilities = [one.probabilities for one in said if isinstance(one, Prediction)]
+    return scores(np.array(probabilities, np.float64), labels_in(by_length))
+
+
+def labels_in(rows: Sequence[Example]) -> np.ndarray:
+    """The labels of rows that all have one, [n]."""
+    return np.array([row.label for row in rows], np.int64)
 
 
 def generated(trainer: TorchTrainer, rows: list[Example], level: Level) -> dict[str, float]:
@@ -190,7 +196,7 @@ def scores(probabilities: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
 
 def run_federation(
-    settings: FederationSettings, trainer: TorchTrainer, devices: list[SimulatedDevice]
+    settings: FederationSettings, trainer: TorchTrainer, devices: Sequence[SimulatedDevice]
 ) -> None:
     """All rounds, to the end."""
 

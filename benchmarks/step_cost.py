@@ -57,7 +57,7 @@ CONTENDERS: dict[str, Any] = {
     "Per-FedAvg first-order": PerFedAvg(),
     "Per-FedAvg Hessian-free": PerFedAvg(hessian_free=True),
 }
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def main() -> None:
@@ -139,7 +139,7 @@ def _our_step(options: argparse.Namespace, algorithm: Any) -> tuple[Step, dict[s
         + sum(a.size for a in trainer.personal().values()),
         "optimizer_bytes": sum(a.nbytes for a in trainer.optimizer_state().values()),
     }
-    return lambda: trainer.train(rows, 0, 1) and None, counts
+    return lambda: trainer.train(rows, 0, 1), counts
 
 
 def _trainer(options: argparse.Namespace, algorithm: Any) -> TorchTrainer:

@@ -211,7 +211,8 @@ def _paragraphs(task: Task, name: str) -> tuple[list[Example], list[str]]:
     for paragraph in _lines(task, "articles"):
         articles[paragraph["title"]].append(paragraph)
     most = sorted(articles, key=lambda title: -sum(len(p["qas"]) for p in articles[title]))
-    rows, keys = [], []
+    rows: list[Example] = []
+    keys: list[str] = []
     for title in most[: task.devices]:
         paragraphs = articles[title]
         order = seeded("paragraphs", title).permutation(len(paragraphs))

@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec
 
 import numpy as np
 from websockets.frames import Opcode
@@ -25,10 +26,11 @@ from coordinator.store.base import Member, ReportRecord, RoundRecord
 from coordinator.store.sql import SqlStore
 from protocol import codec, limits
 from protocol.federation import Backbone, FederationSettings, Rounds, Task, TaskKind
-from protocol.messages import Chunk, Report
+from protocol.messages import Chunk, Message, Report
 from protocol.tensors import NamedTensors
 from protocol.transfer import Receiver, chunks
 
+P = ParamSpec("P")
 RUNS = 5
 UPDATES = 32
 
@@ -42,6 +44,11 @@ def stage(name: str, work: Callable[[], object], updates: int = UPDATES) -> None
         found.append((time.process_time() - cpu_s, time.perf_counter() - wall_s))
     cpu_s, wall_s = (min(column) for column in zip(*found, strict=True))
     print(f"| {name} | {1e3 * cpu_s / updates:.2f} | {1e3 * wall_s / updates:.2f} |", flush=True)
+
+
+def each(work: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> list[object]:
+    """A stage's work, as many times as there are updates."""
+    return [work(*arguments, **named) for _ in range(UPDATES)]
 
 
 def masked_frame(data: bytes) -> bytes:
@@ -60,6 +67,10 @@ def parsed(frames: list[bytes]) -> None:
         for begin in range(0, len(frame), 1 << 16):
             protocol.receive_data(frame[begin : begin + (1 << 16)])
         protocol.events_received()
+
+
+def decoded(wire: list[bytes]) -> list[Message]:
+    return [codec.decode(data) for data in wire]
 
 
 def collected(update: NamedTensors, messages: list[Chunk]) -> NamedTensors:
@@ -90,18 +101,17 @@ def main() -> None:
     update = adapter(0.001)
     messages = list(chunks(update.buffer))
     wire = [codec.encode(message) for message in messages]
-    decoded = [codec.decode(data) for data in wire]
-    whole_chunks = [message for message in decoded if isinstance(message, Chunk)]
+    whole_chunks = [message for message in decoded(wire) if isinstance(message, Chunk)]
     frames = [masked_frame(data) for data in wire]
     report = codec.encode(Report("a", 1, update.digest(), 100, (), update.payload(), bytes(64)))
     aggregate = FedAvg(update, UPDATES * RUNS * 100)
     print("| stage | CPU ms | wall ms |\n|---|---|---|")
-    stage("frames: parse, unmask", lambda: [parsed(frames) for _ in range(UPDATES)])
-    stage("report: decode 48 specs", lambda: [codec.decode(report) for _ in range(UPDATES)])
-    stage("chunks: decode", lambda: [codec.decode(d) for _ in range(UPDATES) for d in wire])
-    stage("collect, SHA-256", lambda: [collected(update, whole_chunks) for _ in range(UPDATES)])
-    stage("check", lambda: [aggregate.check(update) for _ in range(UPDATES)])
-    stage("sum", lambda: [aggregate.accumulate(update, 1) for _ in range(UPDATES)])
+    stage("frames: parse, unmask", lambda: each(parsed, frames))
+    stage("report: decode 48 specs", lambda: each(codec.decode, report))
+    stage("chunks: decode", lambda: each(decoded, wire))
+    stage("collect, SHA-256", lambda: each(collected, update, whole_chunks))
+    stage("check", lambda: each(aggregate.check, update))
+    stage("sum", lambda: each(aggregate.accumulate, update, 1))
     settings = FederationSettings(
         "load",
         Backbone("none", FINGERPRINT),

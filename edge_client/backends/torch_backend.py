@@ -149,7 +149,7 @@ class TorchTrainer(FlatTrainer):
         total = 0.0
         for part in self._parts(batch):
             loss = self._loss(part) * (part.weight / batch.weight)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         return Gradients(total, self._common.gradients, self._personal.gradients)
 
