@@ -148,7 +148,7 @@ def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str,
     if by_length[0].label is None:
         found = trainer.evaluate(trainer.encode(by_length), level)
         found_scores = {**found.scores, "loss": found.loss}
-        found_scores.pop("balanced_accuracy", None)  # over a vocabulary nobody asks for it
+        found_scores.pop("perplexity", None)  # is the loss once more, and its mean is not a mean's
         return found_scores
     said = trainer.predict(by_length, level)
     probabilities = [one.probabilities for one in said if isinstance(one, Prediction)]

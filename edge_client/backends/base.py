@@ -28,25 +28,31 @@ class Level(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """On some rows: mean loss, share answered right, and the mean of that over the labels present.
+    """On some rows: the mean loss, the share answered right, and what its kind of task adds.
 
-    For causal LM the loss is per token, and accuracy the share of next tokens foretold. For
-    question answering accuracy is SQuAD's exact match; `f1`, the mean overlap in words, is there
-    alone.
+    Classification adds `balanced_accuracy`, the mean of the accuracy over the labels present. For
+    causal LM the loss is per token, accuracy the share of next tokens foretold, and `perplexity`
+    exp(loss). For question answering accuracy is SQuAD's exact match, and `f1` the mean overlap in
+    words. What another kind adds is None.
     """
 
     count: int
     loss: float
     accuracy: float
-    balanced_accuracy: float
+    balanced_accuracy: float | None = None
+    perplexity: float | None = None
     f1: float | None = None
 
     @property
     def scores(self) -> dict[str, float]:
-        """All but the loss, each under its usual name."""
-        if self.f1 is not None:
-            return {"exact_match": self.accuracy, "f1": self.f1}
-        return {"accuracy": self.accuracy, "balanced_accuracy": self.balanced_accuracy}
+        """All but the loss, each under its usual name; the accuracy first."""
+        added = {
+            "balanced_accuracy": self.balanced_accuracy,
+            "perplexity": self.perplexity,
+            "f1": self.f1,
+        }
+        name = "accuracy" if self.f1 is None else "exact_match"
+        return {name: self.accuracy} | {k: v for k, v in added.items() if v is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,21 @@ Predictions = list[Prediction] | list[FoundAnswer]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A batch's summed loss; of each target that counts whether it was foretold, and its label."""
+    """A summed loss; of each target that counts whether it was foretold, and its label."""
 
     loss_sum: float
     hits: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of a target."""
+        return self.loss_sum / len(self.hits)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the targets that was foretold."""
+        return float(self.hits.mean())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +108,9 @@ class TaskRules(abc.ABC):
         """Logits [..., classes] beside the targets [...] that they foretell; torch's or NumPy's."""
         return logits, targets
 
+    @abc.abstractmethod
     def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
         """Loss and scores on rows."""
-        scores = [model.score(batch) for batch in model.batches(by_length(rows))]
-        hits = np.concatenate([score.hits for score in scores]).astype(np.float64)
-        labels = np.concatenate([score.labels for score in scores])
-        recalls = [float(hits[labels == label].mean()) for label in np.unique(labels)]
-        loss_sum = sum(score.loss_sum for score in scores)
-        return Evaluation(
-            len(rows), loss_sum / len(hits), float(hits.mean()), sum(recalls) / len(recalls)
-        )
 
     def predict(self, rows: Sequence[Example], model: Model) -> Predictions:  # noqa: ARG002
         """What is likeliest of each row.
@@ -134,6 +137,16 @@ class TaskRules(abc.ABC):
 def by_length(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
     """Shortest first, which leaves little to pad."""
     return sorted(rows, key=lambda row: len(row.ids))
+
+
+def score_of(rows: Sequence[EncodedRow], model: Model) -> Score:
+    """The score of all rows together."""
+    scores = [model.score(batch) for batch in model.batches(by_length(rows))]
+    return Score(
+        sum(score.loss_sum for score in scores),
+        np.concatenate([score.hits for score in scores]),
+        np.concatenate([score.labels for score in scores]),
+    )
 
 
 def cross_entropy(logits: Logits, targets: NDArray[np.int64]) -> NDArray[Any]:

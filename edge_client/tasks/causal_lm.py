@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.backends.base import Evaluation
 from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Tokenizer, padded
 from edge_client.data import Example, FieldNames, RawRow
 from edge_client.errors import DataError
-from edge_client.tasks.base import Model, TaskRules
+from edge_client.tasks.base import Model, TaskRules, score_of
+
+# Beyond it the perplexity is no float.
+_LOSS_MAX: Final = math.log(sys.float_info.max)
 
 
 class CausalLM(TaskRules):
@@ -48,6 +54,11 @@ class CausalLM(TaskRules):
 
     def compared(self, logits: Any, targets: Any) -> tuple[Any, Any]:
         return logits[:, :-1], targets[:, 1:]
+
+    def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
+        whole = score_of(rows, model)
+        perplexity = math.inf if whole.loss > _LOSS_MAX else math.exp(whole.loss)
+        return Evaluation(len(rows), whole.loss, whole.accuracy, perplexity=perplexity)
 
     def generate(self, prompt: str, new_tokens_max: int, model: Model) -> str:
         ids = list(model.tokenizer.encode(prompt)[0])

@@ -9,11 +9,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.backends.base import Prediction
+from edge_client.backends.base import Evaluation, Prediction
 from edge_client.backends.encoding import IGNORED, EncodedRow, Tokenizer
 from edge_client.data import Example, FieldNames, Place, RawRow, listed
 from edge_client.errors import DataError
-from edge_client.tasks.base import Logits, Model, TaskRules
+from edge_client.tasks.base import Logits, Model, TaskRules, score_of
 
 _DIGITS_MAX: Final = 10
 
@@ -48,6 +48,13 @@ class Classification(TaskRules):
 
     def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
         return np.array([row.targets[0] for row in rows], np.int64)
+
+    def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
+        whole = score_of(rows, model)
+        hits, labels = whole.hits, whole.labels
+        recalls = [float(hits[labels == label].mean()) for label in np.unique(labels)]
+        balanced = sum(recalls) / len(recalls)
+        return Evaluation(len(rows), whole.loss, whole.accuracy, balanced_accuracy=balanced)
 
     def predict(self, rows: Sequence[Example], model: Model) -> list[Prediction]:
         encoded = [one for row in rows for one in self.encode(row, model.tokenizer)]

@@ -99,7 +99,7 @@ class QuestionAnswering(TaskRules):
         wanted = {asked: [answer.text for answer in asked.answers] for asked in said}
         exact = float(np.mean([exact_match(text, wanted[asked]) for asked, text in said.items()]))
         overlap = float(np.mean([f1(text, wanted[asked]) for asked, text in said.items()]))
-        return Evaluation(len(said), float(np.concatenate(losses).mean()), exact, exact, overlap)
+        return Evaluation(len(said), float(np.concatenate(losses).mean()), exact, f1=overlap)
 
     def predict(self, rows: Sequence[Example], model: Model) -> list[FoundAnswer]:
         search = _Search()

@@ -176,10 +176,12 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
     rows = trainer.encode([Example("Once upon a time", " there was a red dog", None)] * 4)
     prompt = len(trainer._tokenizer.encode("Once upon a time")[0])
     assert set(rows[0].targets[:prompt]) == {-100}
-    before = trainer.evaluate(rows, Level.PERSONAL).loss
+    before = trainer.evaluate(rows, Level.PERSONAL)
     for number in range(10):
         trainer.train(rows, 3 * number)
-    assert trainer.evaluate(rows, Level.PERSONAL).loss < before
+    after = trainer.evaluate(rows, Level.PERSONAL)
+    assert after.loss < before.loss
+    assert after.scores.keys() == {"accuracy", "perplexity"}
     assert trainer.generate("Once upon", 5)
     with pytest.raises(AdapterError, match="generate"):
         trainer.predict(ROWS, Level.PERSONAL)

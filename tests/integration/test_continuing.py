@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def _write_texts(path: Path, place: str) -> Path:
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="shared/weights/stories260K is not here")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_devices_learn_to_continue_and_the_app_and_peft_do(tmp_path: Path) -> None:
+def test_devices_learn_to_continue_and_the_app_and_peft_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = _write_config(tmp_path)
     task = 'kind = "causal-lm"\nmax_length = 24'
     path.write_text(path.read_text().replace(CLASSIFY, task).replace(MINILM, str(STORIES)))
@@ -50,6 +53,15 @@ def test_devices_learn_to_continue_and_the_app_and_peft_do(tmp_path: Path) -> No
         one.close()
     with pytest.raises(ConfigurationError, match="is closed"):
         client.generate(PROMPT)
+    flags = ["--data", str(data[0]), "--state-dir", str(tmp_path / "park"), "--scheme", "none"]
+    capsys.readouterr()
+    assert cli.main(["evaluate", *flags, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    levels = [line for line in lines if "level" in line]
+    assert len(levels) == 3
+    for one in levels:
+        assert set(one) == {"level", "rows", "loss", "accuracy", "perplexity"}
+        assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
     base = AutoModelForCausalLM.from_pretrained(STORIES)
     model: Any = PeftModel.from_pretrained(base, tmp_path / "adapter")
     tokenizer: Any = AutoTokenizer.from_pretrained(STORIES)
