@@ -1,4 +1,4 @@
-"""The commands beside the figures of RESULTS.md begin, with the flags that are written there."""
+"""The benchmarks' commands begin, with the flags that are written down; README names them all."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text()
-COMMANDS = sorted(set(re.findall(r"python -m (benchmarks\.\w+)([^`\n]*)", RESULTS)))
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+README = (FOLDER / "README.md").read_text()
+WRITTEN = README + (FOLDER / "RESULTS.md").read_text()
+COMMANDS = sorted(set(re.findall(r"python -m (benchmarks\.\w+)([^`\n#]*)", WRITTEN)))
 
 
 @pytest.mark.parametrize(("module", "flags"), COMMANDS)
 def test_a_command_begins_and_knows_its_flags(module: str, flags: str) -> None:
     run = [sys.executable, "-m", module, "--help"]
-    told = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    told = subprocess.run(run, cwd=FOLDER.parent, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     for flag in re.findall(r"--[a-z-]+", flags):
         assert flag in told.stdout
+
+
+def test_the_readme_names_every_file() -> None:
+    named = set(re.findall(r"\b(\w+)\.py`", README)) | set(re.findall(r"\| `(\w+)` \|", README))
+    assert named == {path.stem for path in FOLDER.glob("*.py")}
