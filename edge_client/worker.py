@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -43,7 +43,7 @@ from protocol.federation import FederationSettings, settings_to_json
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
 
-DataSource = str | Path | list[Example] | list[Mapping[str, object]]
+DataSource = str | Path | Iterable[Example | Mapping[str, object]]
 # Makes the model of a federation; where torch (or another backend) comes in.
 TrainerFactory = Callable[[FederationSettings], Trainer]
 Progress = Callable[[str], None]

@@ -11,6 +11,7 @@ import ssl
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -46,7 +47,7 @@ def admin(url: str) -> Iterator[AdminPort]:
         yield port
 
 
-def _json(admin: AdminPort, path: str, **query: object) -> dict[str, object]:
+def _json(admin: AdminPort, path: str, **query: object) -> dict[str, Any]:
     status, headers, body = admin.get(f"{path}?{urlencode(query)}")
     assert status == 200, body
     assert headers["content-type"] == "application/json"
@@ -335,7 +336,7 @@ def test_an_address_in_use_is_named() -> None:
         with pytest.raises(
             AddressError, match=rf"admin\.host, admin\.port: .*:{port}: Add.*another port$"
         ):
-            AdminServer(lambda *_: None, "127.0.0.1", port)  # type: ignore[arg-type,return-value]
+            AdminServer(lambda *_: None, "127.0.0.1", port)  # type: ignore[arg-type]
 
 
 def test_a_new_store_has_nothing_to_show(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def _update(seed: int, scale: float = 0.01) -> NamedTensors:
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(1, EXAMPLES_MAX), min_size=1, max_size=12), st.randoms())
 def test_any_order_gives_the_same_bytes_and_the_weighted_mean(
-    weights: list[int], rng: object
+    weights: list[int], rng: random.Random
 ) -> None:
     reports = [(_update(i), weight) for i, weight in enumerate(weights)]
     shuffled = list(reports)

@@ -21,7 +21,8 @@ from coordinator.errors import StoreError
 from coordinator.store import migrate, upkeep
 from coordinator.store.schema import REVISIONS, metadata
 from coordinator.store.sql import SqlStore
-from tests.coordinator.test_store import NEXT, SETTINGS, UPDATE
+from tests.coordinator.test_store import NEXT, UPDATE
+from tests.protocol.samples import SETTINGS
 
 # Written by the version before there were migrations: round 1 abandoned and then aggregated, round
 # 2 open with one report of two, and paused.

@@ -48,7 +48,13 @@ from tests.protocol.samples import SETTINGS
 from tests.simulation.world import START, FakeDevice, World
 from tests.simulation.world import settings as world_settings
 
-RULES = [Mean(), NormBound(0.5), CoordinateMedian(), TrimmedMean(0.2), MultiKrum(1)]
+RULES: list[Aggregation] = [
+    Mean(),
+    NormBound(0.5),
+    CoordinateMedian(),
+    TrimmedMean(0.2),
+    MultiKrum(1),
+]
 BASE = NamedTensors.from_arrays({"x.A": np.linspace(-1, 1, 600, dtype=np.float32).reshape(3, 200)})
 
 
@@ -176,6 +182,7 @@ def test_every_encoding_reaches_every_kind_of_rule(dtype: WireDtype, rule: Aggre
 
         simulate(scenario)
         assert len({device.final.digest() for device in devices if device.final}) == 1
+        assert devices[0].final
         finals.append(devices[0].final.flat())
     near = {"int8": 0.005, "int4": 0.1, "topk": 1.0}.get(dtype.value, 0.005)
     assert np.abs(finals[0] - finals[1]).max() < near * np.abs(finals[1]).max()

@@ -174,7 +174,7 @@ class StoreContract:
         assert snapshot is not None
         assert snapshot.open_round is not None
         assert [member.device for member in snapshot.open_round.cohort] == ["a", "b", "c"]
-        assert (snapshot.reported, snapshot.awaited) == ({"1-1-c"}, ())
+        assert (snapshot.reported, snapshot.awaited) == (frozenset({"1-1-c"}), ())
         assert snapshot.last_asked["c"] == 1
 
     def test_what_is_awaited_for_itself_may_count_in_a_later_round(self, store: Store) -> None:
@@ -204,7 +204,7 @@ class StoreContract:
         assert len(list(store.blocks("demo", 2, 1, 0, 2))) == 2
         snapshot = store.load("demo")
         assert snapshot is not None
-        assert (snapshot.reported, snapshot.awaited) == ({"1-1-b", "2-1-a"}, ())
+        assert (snapshot.reported, snapshot.awaited) == (frozenset({"1-1-b", "2-1-a"}), ())
         store.close_round("demo", 2, 1, BASE, 30.0)
         assert [outcome.reports for outcome in store.history("demo")] == [1, 2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from edge_client.algorithms.pf2lora import PF2LoRAStep
 from edge_client.algorithms.schedule import plans, rate_factor
 from protocol.federation import Decay, Rounds, Training
 from protocol.methods import (
+    Algorithm,
     FedDPA,
     FedSALoRA,
     FFALoRA,
@@ -62,6 +64,9 @@ class Quadratic:
         half = self.size // 2
         return [(vector[:half].reshape(half, 1), vector[half:].reshape(1, half))]
 
+    def personal_factors(self, vector: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return self.factors(vector)
+
 
 def _hypergradient_used(
     oracle: Quadratic, settings: PF2LoRA, batches: tuple[float | None, ...] = (None,)
@@ -72,7 +77,9 @@ def _hypergradient_used(
     return state.vectors["upper.m"] / 0.1
 
 
-def _unrolled(oracle: Quadratic, settings: PF2LoRA, batches: tuple[float | None, ...]) -> object:
+def _unrolled(
+    oracle: Quadratic, settings: PF2LoRA, batches: tuple[float | None, ...]
+) -> Callable[[np.ndarray], float]:
     """x -> f(x, y+(x)): what the hypergradient is the gradient of, by the step's own code."""
 
     def objective(x: np.ndarray) -> float:
@@ -190,7 +197,7 @@ def test_until_the_warm_up_is_over_only_the_common_level_learns() -> None:
     ],
 )
 def test_each_algorithm_moves_what_it_says_and_learns(
-    settings: object, common_moves: bool, personal_moves: bool
+    settings: Algorithm, common_moves: bool, personal_moves: bool
 ) -> None:
     algorithm = algorithm_for(replace(SETTINGS, algorithm=settings), 0)
     layout = algorithm.layout(SETTINGS.adapter)
@@ -276,7 +283,8 @@ def test_adamw_and_its_derivative_are_torchs() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     start = rng.standard_normal(20)
-    ours, memory = start.copy(), {}
+    ours = start.copy()
+    memory: dict[str, np.ndarray] = {}
     theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1)
     for _ in range(30):

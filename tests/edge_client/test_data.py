@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_a_number_is_a_label_by_name_before_it_is_an_index() -> None:
         (None, "expected a file, or rows that are mappings, got NoneType"),
     ],
 )
-def test_rows_of_an_app_are_looked_at_too(rows: object, problem: str) -> None:
+def test_rows_of_an_app_are_looked_at_too(rows: Any, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
         read_rows(rows, LABELS)
 

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def stir(parameters) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def stirred_layer(kind: str = "none", **ranks: int) -> TwoLevelLoRALinear:
+def stirred_layer(kind: str = "none", **ranks: int) -> Any:
     settings = {"rank": RANK, "personal_rank": PERSONAL_RANK} | ranks
     layer = TwoLevelLoRALinear(base_layer(kind), scaling=2.0, name="layer", **settings)
     stir(layer.parameters(recurse=False))
@@ -61,7 +62,7 @@ def stirred_layer(kind: str = "none", **ranks: int) -> TwoLevelLoRALinear:
 
 
 def put(model: nn.Module, **changes) -> TwoLevelAdapter:
-    settings = {
+    settings: dict[str, Any] = {
         "target_modules": "query-value",
         "rank": RANK,
         "personal_rank": PERSONAL_RANK,
@@ -127,7 +128,7 @@ def test_either_level_may_be_absent(rank, personal_rank):
 
 
 def test_bfloat16_activations_stay_bfloat16_over_float32_factors():
-    layer = TwoLevelLoRALinear(
+    layer: Any = TwoLevelLoRALinear(
         nn.Linear(INPUTS, OUTPUTS).bfloat16(), rank=RANK, personal_rank=1, scaling=1.0
     )
     assert layer(torch.randn(3, INPUTS).bfloat16()).dtype == torch.bfloat16
@@ -136,7 +137,7 @@ def test_bfloat16_activations_stay_bfloat16_over_float32_factors():
 
 def test_the_start_depends_on_seed_and_name_only():
     def factors(name: str, common: int, personal: int) -> list[torch.Tensor]:
-        layer = TwoLevelLoRALinear(
+        layer: Any = TwoLevelLoRALinear(
             base_layer("none"),
             rank=4,
             personal_rank=4,
@@ -160,7 +161,7 @@ def test_the_start_depends_on_seed_and_name_only():
 
 
 def test_the_start_is_the_same_everywhere_and_kaiming_uniform():
-    layer = TwoLevelLoRALinear(
+    layer: Any = TwoLevelLoRALinear(
         nn.Linear(384, 384), rank=8, personal_rank=0, scaling=1.0, name="query", common_seed=7
     )
     start = layer.A.detach()
@@ -251,7 +252,7 @@ def test_the_gradient_of_the_common_level_can_be_differentiated_in_the_personal(
     common, personal = list(adapter.common.values()), list(adapter.personal.values())
     direction = [torch.randn_like(parameter) for parameter in common]
 
-    def slope(**settings: bool) -> torch.Tensor:
+    def slope(**settings: Any) -> torch.Tensor:
         """The derivative of the loss in the common level along `direction`."""
         loss = nn.functional.cross_entropy(model(**batch).logits * 20, torch.tensor([1, 0]))
         gradients = torch.autograd.grad(loss, common, **settings)
@@ -387,7 +388,7 @@ def test_equal_singular_values_have_their_number_as_entropy_rank():
 
 
 def test_a_fresh_layer_has_rank_zero():
-    layer = copy.deepcopy(next(iter(put(gpt2()).layers.values())))
+    layer: Any = copy.deepcopy(next(iter(put(gpt2()).layers.values())))
     report = rank_report(*layer.arrays())
     assert (report.numerical_rank, report.entropy_rank) == (0, 0.0)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from coordinator.aggregation import aggregation_for
+from coordinator.aggregation import aggregation_for, hetlora
 from edge_client.algorithms.pf2lora import PF2LoRAStep
 from edge_client.algorithms.schedule import plans
 from edge_client.backends.base import Level
@@ -52,7 +53,7 @@ ROWS = [
 FINGERPRINT = fingerprint(resolve_backbone(MINILM))
 
 
-def _settings(algorithm: Algorithm, **changes: object) -> FederationSettings:
+def _settings(algorithm: Algorithm, **changes: Any) -> FederationSettings:
     settings = FederationSettings(
         "test",
         Backbone(MINILM, FINGERPRINT),
@@ -165,7 +166,7 @@ def _trained(settings: FederationSettings) -> dict[str, np.ndarray]:
     "kind", [Hypergradient.SECANT, Hypergradient.EXACT], ids=lambda kind: kind.value
 )
 def test_what_saves_memory_changes_nothing_else(
-    changes: dict[str, object], kind: Hypergradient
+    changes: dict[str, Any], kind: Hypergradient
 ) -> None:
     settings = _settings(PF2LoRA(kind, LowerOptimizer.SGD, 1e-3))
     whole = _trained(settings)
@@ -192,7 +193,7 @@ def test_what_an_encoding_loses_is_in_the_next_update(dtype: WireDtype) -> None:
     trainer = _trainer(_settings(PF2LoRA(), update_dtype=dtype))
     rows = trainer.encode(ROWS)
     base = trainer.common()
-    moved = sent = 0.0
+    moved = sent = np.zeros(len(base.flat()), np.float32)
     for number in range(1, 5):
         trainer.set_common(base)
         trainer.train(rows, 4 * (number - 1), number)
@@ -241,6 +242,7 @@ def test_a_hetlora_federation_of_different_ranks_learns() -> None:
             sizes[seed] = len(update.buffer)
             assert aggregate.fits(update.specs, settings.update_dtype)
             aggregate.accumulate(update, 1)
+        assert isinstance(aggregate, hetlora.HetLoRA)
         base = aggregate.finalize()
     print("ranks by seed", ranks)
     assert len(set(ranks.values())) > 1

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ CLASSIFICATION = TaskKind.SEQUENCE_CLASSIFICATION
 
 def put(model: nn.Module, **changes) -> TwoLevelAdapter:
     """An adapter with every factor away from its start."""
-    settings = {
+    settings: dict[str, Any] = {
         "target_modules": "query-value",
         "rank": 4,
         "personal_rank": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForQuestionAnswering
 
 from edge_client.backends.base import FoundAnswer, Level
-from edge_client.backends.encoding import IGNORED, Batch, Window
+from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Window
 from edge_client.backends.fast_tokenizer import FastTokenizer
 from edge_client.backends.torch_backend import TorchTrainer, TransformersTokenizer
 from edge_client.data import Answer, Example
@@ -192,13 +193,18 @@ def test_an_answer_that_two_windows_share_is_one_answer(tokenizer: TransformersT
 
     def logits(batch: Batch) -> Any:
         found = np.zeros((len(batch.rows), 2, 32), np.float32)
-        for window, row in zip(batch.rows, found, strict=True):
+        for window, row in zip(windows, found, strict=True):
             places = [i for i, s in enumerate(window.spans.tolist()) if tuple(s) == shared]
             row[:, [window.first + place for place in places]] = 20.0
         return found
 
-    model: Any = Model(tokenizer, lambda rows: [Batch({}, np.empty(0), tuple(rows))], None, logits)
+    def batches(rows: Sequence[EncodedRow]) -> list[Batch]:
+        return [Batch({}, np.empty(0, np.int64), tuple(rows))]
+
+    no_score: Any = None  # nothing is evaluated
+    model = Model(tokenizer, batches, no_score, logits)
     (found,) = rules.predict([Example("Who?", context, None)], model)
+    assert isinstance(found, FoundAnswer)
     assert (found.start, found.end) == shared
     assert found.probability == pytest.approx(1.0, abs=1e-3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import repeat
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ class Approximation:
         size = HIGHEST * (OUTPUTS + INPUTS)
         start = np.zeros(size)
         start[: HIGHEST * INPUTS] = rng.standard_normal(HIGHEST * INPUTS) / np.sqrt(INPUTS)
-        vector = torch.from_numpy if kind == "torch" else np.asarray
+        vector: Callable[[Any], Any] = torch.from_numpy if kind == "torch" else np.asarray
         self.personal_head = 0.0
         self.target, self.personal, self.common = map(vector, (target, start, np.zeros(1)))
 

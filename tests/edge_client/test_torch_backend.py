@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from edge_client.backends.base import Level
+from edge_client.backends.base import Level, Prediction
 from edge_client.backends.encoding import Batch
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
@@ -35,7 +36,7 @@ STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
 ROWS = [Example(f"a {'fine' if i % 2 else 'dull'} film number {i}", None, i % 2) for i in range(16)]
 
 
-def _settings(name: str = MINILM, **changes: object) -> FederationSettings:
+def _settings(name: str = MINILM, **changes: Any) -> FederationSettings:
     settings = FederationSettings(
         "test",
         Backbone(name, "sha256:" + "0" * 64),
@@ -47,7 +48,7 @@ def _settings(name: str = MINILM, **changes: object) -> FederationSettings:
 
 
 def _trainer(
-    settings: FederationSettings, scheme: str = "none", seed: int = 1, **holding: object
+    settings: FederationSettings, scheme: str = "none", seed: int = 1, **holding: Any
 ) -> TorchTrainer:
     backbone = load_backbone(
         settings.backbone.name,
@@ -82,7 +83,7 @@ def _frozen(trainer: TorchTrainer) -> dict[str, bytes]:
     ],
 )
 def test_a_round_moves_both_levels_and_not_a_byte_of_the_backbone(
-    scheme: str, holding: dict[str, object]
+    scheme: str, holding: dict[str, Any]
 ) -> None:
     trainer = _trainer(_settings(), scheme, **holding)
     rows = trainer.encode(ROWS)
@@ -151,7 +152,8 @@ def test_the_loss_falls_and_levels_differ() -> None:
     after = trainer.evaluate(rows, Level.PERSONAL)
     assert after.loss < before.loss * 0.9
     assert trainer.evaluate(rows, Level.COMMON).loss != after.loss
-    predicted = trainer.predict(ROWS, Level.PERSONAL)
+    found = trainer.predict(ROWS, Level.PERSONAL)
+    predicted = [one for one in found if isinstance(one, Prediction)]
     share = np.mean(
         [p.label == ("dull", "fine")[r.label or 0] for p, r in zip(predicted, ROWS, strict=True)]
     )
@@ -229,7 +231,7 @@ def test_a_quantised_folder_trains_to_the_bytes_of_quantising_at_load(
     """Double backward included; and int8 embeddings let training through."""
     quantize(MINILM, "nf4-double", tmp_path / "out", int8_embeddings=True)
     settings = _settings(algorithm=PF2LoRA(hypergradient))
-    holding = {"attention": "eager", "int8_embeddings": True}
+    holding: dict[str, Any] = {"attention": "eager", "int8_embeddings": True}
     trainers = (
         _trainer(settings, "nf4-double", **holding),
         _trainer(

@@ -32,7 +32,7 @@ def test_every_target_has_a_corpus() -> None:
 
 
 def test_a_script_has_the_steps_that_it_was_made_of() -> None:
-    said = [0, b"raw", 3, b"", b"\x20"]
+    said: list[int | bytes] = [0, b"raw", 3, b"", b"\x20"]
     assert steps(script(*said)) == said
     assert steps(script(0, *SAMPLES.values())) == [0, *map(codec.encode, SAMPLES.values())]
 

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from edge_client.federation_file import write_start
 from edge_client.session import Session
@@ -37,7 +38,7 @@ def write_federation(
     *,
     name: str = "sim",
     server: str = "",
-    **rounds: object,
+    **rounds: Any,
 ) -> Path:
     """The federation of tests/simulation/world.py as files; the path of its configuration.
 

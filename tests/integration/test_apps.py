@@ -32,7 +32,7 @@ from edge_client.errors import (
     StateError,
     StorageFullError,
 )
-from edge_client.private_store import PrivateStore
+from edge_client.private_store import DeviceState, PrivateStore
 from edge_client.worker import DataSettings, DeviceWorker
 from protocol.federation import (
     Adapter,
@@ -82,6 +82,13 @@ class Device:
         return asyncio.run(self.worker.train(assignment, base)).update
 
     @property
+    def state(self) -> DeviceState:
+        """As it is on disk."""
+        state = self.store.load()
+        assert state is not None
+        return state
+
+    @property
     def personal(self) -> dict[str, bytes]:
         return {name: a.tobytes() for name, a in self.worker.trainer.personal().items()}
 
@@ -90,8 +97,9 @@ def test_a_question_in_the_middle_of_a_round_waits_for_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An evaluation puts the model at another level, which no training may see."""
-    device, steps = Device(tmp_path), []
-    trainer, answers = device.worker.trainer, []
+    device, steps = Device(tmp_path), list[Batch]()
+    trainer: Any = device.worker.trainer
+    answers: list[object] = []
 
     def ask() -> None:
         with device.worker.ready() as trainer:
@@ -124,7 +132,7 @@ def test_what_diverges_is_not_kept_and_says_what_would_help(tmp_path: Path) -> N
     with pytest.raises(DivergedError, match=r"round 1: .*loss nan.*smaller training.learning_rate"):
         device.round(1, bad)
     assert device.personal == before
-    assert device.store.load().rounds_done == 0
+    assert device.state.rounds_done == 0
 
 
 def test_a_round_that_found_no_room_is_as_if_it_had_never_begun(
@@ -233,7 +241,7 @@ def test_what_was_learned_under_other_settings_is_not_taken_for_these(
     training = replace(SETTINGS.training, learning_rate=0.01)
     device = Device(tmp_path, replace(SETTINGS, training=training))
     device.round(1)
-    assert '"learning_rate": 0.01' in str(device.store.load().facts["settings"])
+    assert '"learning_rate": 0.01' in str(device.state.facts["settings"])
 
 
 def _training_begins() -> tuple[threading.Event, Callable[[str], None]]:
@@ -256,7 +264,7 @@ def _global_state() -> list[Any]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_grad_enabled(),
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state(legacy=False)["state"]["key"].tolist(),
         np.geterr(),
         list(warnings.filters),
         (list(root.handlers), root.level, root.manager.disable),
@@ -292,7 +300,8 @@ def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: 
         with EdgeClient(address, data, tmp_path / "a", scheme="none") as again:
             again.predict(["a film"])
             assert again.worker.state.rounds_done == rounds > 0
-            assert not again.worker.trainer._model.training
+            trainer: Any = again.worker.trainer
+            assert not trainer._model.training
 
 
 def test_an_interrupted_run_has_ended_when_it_returns(tmp_path: Path) -> None:
@@ -397,8 +406,13 @@ def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
 def test_what_is_wrong_in_a_call_is_said_before_anyone_is_asked(
     tmp_path: Path, arguments: dict[str, Any], error: type[Exception], reason: str
 ) -> None:
+    given: dict[str, Any] = {
+        "coordinator": "localhost:1",
+        "data": ROWS,
+        "state_dir": tmp_path / "s",
+    }
     with pytest.raises(error, match=reason):
-        EdgeClient("localhost:1", **{"data": ROWS, "state_dir": tmp_path / "s"} | arguments)
+        EdgeClient(**given | arguments)
     assert not (tmp_path / "s").exists()
 
 
@@ -425,10 +439,10 @@ def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
     device.round(1)
     with EdgeClient("localhost:1", rows, tmp_path / "a", scheme="none") as client:
         assert client.generate("The gradient", 3) == device.worker.trainer.generate(
-            "The gradient", 3
+            "The gradient", 3, Level.PERSONAL
         )
         with pytest.raises(DataError, match="expected text, got int"):
-            client.generate(1)
+            client.generate(1)  # type: ignore[arg-type]
         with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
             client.predict(["The"])
 

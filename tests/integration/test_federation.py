@@ -197,7 +197,7 @@ def test_a_device_is_enrolled_by_token_over_tls_and_known_from_then_on(tmp_path:
         store = SqlStore(f"sqlite:///{tmp_path}/pf2lora.sqlite")
         store.devices.add_token("the-token", time.time() + 60.0)
         secure = address.replace("ws:", "wss:")
-        trust = {"ca_file": tmp_path / "ca.pem"}
+        trust: dict[str, Any] = {"ca_file": tmp_path / "ca.pem"}
         with EdgeClient(
             secure, file, tmp_path / "a", scheme="none", token="the-token", **trust
         ) as a:

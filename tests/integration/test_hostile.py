@@ -157,8 +157,13 @@ async def _again_and_again(attack: Attack, port: int, name: str, seen: set[str])
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_others_end_with_the_same_bytes(tmp_path: Path, group: str) -> None:
-    rounds = {"count": ROUNDS, "cohort": HONEST + HOSTILE}
-    path = write_federation(tmp_path, **rounds, report_goal=HONEST, minimum_reports=HONEST)
+    path = write_federation(
+        tmp_path,
+        count=ROUNDS,
+        cohort=HONEST + HOSTILE,
+        report_goal=HONEST,
+        minimum_reports=HONEST,
+    )
     devices, seen = _devices(), set[str]()
 
     async def scenario() -> None:

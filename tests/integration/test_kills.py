@@ -12,7 +12,7 @@ import contextlib
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -168,7 +168,7 @@ class Harness:
     """One federation, and who disturbs it."""
 
     folder: Path
-    rules: dict[str, object]  # its [rounds]
+    rules: dict[str, Any]  # its [rounds]
     kills: int
     rng: random.Random
     killed: int = 0
@@ -177,7 +177,7 @@ class Harness:
 
     @property
     def rounds(self) -> int:
-        return cast(int, self.rules["count"])
+        return int(self.rules["count"])
 
     async def run(self) -> None:
         daemon = Daemon(write_federation(self.folder, **self.rules))

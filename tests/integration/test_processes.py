@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from coordinator.store.sql import SqlStore
@@ -34,9 +35,9 @@ def _device(folder: Path, number: int, port: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def _until(stream: object, pattern: str) -> None:
+def _until(stream: Iterable[str] | None, pattern: str) -> None:
     """Read lines until one matches; the test's own timeout bounds the wait."""
-    for line in stream:
+    for line in stream or ():
         if re.search(pattern, line):
             return
     raise AssertionError(f"the process ended without saying {pattern!r}")

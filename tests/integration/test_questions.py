@@ -43,7 +43,7 @@ def test_devices_learn_to_answer_and_the_app_and_the_shell_ask_them(
         assert clients[0].evaluate([json.loads(data[1].read_text().splitlines()[0])]).count == 1
         for wrong, said in (("Where to?", "got str"), ({"question": "Where?"}, '"context"')):
             with pytest.raises(DataError, match=said):
-                clients[0].predict([wrong])  # type: ignore[call-overload]
+                clients[0].predict([wrong])  # type: ignore[list-item]
         for client in clients:
             client.close()
     capsys.readouterr()

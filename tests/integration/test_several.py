@@ -16,7 +16,7 @@ from edge_client.errors import RefusedError
 from tests.integration.daemon import Daemon, write_federation
 from tests.simulation.world import FakeDevice
 
-ROUNDS = {
+ROUNDS: dict[str, dict[str, Any]] = {
     "one": {"minimum_reports": 3},
     "two": {"mode": "asynchronous", "report_goal": 2},
 }
@@ -24,7 +24,7 @@ ROUNDS = {
 
 def _written(folder: Path) -> list[Path]:
     """The federations' files; their start is the same."""
-    rounds = {"count": 8, "cohort": 3, "deadline_s": 1000.0}
+    rounds: dict[str, Any] = {"count": 8, "cohort": 3, "deadline_s": 1000.0}
     server = {"one": "exit_when_finished = true"}
     return [
         write_federation(folder, name=name, server=server.get(name, ""), **rounds, **more)

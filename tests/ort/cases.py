@@ -22,6 +22,7 @@ from protocol.federation import (
     Training,
 )
 from protocol.methods import (
+    Algorithm,
     FedDPA,
     FedSALoRA,
     FFALoRA,
@@ -79,7 +80,7 @@ def _answers(algorithm: Any, **changes: Any) -> FederationSettings:
 
 def _cases() -> dict[str, Case]:
     difference, first = Hypergradient.FINITE_DIFFERENCE, Hypergradient.FIRST_ORDER
-    of_minilm = {
+    of_minilm: dict[str, tuple[Algorithm, dict[str, Any]]] = {
         "minilm": (PF2LoRA(), {}),
         "minilm-sgd": (PF2LoRA(lower_optimizer=SGD, lower_learning_rate=0.05), {}),
         "minilm-difference": (PF2LoRA(difference, SGD, 0.05), {}),
@@ -96,7 +97,7 @@ def _cases() -> dict[str, Case]:
         "feddpa": (FedDPA(), {"local_steps": 2}),
         "hetlora": (HetLoRA(), {}),
     }
-    of_stories = {
+    of_stories: dict[str, tuple[Algorithm, dict[str, Any]]] = {
         "stories": (PF2LoRA(), {}),
         "stories-sgd": (PF2LoRA(lower_optimizer=SGD, lower_learning_rate=0.05), {}),
         "stories-homlora": (HomLoRA(), {"micro_batch_size": 2}),

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,8 @@ def main(folder: Path) -> None:
         trainer = load_trainer(
             case.settings, backbone=None, scheme="none", device="cpu", personal_seed=7
         )
-        np.savez(folder / f"{case.name}.npz", **follow(trainer, case))
+        steps: dict[str, Any] = follow(trainer, case)
+        np.savez(folder / f"{case.name}.npz", **steps)
         if case.name in ("minilm", "stories", "answers"):
             found = outlook(trainer, case, folder / f"{case.name}.peft")
             (folder / f"{case.name}.json").write_text(json.dumps(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
 from protocol.errors import ErrorCode
@@ -33,6 +35,7 @@ from protocol.messages import (
 )
 from protocol.tensors import NamedTensors
 
+M = TypeVar("M", bound=Message)
 FINGERPRINT = "sha256:" + "0" * 64
 PAYLOAD = NamedTensors.from_arrays({"x.A": np.ones((1, 2), np.float32)}).payload()
 SETTINGS = FederationSettings(
@@ -61,3 +64,9 @@ SAMPLES: dict[type[Message], Message] = {
         Goodbye("bye"),
     )
 }
+
+
+def sample(kind: type[M]) -> M:
+    """The message of one type."""
+    (found,) = (message for message in SAMPLES.values() if isinstance(message, kind))
+    return found

@@ -59,7 +59,7 @@ def of_kind(kind: schema.Kind) -> st.SearchStrategy[Any]:
     raise TypeError(kind)
 
 
-def of_class(cls: type[Any]) -> st.SearchStrategy[Any]:
+def of_class(cls: Any) -> st.SearchStrategy[Any]:
     """Instances within bounds, and consistent where the class asks for more."""
     if cls is Payload:
         return _payloads()

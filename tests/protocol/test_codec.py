@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol import codec, limits
 from protocol.errors import ErrorCode, LocalProtocolError, ProtocolError, RemoteProtocolError
-from protocol.messages import Chunk, Fetch, Goodbye, Hello, Metric, Receipt
+from protocol.messages import Chunk, Fetch, Goodbye, Hello, Message, Metric, Receipt
 from tests.protocol.strategies import messages
 
 steady = settings(
@@ -30,7 +30,7 @@ def _decodes_or_refuses(data: bytes) -> None:
 
 @steady
 @given(messages)
-def test_every_message_survives_the_wire(message: object) -> None:
+def test_every_message_survives_the_wire(message: Message) -> None:
     assert codec.decode(codec.encode(message)) == message
 
 
@@ -42,7 +42,9 @@ def test_arbitrary_bytes_give_a_message_or_a_protocol_error(data: bytes) -> None
 
 @steady
 @given(messages, st.data())
-def test_mutated_messages_give_a_message_or_a_protocol_error(message: object, data: object) -> None:
+def test_mutated_messages_give_a_message_or_a_protocol_error(
+    message: Message, data: st.DataObject
+) -> None:
     good = bytearray(codec.encode(message))
     draw = data.draw
     for _ in range(draw(st.integers(1, 4))):
@@ -121,10 +123,10 @@ def test_a_message_over_the_limit_is_refused_before_it_is_read() -> None:
         Goodbye("x" * (limits.TEXT_BYTES_MAX + 1)),
         Hello((), "x", 4096, 4096),
         Hello((1,), "\ud800", 4096, 4096),
-        Receipt("a", "accepted", ""),
+        Receipt("a", "accepted", ""),  # type: ignore[arg-type]
     ],
 )
-def test_a_field_out_of_bounds_is_not_sent(message: object) -> None:
+def test_a_field_out_of_bounds_is_not_sent(message: Message) -> None:
     with pytest.raises(LocalProtocolError, match=type(message).__name__):
         codec.encode(message)
 

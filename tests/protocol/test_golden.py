@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol import codec
+from protocol.messages import Message
 from tests.protocol.samples import SAMPLES
 
 GOLDEN = {
@@ -59,7 +60,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("message", SAMPLES.values(), ids=lambda message: type(message).__name__)
-def test_the_wire_has_not_changed(message: object) -> None:
+def test_the_wire_has_not_changed(message: Message) -> None:
     golden = bytes.fromhex(GOLDEN[type(message).__name__])
     assert codec.encode(message) == golden
     assert codec.decode(golden) == message

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from protocol.messages import Join, Report
 from protocol.signing import device_id, join_statement, report_statement
-from tests.protocol.samples import SAMPLES
+from tests.protocol.samples import sample
 from tests.protocol.strategies import of_class
 
-JOIN, REPORT = SAMPLES[Join], SAMPLES[Report]
+JOIN, REPORT = sample(Join), sample(Report)
 NONCE = bytes(32)
 joins, reports = of_class(Join), of_class(Report)
 

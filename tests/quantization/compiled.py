@@ -100,7 +100,7 @@ def _by_torch(backbone: str, artifact: Artifact, use: Any) -> tuple[dict[str, An
         modules_to_train=manifest.head_modules,
     )
     rng = np.random.default_rng(3)
-    parameters = adapter.common | adapter.personal
+    parameters: dict[str, Any] = adapter.common | adapter.personal
     for parameter in parameters.values():
         values = rng.normal(0, 0.05, tuple(parameter.shape)).astype(np.float32)
         parameter.data = torch.from_numpy(values)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ ENCODER = {**SIZES, "max_position_embeddings": POSITIONS}
 DECODER = {**ENCODER, "num_key_value_heads": 1}
 GPT = {**ENCODER, "n_positions": POSITIONS, "n_embd": 16, "n_layer": 2, "n_head": 2}
 # Kind of model, its configuration, and the adapted layers of "query-value".
-CLASSIFIERS = {
+CLASSIFIERS: dict[str, tuple[dict[str, Any], int]] = {
     "AlbertModel": ({**ENCODER, "embedding_size": 8}, 2),
     "DebertaV2Model": ({**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, 4),
     "DistilBertModel": ({**ENCODER, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}, 4),
@@ -53,7 +54,7 @@ CLASSIFIERS = {
     "ModernBertModel": ({**ENCODER, "cls_token_id": 2, "sep_token_id": 2}, 2),
     "RobertaForMaskedLM": (ENCODER, 4),
 }
-DECODERS = {
+DECODERS: dict[str, tuple[dict[str, Any], int]] = {
     "BloomForCausalLM": (GPT, 2),
     "FalconForCausalLM": (SIZES, 2),
     "GPT2LMHeadModel": (GPT, 2),
@@ -67,7 +68,7 @@ DECODERS = {
     "Qwen3ForCausalLM": ({**DECODER, "head_dim": 8, "tie_word_embeddings": True}, 4),
 }
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "BartForConditionalGeneration": {**SIZES, "d_model": 16, "encoder_layers": 1},
     "MambaForCausalLM": {**SIZES, "time_step_rank": 8},
     "MixtralForCausalLM": {**DECODER, **EXPERTS},
@@ -121,7 +122,7 @@ def _trainer(
     max_length: int = 12,
     targets: str = "query-value",
     hypergradient: Hypergradient = Hypergradient.SECANT,
-    **training: object,
+    **training: Any,
 ) -> TorchTrainer:
     labels = ("dull", "fine") if task is CLASSIFICATION else ()
     settings = FederationSettings(

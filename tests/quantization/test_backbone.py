@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def _seed() -> None:
 
 
 def load_minilm(**settings) -> Backbone:
-    return load_backbone(MINILM, **{"task": "sequence-classification", "label_count": 2} | settings)
+    given: dict[str, Any] = {"task": "sequence-classification", "label_count": 2}
+    return load_backbone(MINILM, **given | settings)
 
 
 @torch.no_grad()
@@ -93,13 +95,13 @@ def test_even_in_training_mode_there_is_no_dropout():
 
 
 def test_the_head_comes_from_its_seed_alone():
+    def head(seed: int) -> Any:
+        return load_minilm(head_seed=seed).model.classifier
+
     torch.manual_seed(1)
-    one = load_minilm(head_seed=7).model.classifier
+    one = head(7)
     torch.manual_seed(2)
-    same, other = (
-        load_minilm(head_seed=7).model.classifier,
-        load_minilm(head_seed=8).model.classifier,
-    )
+    same, other = head(7), head(8)
     assert torch.equal(one.weight, same.weight)
     assert not torch.equal(one.weight, other.weight)
     assert not one.bias.any()
@@ -138,7 +140,7 @@ def test_a_causal_model_keeps_its_output_embeddings(scheme):
 def test_the_transposed_layers_of_gpt2_are_quantised_too(gpt2, scheme):
     exact = load_backbone(str(gpt2), task=TaskKind.CAUSAL_LM)
     backbone = load_backbone(str(gpt2), task=TaskKind.CAUSAL_LM, scheme=scheme)
-    attention = backbone.model.transformer.h[0].attn.c_attn
+    attention = backbone.model.get_submodule("transformer.h.0.attn.c_attn")
     assert linear_shape(attention) == (24, 8)
     assert is_transposed(attention)
     torch.testing.assert_close(logits(backbone), logits(exact), rtol=0.1, atol=0.02)
@@ -221,14 +223,14 @@ def test_a_model_without_linear_layers_cannot_be_quantised():
 
 def quantized_layer(
     scheme: Scheme, outputs: int = 48, inputs: int = 172, product: torch.dtype | None = None
-) -> nn.Module:
+) -> Any:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(inputs, outputs))
     assert quantize_linears(model, scheme, CPU, keep=(), compute_dtype=product) == 1
     return model.eval()[0]
 
 
-def dense_weight(layer: nn.Module) -> torch.Tensor:
+def dense_weight(layer: Any) -> torch.Tensor:
     """The matrix [m, n] that the layer stands for, read off its products."""
     with torch.no_grad():
         return (layer(torch.eye(layer.in_features)) - layer.bias).T
@@ -315,7 +317,7 @@ def test_training_passes_int8_embeddings_as_it_passes_the_table_they_stand_for()
 
 
 def test_int8_codes_are_those_of_bitsandbytes_and_a_row_of_zeros_is_zeros():
-    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    model: Any = nn.Sequential(nn.Linear(3, 3, bias=False))
     model[0].weight.data = torch.tensor([[0.5, -1.0, 0.25], [0.0, 2.0, -2.0], [0.0, 0.0, 0.0]])
     quantize_linears(model, Scheme.INT8, CPU, keep=())
     assert model[0].weight.tolist() == [[64, -127, 32], [0, 127, -127], [0, 0, 0]]

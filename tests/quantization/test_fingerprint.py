@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(
-    folder: Path, weights: dict[str, torch.Tensor] | None = None, config: dict | None = None
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))

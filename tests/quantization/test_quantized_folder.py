@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def load(name: str | Path, task: str = "sequence-classification", **settings) -> Backbone:
-    return load_backbone(str(name), **{"task": task, "label_count": 3, "head_seed": 5} | settings)
+    given: dict[str, Any] = {"task": task, "label_count": 3, "head_seed": 5}
+    return load_backbone(str(name), **given | settings)
 
 
 def same(one: Backbone, other: Backbone) -> bool:
@@ -77,9 +79,10 @@ def test_one_folder_serves_every_task_of_its_backbone(scheme, int8_embeddings, t
     for task in (kind.value for kind in TaskKind):
         read = load(tmp_path / "out", task, scheme=scheme)
         assert same(read, load(source, task, scheme=scheme, int8_embeddings=int8_embeddings))
-        assert is_transposed(read.model.transformer.h[0].attn.c_attn)
+        assert is_transposed(read.model.get_submodule("transformer.h.0.attn.c_attn"))
         if task == "causal-lm":
-            assert read.model.lm_head.weight is read.model.transformer.wte.weight
+            words = read.model.get_submodule("transformer.wte")
+            assert read.model.get_submodule("lm_head").weight is words.weight
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES}")
@@ -128,7 +131,7 @@ def test_int8_embeddings_save_exactly_what_they_say(tmp_path):
 
 def test_int8_embeddings_give_the_rows_of_their_codes():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(8, 16, padding_idx=0))
+    model: Any = nn.Sequential(nn.Embedding(8, 16, padding_idx=0))
     exact = model[0].weight.detach().clone()
     model.get_output_embeddings = lambda: None
     assert quantize_embeddings(model) == 1

@@ -12,8 +12,9 @@ from coordinator.aggregation.base import Reports
 from coordinator.base_version import BaseVersion
 from coordinator.store.base import ReportRecord
 from protocol import codec
-from protocol.federation import DownloadDtype, HetLoRA
+from protocol.federation import DownloadDtype
 from protocol.messages import Chunk
+from protocol.methods import HetLoRA
 from protocol.tensors import Array, NamedTensors, truncated
 from protocol.virtual_time import simulate
 from tests.simulation.world import FakeDevice, World, settings

@@ -62,7 +62,7 @@ def test_keys_that_wait_are_bounded_in_number_and_time() -> None:
             key = number.to_bytes(32, "big")
             record = DeviceRecord(f"{number:032x}", key, DeviceStatus.PENDING, now)
             world.store.devices.add(record)
-        answers = []
+        answers: list[object] = []
         for pause_s in (0.0, PENDING_KEPT_S + 1):
             await asyncio.sleep(pause_s)
             answers.append(await RawDevice(await world.dial(), Identity.named("new")).join())
@@ -78,7 +78,7 @@ def test_keys_that_wait_are_bounded_in_number_and_time() -> None:
 
 
 def test_fresh_keys_do_not_fill_the_store_and_who_reports_is_remembered() -> None:
-    async def scenario() -> tuple[list[str], FakeDevice]:
+    async def scenario() -> tuple[set[str], FakeDevice]:
         world = World(settings(count=2, cohort=1, selection=Selection.LEAST_RECENT))
         world.newcomers_max = 10
         await world.start()

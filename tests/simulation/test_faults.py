@@ -258,11 +258,14 @@ def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
         assert world.service is not None
         await world.service.look_at_control()
         await everyone
-        stopped_at = world.store.load("sim").rounds_done
+        stopped = world.store.load("sim")
         world.store.set_control("sim", Control(Wish.RUN))
         await world.service.look_at_control()
         await asyncio.gather(*(world.take_part(device) for device in devices))
-        return [stopped_at, world.store.load("sim").rounds_done]
+        ended = world.store.load("sim")
+        assert stopped is not None
+        assert ended is not None
+        return [stopped.rounds_done, ended.rounds_done]
 
     stopped_at, ended_at = simulate(scenario)
     assert 3 <= stopped_at <= 6

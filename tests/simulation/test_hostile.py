@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,13 +28,15 @@ from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settin
 
 HONEST = 9
 ROUNDS = 4
+Attack = Callable[[Link], Awaitable[None]]
+Hostile = Callable[[World], Coroutine[Any, Any, None]]
 
 
 def _finals(devices: list[FakeDevice]) -> set[bytes]:
     return {device.final.digest() for device in devices if device.final}
 
 
-def _federation(hostile: Callable[[World], Awaitable[None]] | None) -> list[FakeDevice]:
+def _federation(hostile: Hostile | None) -> list[FakeDevice]:
     cohort = HONEST + (hostile is not None)
     rules = settings(
         count=ROUNDS, cohort=cohort, report_goal=HONEST, minimum_reports=HONEST, deadline_s=1e4
@@ -43,7 +46,7 @@ def _federation(hostile: Callable[[World], Awaitable[None]] | None) -> list[Fake
 
 def _run(
     rules: FederationSettings,
-    hostile: Callable[[World], Awaitable[None]] | None,
+    hostile: Hostile | None,
     store: WatchedStore | None = None,
 ) -> list[FakeDevice]:
     devices = [FakeDevice(f"device-{i}", training_s=2.0) for i in range(HONEST)]
@@ -65,7 +68,7 @@ def _run(
     return devices
 
 
-async def _again(attack: Callable[[Link], Awaitable[None]], world: World) -> None:
+async def _again(attack: Attack, world: World) -> None:
     """An attack on a new connection as soon as the last one has been cut off."""
     while True:
         with contextlib.suppress(LinkClosedError):
@@ -106,7 +109,7 @@ async def _takes_an_assignment_and_stalls(link: Link) -> None:
     await device.send(CheckIn(FINGERPRINT, 100))
 
 
-def _lying_about(change: Callable[[Report], Report], data: bytes) -> object:
+def _lying_about(change: Callable[[Report], Report], data: bytes) -> Attack:
     async def attack(link: Link) -> None:
         device = await _joined(link)
         answer = await device.ask(CheckIn(FINGERPRINT, 100))
@@ -131,7 +134,7 @@ def _same(report: Report) -> Report:
     return report
 
 
-ATTACKS = {
+ATTACKS: dict[str, Attack] = {
     "garbage": _garbage,
     "silence": _silence,
     "out of turn": _out_of_turn,
