@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Collection
-from functools import cache
+from functools import cache, partial
 from math import ceil, gcd
 from typing import Any, Final, cast
 
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from quantization.errors import MissingExtraError, SchemeError
 from quantization.layers import FrozenEmbedding8bit, FrozenLinear8bit, FrozenLinear16bit
 from quantization.names import is_below as is_below
-from quantization.product import frozen_product, room
+from quantization.product import FrozenWeight, frozen_product
 from quantization.schemes import Scheme
 
 COMPUTE_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -258,7 +258,7 @@ def linear_4bit(
 @cache
 def _linear_4bit_class() -> Any:
     class FrozenLinear4bit(_bitsandbytes().nn.Linear4bit):  # type: ignore[misc]
-        """bitsandbytes' layer; on a CPU its weight is expanded into the room for all weights.
+        """bitsandbytes' layer; on a CPU its weight is expanded a few rows at a time.
 
         There bitsandbytes takes new memory for every expanded weight, and on a CPU with AVX512-BF16
         the first evaluation without gradient would repack the codes in place for a bfloat16 kernel,
@@ -271,36 +271,56 @@ def _linear_4bit_class() -> Any:
                 return cast(Tensor, super().forward(x))
             inner = x.to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(inner.dtype)
-            return frozen_product(inner, bias, self.expand).to(x.dtype)
-
-        def expand(self, dtype: torch.dtype) -> Tensor:
-            """The weight [m, n], for use until the next weight is expanded."""
-            return _expand_4bit(self.weight.detach(), self.quant_state, dtype)
+            expand = partial(_expand_4bit, self.weight.detach().view(-1), self.quant_state)
+            together = _rows_together(self.in_features)
+            weight = FrozenWeight(self.quant_state.shape, x.device, expand, together)
+            return frozen_product(inner, bias, weight).to(x.dtype)
 
     return FrozenLinear4bit
 
 
-def _expand_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """bitsandbytes' dequantised weight; a few rows at a time, as it gives new memory on a CPU."""
-    absmax = state.absmax
-    if state.nested:
-        absmax = _bitsandbytes().functional.dequantize_blockwise(absmax, state.state2)
-        absmax += state.offset
-    outputs, inputs = state.shape
-    weight, codes = room(state.shape, dtype, codes.device), codes.view(-1)
-    step = BLOCK_SIZE // gcd(inputs, BLOCK_SIZE)  # rows that begin with a block of their own
-    step *= max(1, _EXPANDED_AT_ONCE // (step * inputs))
-    for top in range(0, outputs, step):
-        end = min(top + step, outputs)
-        weight[top:end] = torch.ops.bitsandbytes.dequantize_4bit(
-            codes[top * inputs // 2 : ceil(end * inputs / 2)],
-            absmax[top * inputs // BLOCK_SIZE : ceil(end * inputs / BLOCK_SIZE)],
+def _rows_together(inputs: int) -> int:
+    """How many rows it takes until one begins with a block of its own."""
+    return BLOCK_SIZE // gcd(inputs, BLOCK_SIZE)
+
+
+def _expand_4bit(codes: Tensor, state: Any, into: Tensor, top: int) -> None:
+    """Write bitsandbytes' dequantised rows from `top` on; a few at a time, as it gives new memory.
+
+    `codes` is flat, and `top` a row that begins with a block of its own.
+    """
+    inputs = into.shape[1]
+    first, end = top * inputs, (top + len(into)) * inputs
+    codes = codes[first // 2 : ceil(end / 2)]
+    absmax = _absmax(state, first // BLOCK_SIZE, ceil(end / BLOCK_SIZE))
+    together = _rows_together(inputs)
+    step = together * max(1, _EXPANDED_AT_ONCE // (together * inputs))
+    for row in range(0, len(into), step):
+        rows = into[row : row + step]
+        begin, after = row * inputs, row * inputs + rows.numel()
+        rows[:] = torch.ops.bitsandbytes.dequantize_4bit(
+            codes[begin // 2 : ceil(after / 2)],
+            absmax[begin // BLOCK_SIZE : ceil(after / BLOCK_SIZE)],
             BLOCK_SIZE,
             state.quant_type,
-            (end - top, inputs),
-            dtype,
+            rows.shape,
+            into.dtype,
         )
-    return weight
+
+
+def _absmax(state: Any, begin: int, end: int) -> Tensor:
+    """The absmaxes of the blocks from `begin` to before `end`."""
+    if not state.nested:
+        return cast(Tensor, state.absmax[begin:end])
+    nested, aligned = state.state2, begin - begin % _NESTED_BLOCK_SIZE
+    found = torch.ops.bitsandbytes.dequantize_blockwise(
+        state.absmax[aligned:end],
+        nested.absmax[aligned // _NESTED_BLOCK_SIZE : ceil(end / _NESTED_BLOCK_SIZE)],
+        nested.code,
+        _NESTED_BLOCK_SIZE,
+        nested.dtype,
+    )
+    return cast(Tensor, found[begin - aligned :] + state.offset)
 
 
 def pieces_4bit(layer: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantization.product import frozen_product, room
+from quantization.product import FrozenWeight, frozen_product
 
 
 class FrozenLinear16bit(nn.Module):
@@ -73,13 +73,15 @@ class FrozenLinear8bit(nn.Module):
         """Map `x` [..., n] to [..., m] in the dtype of `x`."""
         inner = x.to(self.compute_dtype or x.dtype)
         bias = None if self.bias is None else self.bias.to(inner.dtype)
-        return frozen_product(inner, bias, self.expand).to(x.dtype)
+        weight = FrozenWeight(
+            (self.out_features, self.in_features), self.weight.device, self._expand
+        )
+        return frozen_product(inner, bias, weight).to(x.dtype)
 
-    def expand(self, dtype: torch.dtype) -> Tensor:
-        """The weight [m, n], for use until the next weight is expanded."""
-        scale = (self.absmax / 127).to(dtype).unsqueeze(1)
+    def _expand(self, into: Tensor, top: int) -> None:
+        rows = slice(top, top + len(into))
         # Into place, since mixed dtypes in one operation make a second weight on the way.
-        return room(self.weight.shape, dtype, self.weight.device).copy_(self.weight).mul_(scale)
+        into.copy_(self.weight[rows]).mul_((self.absmax[rows] / 127).to(into.dtype).unsqueeze(1))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -1,0 +1,69 @@
+"""A weight that is expanded a few rows at a time is the same function as the whole one."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from quantization import product
+from quantization.bnb import quantize_linears
+from quantization.product import FrozenWeight
+from quantization.schemes import Scheme
+
+SCHEMES = [scheme for scheme in Scheme if scheme not in (Scheme.NONE, Scheme.BF16)]
+CPU = torch.device("cpu")
+
+
+def layer_of(scheme: Scheme) -> nn.Module:
+    """Rows of 172 weights: only every sixteenth begins with a block of 64 of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(172, 410))
+    quantize_linears(model, scheme, CPU, keep=())
+    return model[0]
+
+
+@torch.no_grad()
+def weight_of(layer: nn.Module) -> Tensor:
+    """The matrix [m, n] that a layer stands for, read off its products."""
+    return (layer(torch.eye(172)) - layer.bias).T
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_of_rows_make_the_whole_weights_product(scheme, monkeypatch):
+    layer = layer_of(scheme)
+    x = torch.randn(3, 2, 172, requires_grad=True)
+    upstream, direction = torch.randn(3, 2, 410), torch.randn_like(x)
+
+    def derivatives() -> tuple[Tensor, Tensor, Tensor]:
+        y = layer(x)
+        (gradient,) = torch.autograd.grad((y * upstream).tanh().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((gradient * direction).sum(), x)
+        return y, gradient, second
+
+    weight, whole = weight_of(layer), derivatives()
+    monkeypatch.setattr(product, "ROOM_BYTES", 20_000)
+    assert torch.equal(weight_of(layer), weight)
+    torch.testing.assert_close(derivatives(), whole, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 5000), st.integers(1, 400), st.sampled_from([1, 2, 16, 64]))
+def test_blocks_have_each_row_once_and_fit_into_the_room(outputs, inputs, together):
+    written = []
+
+    def expand(into: Tensor, top: int) -> None:
+        written.append((top, top + len(into)))
+
+    blocks = list(FrozenWeight((outputs, inputs), CPU, expand, together).blocks(torch.float32))
+    assert written == [(rows.start, rows.stop) for rows, _ in blocks]
+    assert [row for top, end in written for row in range(top, end)] == list(range(outputs))
+    assert all(top % together == 0 for top, _ in written)
+    size = max(product.ROOM_BYTES, together * inputs * 4)
+    assert all(block.nbytes <= size for _, block in blocks)
+
+
+def test_a_room_that_was_given_back_is_there_again_when_needed():
+    layer = layer_of(Scheme.NF4)
+    before = weight_of(layer)
+    product.give_room_back()
+    assert torch.equal(weight_of(layer), before)
