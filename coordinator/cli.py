@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator import config, trust_cli
+from coordinator import config, save_command, trust_cli
 from coordinator.control import Wish
-from coordinator.errors import ConfigurationError, CoordinatorError
+from coordinator.errors import CoordinatorError
 from coordinator.log import FORMATS, set_up_log
+from coordinator.save_command import kept_base
 from coordinator.server import serve
 from coordinator.store import upkeep
 from coordinator.store.base import RoundOutcome
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--store", required=True, help="database URL")
         if function is _backup:
             command.add_argument("--out", required=True, type=Path, help="the new file")
+    save_command.add_command(commands)
     trust_cli.add_commands(commands)
     return parser
 
@@ -182,9 +184,7 @@ def _control(options: argparse.Namespace) -> int:
         name = named(store, options.name)
         control = store.control(name)
         if options.wish == "rollback":
-            if store.base_after(name, options.to) is None:
-                kept = [base.number for base in store.bases(name)]
-                raise ConfigurationError("--to", f"{options.to} is not kept; there are: {kept}")
+            kept_base(store, name, options.to, "--to")
             control = replace(control, roll_back_to=options.to)
         else:
             control = replace(control, wish=_WISHES[options.wish])

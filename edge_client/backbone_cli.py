@@ -90,7 +90,7 @@ def _prepare(options: argparse.Namespace) -> None:
     settings, start = read_federation(options.config)
     federation = checked_settings(settings, str(settings["backbone"]["name"]))
     trainer = load_trainer(federation, backbone=None, scheme="none", device="cpu", personal_seed=0)
-    write_start(start, trainer.common().arrays(), federation)
+    write_start(start, trainer.common().arrays(), federation, trainer.frozen())
     print(f"wrote {start}")
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -56,8 +58,15 @@ def checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings
     return settings
 
 
-def write_start(path: Path, arrays: dict[str, Any], settings: FederationSettings) -> None:
+def write_start(
+    path: Path,
+    arrays: Mapping[str, Any],
+    settings: FederationSettings,
+    frozen: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write the first common adapter for the coordinator, with what it was made for.
+
+    `frozen` are factors that no device trains or sends, and who takes the adapter out needs.
 
     Raises:
         ConfigurationError: the file cannot be written.
@@ -68,9 +77,13 @@ def write_start(path: Path, arrays: dict[str, Any], settings: FederationSettings
         "settings": json.dumps(start_settings(settings)),
         # safetensors orders tensors by itself; the federation's order is that of the model.
         "names": json.dumps(list(arrays)),
+        "frozen": json.dumps(list(frozen)),
+        # What the frozen ones were drawn from.
+        "seed": str(settings.seed),
     }
+    held = {name: array.copy() for name, array in {**arrays, **frozen}.items()}
     try:
-        save_file({name: array.copy() for name, array in arrays.items()}, path, metadata)
+        save_file(held, path, metadata)
     except (OSError, SafetensorError) as error:
         problem = f"{path} cannot be written: {error}"
         raise ConfigurationError("server.start", problem, "a path that can be") from error

@@ -4,47 +4,38 @@ Both levels become one LoRA of rank r + r2, without rounding:
 
     B A + D C = [B D] [A; C]        lora_B [m, r + r2], lora_A [r + r2, n], lora_alpha = s (r + r2)
 
-A layer may also be cut to a smaller rank, which then stands in `rank_pattern` and `alpha_pattern`.
-
-PEFT itself is not needed; the layout is that of PEFT 0.19 to 0.21 (`adapter_config.json`,
-`adapter_model.safetensors`).
+A layer may also be cut to a smaller rank. The layout itself is in protocol/peft_layout.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
 
-import numpy as np
 from safetensors.numpy import save
 
-from edge_client.backends.base import Arrays, Level
+from edge_client.backends.base import Level
 from edge_client.errors import AdapterError, ConfigurationError, StorageFullError
 from edge_client.factors import Factor
 from edge_client.private_store import FULL
 from edge_client.tasks import RULES
 from protocol.federation import TaskKind
-
-_PREFIX: Final = "base_model.model"
+from protocol.peft_layout import (
+    CONFIGURATION_FILE,
+    METADATA,
+    TENSORS_FILE,
+    PeftAdapter,
+    peft_configuration,
+    peft_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedAdapter:
-    """An adapter at one level, as it is written.
+class TrainedAdapter(PeftAdapter):
+    """A device's adapter at one level, as it is written."""
 
-    `factors` has down [k, n] and up [m, k] of each layer, `heads` the head's arrays by name;
-    `fan_in_fan_out` says that the checkpoint stores weights as [n, m] (PEFT's word).
-    """
-
-    factors: Mapping[str, tuple[Factor, Factor]]
-    heads: Arrays
-    head_modules: tuple[str, ...]
-    scaling: float
-    fan_in_fan_out: bool
     level: Level = Level.PERSONAL
 
     def with_factors(self, others: Mapping[str, tuple[Factor, Factor]]) -> TrainedAdapter:
@@ -70,11 +61,9 @@ def save_pretrained(
         raise AdapterError(f"no trained head at level {level}: {kind.value} needs one")
     if not adapter.factors:
         raise AdapterError(f"the adapter has no factors at level {level}")
-    text = json.dumps(_config(adapter, base_model_name, kind), indent=2, sort_keys=True) + "\n"
-    arrays = _named(adapter, kind)
     files = {
-        "adapter_model.safetensors": save(arrays, {"format": "pt"}),
-        "adapter_config.json": text.encode(),
+        TENSORS_FILE: save(peft_tensors(adapter, kind), METADATA),
+        CONFIGURATION_FILE: peft_configuration(adapter, base_model_name, kind).encode(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,52 +77,3 @@ def save_pretrained(
         if error.errno in FULL:
             raise StorageFullError(f"{problem}; what it held before is intact") from error
         raise ConfigurationError("folder", problem, "one that can be") from error
-
-
-def _named(adapter: TrainedAdapter, kind: TaskKind) -> Arrays:
-    named = {
-        f"{name}.lora_{letter}.weight": factor
-        for name, pair in adapter.factors.items()
-        for letter, factor in zip("AB", pair, strict=True)
-    }
-    # safetensors writes what lies in memory: views in another order would be written wrong.
-    return {
-        f"{_PREFIX}.{name}": np.ascontiguousarray(array)
-        for name, array in {**named, **adapter.heads, **_idle_biases(adapter, kind)}.items()
-    }
-
-
-def _idle_biases(adapter: TrainedAdapter, kind: TaskKind) -> Arrays:
-    """What quantization/checkpoint.py leaves out of a head, and PEFT asks the file for: zeros."""
-    if kind is not TaskKind.QUESTION_ANSWERING:
-        return {}
-    weights = {name: adapter.heads.get(f"{name}.weight") for name in adapter.head_modules}
-    return {
-        f"{name}.bias": np.zeros(len(weight), np.float32)
-        for name, weight in weights.items()
-        if weight is not None and f"{name}.bias" not in adapter.heads
-    }
-
-
-def _config(adapter: TrainedAdapter, base_model_name: str, kind: TaskKind) -> dict[str, Any]:
-    ranks = {name: len(down) for name, (down, _) in adapter.factors.items()}
-    rank = max(ranks.values())
-    smaller = {name: own for name, own in ranks.items() if own != rank}
-    return {
-        # PEFT divides alpha by the layer's own rank.
-        "alpha_pattern": {name: adapter.scaling * own for name, own in smaller.items()},
-        "base_model_name_or_path": base_model_name,
-        "bias": "none",
-        "fan_in_fan_out": adapter.fan_in_fan_out,
-        "inference_mode": True,
-        "lora_alpha": adapter.scaling * rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": list(adapter.head_modules) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": smaller,
-        # Whole names: a suffix could match layers that were left out.
-        "target_modules": list(adapter.factors),
-        "task_type": RULES[kind].peft_type,
-        "use_rslora": False,
-    }

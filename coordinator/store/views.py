@@ -23,7 +23,7 @@ from coordinator.store.schema import (
     rounds,
     sightings,
 )
-from protocol.federation import settings_from_json
+from protocol.federation import FederationSettings, settings_from_json
 
 PAGE_MAX: Final = 1000
 # The columns that a list of devices can be ordered by.
@@ -132,6 +132,12 @@ def all_federations(db: sa.Connection) -> list[FederationView]:
 def federation_names(db: sa.Connection) -> list[str]:
     """Those of the store, in order."""
     return list(db.scalars(sa.select(federations.c.name).order_by(federations.c.name)))
+
+
+def settings_of(db: sa.Connection, federation: str) -> FederationSettings:
+    """Those of a federation that the store has."""
+    row = db.execute(sa.select(federations.c.settings).where(federations.c.name == federation))
+    return settings_from_json(row.scalar_one())
 
 
 def last_rounds(

@@ -190,6 +190,14 @@ class FlatTrainer(abc.ABC):
         self._common.load(base.arrays(), "common adapter", fill_up=fill_up)
         self._own_common = None
 
+    def frozen(self) -> Arrays:
+        """Those common factors that the method leaves as they were drawn, and so never sends."""
+        layout = self._algorithm.layout(self._settings.adapter)
+        if not layout.common_rank or "A" in layout.common + layout.personal:
+            return {}
+        downs = {name: self._factors(name)[0] for name in self._shape.layers}
+        return {f"{name}.A": down[: layout.common_rank] for name, down in downs.items()}
+
     def update_from(self, base: NamedTensors) -> NamedTensors:
         dtype = self._settings.update_dtype
         if not self.rank:

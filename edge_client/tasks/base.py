@@ -53,11 +53,9 @@ class Model:
 class TaskRules(abc.ABC):
     """One kind of task, with one federation's settings for it.
 
-    `peft_type` is what PEFT is told of it; `has_head` says that the task adds a head to the
-    backbone, which is trained from the start.
+    `has_head` says that the task adds a head to the backbone, which is trained from the start.
     """
 
-    peft_type: ClassVar[str | None]
     has_head: ClassVar[bool] = True
 
     def __init__(self, task: Task) -> None:

@@ -23,7 +23,6 @@ _LOSS_MAX: Final = math.log(sys.float_info.max)
 class CausalLM(TaskRules):
     """Targets [b, t] are the tokens themselves, logits [b, t, vocabulary] of the one after each."""
 
-    peft_type = "CAUSAL_LM"
     has_head = False
 
     def read(self, row: RawRow, names: FieldNames) -> Example:

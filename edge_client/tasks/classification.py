@@ -21,8 +21,6 @@ _DIGITS_MAX: Final = 10
 class Classification(TaskRules):
     """Targets [b] are labels, logits [b, labels]."""
 
-    peft_type = "SEQ_CLS"
-
     def read(self, row: RawRow, names: FieldNames) -> Example:
         text, pair = row.text(names.text), row.optional_text(names.text_pair)
         return Example(text, pair, self._label(row, names.label))

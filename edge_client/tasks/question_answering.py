@@ -49,9 +49,6 @@ class _EncodedWindow(EncodedRow):
 class QuestionAnswering(TaskRules):
     """Targets [b, 2] are the answer's first and last token; logits [b, 2, t]."""
 
-    # Under its own name for the task PEFT 0.21 drops the segments that tell question from context.
-    peft_type = None
-
     def read(self, row: RawRow, names: FieldNames) -> Example:
         context = row.text(names.context)
         answers = _answers(row, names.answers, context)
