@@ -127,7 +127,7 @@ def _name(store: SqlStore, given: str | None) -> str:
         names = views.federation_names(db)
     if len(names) != 1:
         there_are = ", ".join(map(repr, names)) or "none"
-        raise ConfigurationError("--name", f"is missing: of the store's federations ({there_are})")
+        raise ConfigurationError("--name", f"is missing; the store has {there_are}")
     return names[0]
 
 
@@ -184,5 +184,5 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         partial.rename(folder)  # an empty folder gives way
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        problem = f"{folder} cannot be written: {error.strerror}; name a folder to be made"
+        problem = f"{folder} cannot be written: {error.strerror}"
         raise ConfigurationError("--out", problem) from error

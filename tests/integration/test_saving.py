@@ -1,4 +1,4 @@
-"""A common adapter taken out of a coordinator that runs is what its devices have of it, under PEFT."""
+"""What `save` takes out of a running coordinator is, under PEFT, what its devices have of it."""
 
 from __future__ import annotations
 
