@@ -58,13 +58,15 @@ class SqlStore(BasesTable, PartsTable):
 
     Raises:
         StoreError: it cannot be opened, is damaged, or was written by a newer version; with `sole`,
-            also if another process has it for itself.
+            also if another process has it for itself, or a page is damaged that is not yet needed.
     """
 
     def __init__(self, url: str, *, create: bool = True, sole: bool = False) -> None:
         self.database = Database(url, create=create, sole=sole)
         self._label = self.database.label
         try:
+            if sole:  # damage grows where it is written on
+                self.database.check_pages(indexes=False)
             (migrate if create else require_current)(self.database)
         except BaseException:
             self.database.close()

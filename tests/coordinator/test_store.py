@@ -38,6 +38,7 @@ from coordinator.store.sql import SqlStore
 from protocol.federation import WireDtype
 from protocol.messages import Metric
 from protocol.tensors import NamedTensors
+from tests.coordinator.federation_file import write_federation
 from tests.protocol.samples import SETTINGS
 
 BASE = NamedTensors.from_arrays({"x.A": np.ones((2, 3), np.float32)})
@@ -376,17 +377,41 @@ def test_a_damaged_base_version_is_found_before_one_goes_back_to_it(
         assert store.control("demo") == Control()
 
 
-def test_torn_pages_are_found(tmp_path: Path) -> None:
-    _filled(tmp_path / "s.sqlite").close()
-    content = bytearray((tmp_path / "s.sqlite").read_bytes())
-    middle = len(content) // 2 // PAGE_BYTES * PAGE_BYTES
-    content[middle : middle + PAGE_BYTES] = bytes(range(256)) * (PAGE_BYTES // 256)
-    (tmp_path / "s.sqlite").write_bytes(content)
-    with (
-        pytest.raises(StoreError, match=r"s\.sqlite"),
-        contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store,
-    ):
-        upkeep.check(store)
+@pytest.mark.parametrize("text", [bytes(range(256)), bytes(256)], ids=["garbage", "zeros"])
+def test_a_torn_page_is_found_by_check_and_when_a_coordinator_starts(
+    tmp_path: Path, text: bytes
+) -> None:
+    file = tmp_path / "s.sqlite"
+    _filled(file).close()
+    content = file.read_bytes()
+    for begin in range(0, len(content), PAGE_BYTES):
+        torn = bytearray(content)
+        torn[begin : begin + PAGE_BYTES] = text * (PAGE_BYTES // 256)
+        file.write_bytes(torn)
+        with pytest.raises(StoreError, match=r"s\.sqlite"):
+            SqlStore(f"sqlite:///{file}", sole=True).close()
+        with (
+            pytest.raises(StoreError, match=r"s\.sqlite"),
+            contextlib.closing(SqlStore(f"sqlite:///{file}", create=False)) as store,
+        ):
+            upkeep.check(store)
+    file.write_bytes(content)
+    SqlStore(f"sqlite:///{file}", sole=True).close()
+
+
+def test_a_coordinator_does_not_write_on_where_a_page_is_torn_that_it_does_not_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_federation(tmp_path)
+    file = tmp_path / "pf2lora.sqlite"
+    with contextlib.closing(SqlStore(f"sqlite:///{file}")) as store, store.database.begin() as db:
+        page = db.scalar(sa.text("SELECT rootpage FROM sqlite_master WHERE name = 'tokens'"))
+    content = bytearray(file.read_bytes())
+    content[(page - 1) * PAGE_BYTES : page * PAGE_BYTES] = bytes(PAGE_BYTES)
+    file.write_bytes(content)
+    assert cli.main(["serve", "--config", str(config), "--port", "0"]) == 3
+    said = capsys.readouterr().err
+    assert re.search(rf"pf2lora\.sqlite: damaged: .*{page}.*; put a backup in its place", said)
 
 
 def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
