@@ -43,12 +43,16 @@ from protocol.federation import FederationSettings
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a run did: rounds this device has trained in all, and bytes of messages either way."""
+    """What a run did: rounds this device has trained in all, and bytes of messages either way.
+
+    `finished` says that the federation's rounds are over; if not, `stop` or `close` ended the run.
+    """
 
     device: str
     rounds_done: int
     sent_bytes: int
     received_bytes: int
+    finished: bool
 
 
 def _silent(_: str) -> None:
@@ -145,6 +149,7 @@ class EdgeClient:
         self._traffic = Traffic()
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         self._run_lock = threading.Lock()
+        self._stop_asked = threading.Event()
         self._is_closed = False
         store = PrivateStore(Path(state_dir))
         with contextlib.ExitStack() as opened:
@@ -160,7 +165,7 @@ class EdgeClient:
             self._open = opened.pop_all()
 
     def run(self) -> RunSummary:
-        """Take part until the federation's rounds are over (or `close` is called elsewhere).
+        """Take part until the federation's rounds are over, or `stop` or `close` is called.
 
         Raises:
             ConfigurationError: this thread has an event loop, or a run is under way.
@@ -176,8 +181,9 @@ class EdgeClient:
         if not self._run_lock.acquire(blocking=False):
             raise ConfigurationError("run", "is under way in another thread", "one run at a time")
         try:
-            asyncio.run(self._run())
+            finished = asyncio.run(self._run())
         finally:
+            self._stop_asked.clear()  # this return is the answer
             self._run_lock.release()
             self._let_go()
         return RunSummary(
@@ -185,6 +191,7 @@ class EdgeClient:
             self._worker.rounds_done,
             self._traffic.sent_bytes,
             self._traffic.received_bytes,
+            finished,
         )
 
     def evaluate(self, data: DataSource | None = None, level: Level = Level.PERSONAL) -> Evaluation:
@@ -264,7 +271,12 @@ class EdgeClient:
         self._let_go()
 
     def stop(self) -> None:
-        """Make a `run` in another thread return at its next step; what is done is kept."""
+        """Make a `run` in another thread return at its next step; what is done is kept.
+
+        No call is lost: where a thread has yet to come to `run`, that returns at once. So call it
+        for a run that is there or on its way; the one after goes on.
+        """
+        self._stop_asked.set()
         running = self._running
         if running is not None:
             loop, task = running
@@ -287,7 +299,8 @@ class EdgeClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _run(self) -> None:
+    async def _run(self) -> bool:
+        """Whether the federation is finished; False if this was stopped."""
         session = Session(
             self._dial,
             self._worker,
@@ -299,7 +312,8 @@ class EdgeClient:
         session.traffic = self._traffic
         task = asyncio.ensure_future(session.run())
         self._running = (asyncio.get_running_loop(), task)
-        if self._is_closed:
+        # Whoever asks from here on finds `_running`.
+        if self._is_closed or self._stop_asked.is_set():
             task.cancel()
         try:
             await asyncio.wait({task})
@@ -309,8 +323,10 @@ class EdgeClient:
             raise
         finally:
             self._running = None
-        if not task.cancelled():
-            task.result()
+        if task.cancelled():
+            return False
+        task.result()
+        return True
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
         return load_trainer(self._choice, settings, self._seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import threading
@@ -375,7 +376,59 @@ def test_a_run_can_be_stopped_before_a_coordinator_was_found(tmp_path: Path) -> 
         running = threads.submit(client.run)
         asked.wait(60)
         client.stop()
-        assert running.result(60).rounds_done == 0
+        summary = running.result(60)
+    assert (summary.rounds_done, summary.finished) == (0, False)
+
+
+def _unanswered(folder: Path) -> tuple[EdgeClient, threading.Event]:
+    """A client whose coordinator never answers, and an event that is set when it dials."""
+    client = EdgeClient("localhost:1", ROWS, folder, scheme="none")
+    dialled = threading.Event()
+
+    async def dial() -> Any:
+        dialled.set()
+        await asyncio.get_running_loop().create_future()
+
+    client._dial = dial
+    return client, dialled
+
+
+def test_a_stop_before_the_run_has_begun_ends_it_and_only_it(tmp_path: Path) -> None:
+    client, dialled = _unanswered(tmp_path)
+    client.stop()
+    client.stop()
+    assert not client.run().finished
+    assert not dialled.is_set()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(client.run)
+        assert dialled.wait(60)  # this one goes on
+        assert not running.done()
+        client.stop()
+        assert not running.result(60).finished
+    client.close()
+
+
+@pytest.mark.parametrize("end", [EdgeClient.stop, EdgeClient.close])
+def test_a_run_ends_whenever_its_app_says_so(
+    tmp_path: Path, end: Callable[[EdgeClient], None]
+) -> None:
+    """Both begin at once, so that any of a run's first steps may be the one that is met."""
+    for number in range(50):
+        client, _ = _unanswered(tmp_path / str(number))
+        start = threading.Barrier(2)
+
+        def run(client: EdgeClient = client, start: threading.Barrier = start) -> bool:
+            start.wait(60)
+            with contextlib.suppress(ConfigurationError):  # it was closed before
+                return client.run().finished
+            return False
+
+        with ThreadPoolExecutor(1) as threads:
+            running = threads.submit(run)
+            start.wait(60)
+            end(client)
+            assert running.result(60) is False
+        client.close()
 
 
 def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
