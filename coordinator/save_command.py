@@ -113,7 +113,8 @@ def _save(options: argparse.Namespace) -> int:
             CONFIGURATION_FILE: peft_configuration(adapter, backbone.name, kind).encode(),
         },
     )
-    print(f"wrote {options.out}: the common adapter of {name} after {number} rounds")
+    done = f"{number} of {settings.rounds.count} rounds"
+    print(f"wrote {options.out}: the common adapter of {name} after {done}")
     print(f"version {base.digest().hex()}")
     print(f"for {backbone.name}, {backbone.fingerprint}")
     print(_head_text(adapter, settings))

@@ -22,6 +22,7 @@ from protocol.schema import SchemaError
 # Updates are large: large pages make them cheaper to write and to read parts of.
 PAGE_BYTES: Final = 16384
 WAL_BYTES: Final = 16 << 20
+NOT_WRITABLE: Final = ("readonly database", "unable to open database file")
 DISK_FULL: Final = ("disk is full", "No space left on device")  # SQLite's words; the system's
 
 
@@ -98,6 +99,8 @@ class Database:
         ) as error:
             cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
             kind = StorageFullError if any(text in cause for text in DISK_FULL) else StoreError
+            if any(text in cause for text in NOT_WRITABLE):
+                cause += "; the file and its folder must be writable"
             raise kind(f"{self.label}: {cause}") from error
 
     def check_pages(self, *, indexes: bool) -> None:
@@ -153,12 +156,16 @@ def _engine(address: sa.URL, create: bool) -> sa.Engine:
     if path is not None:
         if create:
             _make_private(path)
-        elif not path.exists():
+        elif not path.is_file():
             raise FileNotFoundError("there is no such file")
     # Opened in one thread and closed in another at times, but never used in two at once.
     arguments = {"check_same_thread": False}
     engine = sa.create_engine(address, poolclass=sa.pool.StaticPool, connect_args=arguments)
     sa.event.listen(engine, "connect", _set_up_sqlite)
+    if (
+        create
+    ):  # who only looks leaves a file as it is: a backup may be on a medium that is read-only
+        sa.event.listen(engine, "connect", _make_wal)
     return engine
 
 
@@ -172,8 +179,6 @@ def _make_private(path: Path) -> None:
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
     for pragma in (
-        f"page_size={PAGE_BYTES}",  # of a new file; an older one keeps its own
-        "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
         "busy_timeout=10000",
@@ -181,3 +186,9 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
         "secure_delete=OFF",  # some builds write zeros over what is deleted: each update twice
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _make_wal(connection: Any, _: object) -> None:
+    # Of a new file; an older one keeps its own. It must come before the journal's.
+    connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
+    connection.execute("PRAGMA journal_mode=WAL")

@@ -82,7 +82,7 @@ def test_factors_and_head_get_pefts_names(
     (saving.folder / "out").mkdir()  # empty: as good as none
     assert saving.save() == 0
     said = capsys.readouterr().out
-    assert "the common adapter of reviews after 1 rounds" in said
+    assert "the common adapter of reviews after 1 of 10 rounds" in said
     assert f"for tiny, {FINGERPRINT}" in said
     assert "with the head score for the labels no, yes" in said
     expected = {

@@ -330,6 +330,9 @@ def test_a_store_in_use_is_checked_and_copied(
     assert f"sound, schema revision {REVISIONS[-1]}; federations: demo" in capsys.readouterr().out
     assert cli.main(["backup", "--store", url, "--out", str(copy)]) == 0
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    written = copy.read_bytes()
+    assert cli.main(["check", "--store", f"sqlite:///{copy}"]) == 0
+    assert copy.read_bytes() == written
     store.keep_reports("demo", [_report("b")])  # after the copy
     copied = SqlStore(f"sqlite:///{copy}", create=False)
     assert upkeep.check(copied) == ["demo"]
@@ -425,6 +428,16 @@ def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
     assert [kept.device for kept in store.reports("demo", 1, 1)] == ["a"]
     assert upkeep.check(store) == ["demo"]
     store.close()
+
+
+def test_what_may_not_be_written_says_what_must_be(tmp_path: Path) -> None:
+    with contextlib.closing(_filled(tmp_path / "s.sqlite")) as store:
+        with store.database.begin() as db:
+            db.execute(sa.text("PRAGMA query_only = ON"))
+        with pytest.raises(StoreError, match="readonly database; the file and its folder must be"):
+            store.set_control("demo", Control(Wish.PAUSE))
+    with pytest.raises(StoreError, match="there is no such file"):
+        SqlStore(f"sqlite:///{tmp_path}", create=False)
 
 
 @pytest.mark.parametrize("content", [b"not a database" * 100, b"SQLite format 3\0" + bytes(5000)])

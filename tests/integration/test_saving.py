@@ -161,7 +161,7 @@ def test_what_is_saved_gives_peft_the_outputs_of_the_devices_at_the_common_level
         assert _save(tmp_path, "adapter", *flags) == 0
         said = capsys.readouterr().out
     assert state.rounds_done == 2
-    assert f"the common adapter of saved after 2 rounds\nversion {_digest(client)}" in said
+    assert f"the common adapter of saved after 2 of 2 rounds\nversion {_digest(client)}" in said
     assert backbone in said
     base = _base(kind, backbone)
     if kind != GO_ON and head == "personal":
