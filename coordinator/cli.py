@@ -31,7 +31,7 @@ from coordinator.watch_commands import named, status, watch
 
 EXIT_CODES = """\
 exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
-3 store; 4 address in use or not available"""
+3 store; 4 address in use or not available; 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         exit_code = int(options.command(options))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where it was closed, with `>&-`
+            sys.stdout.flush()
         return exit_code
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

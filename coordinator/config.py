@@ -203,6 +203,7 @@ def _take_server(
         if getattr(server, name)
     }
     server = replace(server, store=_beside(beside, server.store), start=str(starts[0]), **found)
+    _check_host("server.host", server.host)
     check_exposure(server)
     return server, starts
 
@@ -213,12 +214,18 @@ def _take_admin(
     """Take `[admin]` out of the tables; its port and token file as they are to be used."""
     admin: AdminSettings
     admin, said_in = _take_shared("admin", record_of(AdminSettings), files, tables)
+    _check_host("admin.host", admin.host)
     beside = said_in.get("token_file", files[0])
     return replace(
         admin,
         port=admin.port or port_after(server.port),
         token_file=str(beside.parent / admin.token_file) if admin.token_file else "",
     )
+
+
+def _check_host(key: str, host: str) -> None:
+    if host.startswith("["):
+        raise ConfigurationError(key, f"is {host!r}; only a URL has an address in brackets")
 
 
 def _check_token_is_safe(admin: AdminSettings, server: ServerSettings) -> None:

@@ -17,6 +17,7 @@ import os
 from typing import ClassVar
 
 from protocol.errors import ErrorCode
+from protocol.link import authority
 
 
 class CoordinatorError(Exception):
@@ -59,7 +60,8 @@ class AddressError(CoordinatorError):
         more = ", or 0 for any" if section == "server" else ""
         hint = f"; use another port{more}" if number == errno.EADDRINUSE else ""
         super().__init__(
-            f"{section}.host, {section}.port: cannot listen on {host}:{port}: {problem}{hint}"
+            f"{section}.host, {section}.port: cannot listen on {authority(host, port)}: "
+            f"{problem}{hint}"
         )
 
 

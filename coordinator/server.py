@@ -31,7 +31,7 @@ from coordinator.session import DeviceSession
 from coordinator.store.sql import SqlStore
 from coordinator.watch import Watch
 from protocol import limits
-from protocol.link import LinkClosedError
+from protocol.link import LinkClosedError, authority
 
 log = logging.getLogger("pf2lora.coordinator")
 
@@ -348,7 +348,7 @@ async def serve(configuration: Configuration) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_die, server, number)
     async with server:
-        log.info("listening on %s:%d", configuration.server.host, server.port)
+        log.info("listening on %s", authority(configuration.server.host, server.port))
         if server.watch.address:
             log.info("dashboard at %s", server.watch.address)
         log_exposure(configuration.server, server.tls)

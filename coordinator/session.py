@@ -98,8 +98,12 @@ class DeviceSession:
             await self._refuse(ErrorCode.BUSY, "too many transfers", BUSY_RETRY_AFTER_S)
         except LinkClosedError:
             pass
-        except (ConnectionError, StoreError) as error:
+        except ConnectionError as error:
             await self._refuse(ErrorCode.INTERNAL, str(error))
+        except StoreError as error:
+            # It names files and databases, which are no device's affair.
+            log.error("%s", error, extra={"federation": self.federation, "device": self.device})
+            await self._refuse(ErrorCode.INTERNAL, "the coordinator's store has failed")
         finally:
             self._observe(Disconnected(self.federation, self.device))
             if self._incoming:

@@ -23,6 +23,7 @@ from coordinator.metrics import Metrics
 from coordinator.store import views
 from coordinator.store.database import Database
 from coordinator.systemd import READY, STOPPING, ServiceManager
+from protocol.link import authority
 
 log = logging.getLogger("pf2lora.coordinator")
 
@@ -73,7 +74,9 @@ class Watch:
     def address(self) -> str | None:
         """The dashboard's, if the admin port is open."""
         scheme = "https" if any(self._certificate) else "http"
-        return f"{scheme}://{self._settings.host}:{self.port}/" if self._server else None
+        if self._server is None:
+            return None
+        return f"{scheme}://{authority(self._settings.host, self._server.port)}/"
 
     @property
     def port(self) -> int | None:

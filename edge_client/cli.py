@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         options.command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where it was closed, with `>&-`
+            sys.stdout.flush()
     except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

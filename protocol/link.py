@@ -17,6 +17,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def authority(host: str, port: int) -> str:
+    """Both as a URL has them, where an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class LinkClosedError(ConnectionError):
     """The link is gone; what was sent last may or may not have arrived."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from coordinator.control import Control, Wish
-from coordinator.errors import StoreError
+from coordinator.errors import StorageFullError, StoreError
 from coordinator.happenings import Disconnected, Happening
 from coordinator.roster import Roster
 from coordinator.service import FederationService
@@ -149,6 +149,29 @@ def test_a_store_that_cannot_tell_the_operators_wishes_ends_the_service() -> Non
         assert isinstance(service.failure.exception(), StoreError)
 
     simulate(scenario)
+
+
+def test_devices_are_told_that_the_store_has_failed_and_operators_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Full(MemoryStore):
+        def keep_reports(self, *_: object) -> list[bool]:
+            raise StorageFullError("the store sqlite:////secret/place: no room")
+
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1), store=Full())
+        await world.start()
+        running = asyncio.create_task(world.take_part(FakeDevice("one", training_s=1.0)))
+        await asyncio.sleep(10.0)
+        running.cancel()
+        assert world.service is not None
+        assert isinstance(world.service.failure.exception(), StorageFullError)
+
+    simulate(scenario)
+    told = [one.getMessage() for one in caplog.records if one.name == "pf2lora.client"]
+    assert any("the coordinator said: the coordinator's store has failed" in one for one in told)
+    assert not any("secret" in one for one in told)
+    assert "the store sqlite:////secret/place: no room" in caplog.text
 
 
 def test_a_wish_to_go_back_to_a_damaged_base_version_is_let_go_of(
