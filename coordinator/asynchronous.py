@@ -9,7 +9,7 @@ deadline, over the rounds; a report of more than `staleness_max` base versions a
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from coordinator.control import Wish
@@ -68,6 +68,14 @@ class AsynchronousMachine(Machine):
         # It has nothing to show for an older one: the newest base version is for it, too.
         self._waiting.add(device, now)
         return self._proceed(now)
+
+    def _bring_near(self, now: float) -> None:
+        self._waiting.bring_near(now)
+        latest = now + self._settings.rounds.deadline_s
+        self._under_way = {
+            device: replace(given, deadline_at=min(given.deadline_at, latest))
+            for device, given in self._under_way.items()
+        }
 
     def _leave(self, device: str, now: float) -> None:  # noqa: ARG002
         self._waiting.remove(device)

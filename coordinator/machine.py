@@ -12,6 +12,7 @@ the synchronous one, asynchronous.py the buffered one.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ class Machine(ABC):
         self._attempts = dict(snapshot.attempts)  # how many there were, by number of the round
         self._wish = Wish.RUN
         self._back_to: int | None = None  # as soon as the open round is closed
+        self._now = math.inf  # when the last event was; what is restored has times of any clock
         self.rounds_done = snapshot.rounds_done
         self.open_round: RoundState | None = None
         record = snapshot.open_round
@@ -107,6 +109,9 @@ class Machine(ABC):
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; the actions are to be carried out in order."""
+        if now < self._now:
+            self._bring_near(now)
+        self._now = now
         match event:
             case CheckedIn(device):
                 finished = self.phase is Phase.FINISHED
@@ -155,6 +160,10 @@ class Machine(ABC):
     @abstractmethod
     def _check_in(self, device: str, now: float) -> list[Action]:
         """Answer a device, or let it wait; rounds are left."""
+
+    @abstractmethod
+    def _bring_near(self, now: float) -> None:
+        """Let nothing last longer than if it began now: the clock may have been set back."""
 
     @abstractmethod
     def _leave(self, device: str, now: float) -> None:

@@ -72,6 +72,14 @@ class RoundMachine(Machine):
         self._away.pop(device, None)
         return self._proceed(now)
 
+    def _bring_near(self, now: float) -> None:
+        self._waiting.bring_near(now)
+        self._deadline_at = min(self._deadline_at, now + self._settings.rounds.deadline_s)
+        self._away = {d: min(until, now + AWAY_GRACE_S) for d, until in self._away.items()}
+        self._missing = {d: min(since, now) for d, since in self._missing.items()}
+        if self._goal_since is not None:
+            self._goal_since = min(self._goal_since, now)
+
     def _leave(self, device: str, now: float) -> None:
         if self._waiting.remove(device):
             self._away[device] = now + AWAY_GRACE_S

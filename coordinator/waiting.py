@@ -30,6 +30,10 @@ class Waiting:
     def add(self, device: str, now: float) -> None:
         self._since[device] = now
 
+    def bring_near(self, now: float) -> None:
+        """Nobody has come later than now."""
+        self._since = {device: min(since, now) for device, since in self._since.items()}
+
     def remove(self, device: str) -> bool:
         """Whether it was waiting."""
         return self._since.pop(device, None) is not None

@@ -48,6 +48,7 @@ from tests.simulation.world import settings
 DEVICES = [f"device-{i}" for i in range(7)]
 BASE = NamedTensors.from_arrays({"x.A": np.zeros((1, 2), np.float32)})
 HOLD_S = 20.0
+DEADLINE_S = 300.0
 
 
 @dataclass
@@ -73,6 +74,11 @@ class Driver:
                     events.append(following)
         self._check(event)
 
+    def set_back(self, by_s: float) -> None:
+        """The clock is; who is held has come no later than it says now."""
+        self.now -= by_s
+        self.held = {device: min(since, self.now) for device, since in self.held.items()}
+
     def _carry_out(self, action: Action) -> Event | None:
         match action:
             case OpenRound(number, attempt, _, cohort):
@@ -85,7 +91,7 @@ class Driver:
                 self._write(device, assignment)
             case Assign(device, assignment, _, deadline_at):
                 assert self.written[assignment] == device
-                assert deadline_at > self.now
+                assert self.now < deadline_at <= self.now + DEADLINE_S
                 self.held.pop(device, None)
                 self.has[device] = assignment
             case Retry(device, after_s, spread_s, _):
@@ -123,6 +129,7 @@ class Driver:
 
     def _check(self, event: Event) -> None:
         wanted_at = self.machine.next_tick_at()
+        assert wanted_at is None or wanted_at <= self.now + DEADLINE_S
         if isinstance(event, Ticked):
             assert wanted_at is None or wanted_at > self.now, "it would tick for ever"
             assert all(self.now < since + HOLD_S for since in self.held.values())
@@ -158,7 +165,12 @@ def _random_event(driver: Driver, rng: random.Random) -> Event:
 
 def _driver(mode: Mode, rng: random.Random) -> Driver:
     goal = rng.randint(1, 3)
-    rounds: dict[str, Any] = {"count": 6, "cohort": 4, "report_goal": goal, "deadline_s": 300.0}
+    rounds: dict[str, Any] = {
+        "count": 6,
+        "cohort": 4,
+        "report_goal": goal,
+        "deadline_s": DEADLINE_S,
+    }
     rules = settings(mode=mode, staleness_max=rng.randint(0, 3), **rounds)
     kind = AsynchronousMachine if mode is Mode.ASYNCHRONOUS else RoundMachine
     snapshot = Snapshot(rules, 0, {}, BASE, None, frozenset(), {})
@@ -179,6 +191,8 @@ def test_no_sequence_of_events_breaks_what_holds(mode: Mode) -> None:
                 driver.now = max(driver.now, at)
                 driver.tell(Ticked())
             driver.now = until
+            if rng.random() < 0.05:
+                driver.set_back(rng.choice([0.5, 50.0, 1e5]))
             driver.tell(_random_event(driver, rng))
         rounds_done += driver.machine.rounds_done
     assert rounds_done > 400

@@ -335,3 +335,26 @@ def test_a_clock_that_jumps_loses_nothing(mode: Mode, jumping_s: float) -> None:
         outcome = run(rules, _devices(4), seed, FAULTY, crashing=0.01, jumping_s=jumping_s)
         hold_in_every_round(outcome)
         assert made_again(outcome, seed) == outcome.versions
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["meanwhile", "before a restart"])
+def test_a_clock_that_is_set_back_holds_no_round_up(restarted: bool) -> None:
+    """A round with a device that never reports ends by its deadline, whatever the date is then."""
+    rules = settings(count=1, cohort=2, deadline_s=60.0)
+
+    async def scenario() -> float:
+        world = World(rules)
+        world.clock_off_s = 1e9
+        await world.start()
+        devices = FakeDevice("quick", training_s=1.0), FakeDevice("gone", training_s=1e6)
+        quick, gone = (asyncio.create_task(world.take_part(device)) for device in devices)
+        await asyncio.sleep(10.0)
+        world.clock_off_s = 0.0
+        if restarted:
+            await world.kill()
+            await world.start()
+        await quick
+        gone.cancel()
+        return asyncio.get_running_loop().time()
+
+    assert simulate(scenario) < 10.0 + 2 * rules.rounds.deadline_s + 30.0  # held, at most
