@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from coordinator.errors import CertificateError
 
 CA_DAYS: Final = 3650
+HOST_NAME: Final = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 # Clocks differ: a certificate made now must be good on a device that is a little behind.
 BACKDATED: Final = timedelta(minutes=10)
 
@@ -156,10 +158,11 @@ def _subject(name: str) -> x509.Name:
 def _name_of(host: str) -> x509.GeneralName:
     with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(host))
-    try:
-        return x509.DNSName(host.encode("idna").decode())
-    except UnicodeError:
-        raise CertificateError(f"--host: {host!r} is neither a host name nor an address") from None
+    with contextlib.suppress(UnicodeError):
+        name = host.encode("idna").decode()
+        if HOST_NAME.fullmatch(name):
+            return x509.DNSName(name)
+    raise CertificateError(f"--host: {host!r} is neither a host name nor an address")
 
 
 def _create(path: Path, data: bytes, mode: int) -> None:

@@ -305,7 +305,7 @@ def _collect(prefix: str, record: Record, found: dict[str, Kind]) -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         problem = f"{path}: {error.strerror}; expected a federation.toml"
         raise ConfigurationError("--config", problem) from error

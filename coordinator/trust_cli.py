@@ -125,6 +125,8 @@ def _set(options: argparse.Namespace, status: DeviceStatus, reason: str) -> int:
 
 
 def _chosen(known: list[str], beginning: str) -> str:
+    if not beginning:  # as from a variable that was never set
+        raise ConfigurationError("device", "is empty; give its id, or the beginning of it")
     found = [device for device in known if device.startswith(beginning)]
     if len(found) != 1:
         problem = f"{len(found)} devices begin with" if found else "the store has no device"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import select
+import sys
 import time
 from typing import Final
 
@@ -25,7 +27,10 @@ def status(options: argparse.Namespace) -> int:
 
 
 def watch(options: argparse.Namespace) -> int:
-    """Print a line whenever a federation stands otherwise than before; until interrupted."""
+    """Print a line whenever a federation stands otherwise than before; until interrupted.
+
+    It ends by itself where nobody reads what it prints.
+    """
     shown: dict[str, str] = {}
     with (
         contextlib.closing(SqlStore(options.store, create=False)) as store,
@@ -39,8 +44,18 @@ def watch(options: argparse.Namespace) -> int:
                     print(
                         line if options.json else f"{time.strftime('%H:%M:%S')}  {line}", flush=True
                     )
-            time.sleep(LOOK_EVERY_S)
+            if _is_unread(LOOK_EVERY_S):
+                break
     return 0
+
+
+def _is_unread(wait_s: float) -> bool:
+    """Wait; at once True when nobody reads the output any more, as under `| head -1`."""
+    if sys.stdout is None:
+        return True
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors are told unasked
+    return bool(output.poll(wait_s * 1000))
 
 
 def named(store: SqlStore, name: str) -> str:

@@ -28,7 +28,7 @@ def read_federation(path: Path) -> tuple[dict[str, Any], Path]:
         ConfigurationError: no such file, not TOML, or it names no backbone.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
     server = table.pop("server", {})

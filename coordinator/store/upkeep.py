@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections import deque
 from pathlib import Path
 
@@ -40,13 +42,24 @@ def check(store: SqlStore) -> list[str]:
 def backup(database: Database, target: Path) -> None:
     """Copy a store of any revision as it is at one moment; it may be in use meanwhile.
 
+    The copy is whole and on the disk, or it is not there.
+
     Raises:
-        StoreError: the file exists, or this database has no such copy.
+        StoreError: the file exists or cannot be written, or this database has no such copy.
     """
     if not database.is_sqlite:
         raise StoreError(f"{database.label}: back it up with the database's own tools")
     if target.exists():
         raise StoreError(f"{target} exists already")
-    with database.plain() as db:
-        db.execute(sa.text("VACUUM INTO :target"), {"target": str(target)})
-    target.chmod(0o600)
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    try:
+        # Made beforehand, so that nobody else may ever read it; SQLite takes an empty file.
+        with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "rb") as file:
+            with database.plain() as db:
+                db.execute(sa.text("VACUUM INTO :target"), {"target": str(partial)})
+            os.fsync(file.fileno())
+        partial.rename(target)
+    except OSError as error:
+        raise StoreError(f"{target} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)

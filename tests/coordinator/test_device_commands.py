@@ -75,6 +75,7 @@ def test_devices_are_approved_and_revoked_by_the_beginning_of_their_ids(
     [
         ("bb", "device: the store has no device 'bb'"),
         ("aa", "device: 2 devices begin with 'aa'"),
+        ("", "device: is empty; give its id"),
     ],
 )
 def test_a_device_that_is_not_one_changes_nothing(

@@ -155,6 +155,9 @@ def test_certs_makes_an_authority_once_and_overwrites_nothing(
         (["--host", "a", "--days", "0"], "--days: expected over 0"),
         (["--client", "../x"], "--client: '../x'"),
         (["--host", "a" * 300], "neither a host name nor an address"),
+        (["--host", ""], "'' is neither a host name nor an address"),
+        (["--host", "two words"], "'two words' is neither a host name nor an address"),
+        (["--host", "[::1]"], "'[::1]' is neither a host name nor an address"),
     ],
 )
 def test_certs_names_what_is_wrong(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from coordinator.store.sql import SqlStore
 from protocol.federation import Adapter, FederationSettings, Group, start_settings
 from protocol.methods import Algorithm, FedSALoRA, FFALoRA, LocalOnly
 from protocol.tensors import NamedTensors
+from tests.coordinator.small_disk import files_of_at_most
 from tests.protocol.samples import FINGERPRINT, SETTINGS
 
 FLOATS = np.random.default_rng(0).standard_normal
@@ -237,16 +236,6 @@ def test_factors_without_their_partners_are_no_lora(
     assert "its factors are not pairs" in capsys.readouterr().err
 
 
-@contextlib.contextmanager
-def _files_of_at_most(size_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_folder_that_cannot_be_written_leaves_no_trace(
     saving: Saving, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,7 +253,7 @@ def test_a_folder_that_cannot_be_written_leaves_no_trace(
         assert saving.save(out=out) == 2
         error = capsys.readouterr().err
         assert f"--out: {saving.folder}/{out} cannot be written: {problem}" in error
-    with _files_of_at_most(500_000):
+    with files_of_at_most(500_000):
         assert saving.save() == 2
     assert "cannot be written: File too large" in capsys.readouterr().err
     assert sorted(saving.folder.rglob("*")) == before

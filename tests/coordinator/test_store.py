@@ -39,6 +39,7 @@ from protocol.federation import WireDtype
 from protocol.messages import Metric
 from protocol.tensors import NamedTensors
 from tests.coordinator.federation_file import write_federation
+from tests.coordinator.small_disk import files_of_at_most
 from tests.protocol.samples import SETTINGS
 
 BASE = NamedTensors.from_arrays({"x.A": np.ones((2, 3), np.float32)})
@@ -428,6 +429,22 @@ def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
     assert [kept.device for kept in store.reports("demo", 1, 1)] == ["a"]
     assert upkeep.check(store) == ["demo"]
     store.close()
+
+
+def test_a_backup_that_fails_leaves_nothing_that_looks_like_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _filled(tmp_path / "s.sqlite").close()
+    backup = ["backup", "--store", f"sqlite:///{tmp_path}/s.sqlite", "--out"]
+    assert cli.main([*backup, str(tmp_path / "none" / "copy.sqlite")]) == 3
+    said = f"{tmp_path}/none/copy.sqlite cannot be written: No such file or directory"
+    assert said in capsys.readouterr().err
+    before = sorted(tmp_path.iterdir())
+    with files_of_at_most(4 * PAGE_BYTES):
+        assert cli.main([*backup, str(tmp_path / "copy.sqlite")]) == 3
+    assert sorted(tmp_path.iterdir()) == before
+    assert cli.main([*backup, str(tmp_path / "copy.sqlite")]) == 0
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "copy.sqlite"])
 
 
 def test_what_may_not_be_written_says_what_must_be(tmp_path: Path) -> None:

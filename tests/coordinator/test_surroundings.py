@@ -13,6 +13,7 @@ import pytest
 
 from coordinator import cli
 from coordinator.errors import AddressError
+from tests.coordinator.busy_store import fill_store
 from tests.coordinator.federation_file import write_federation
 
 COMMAND = [sys.executable, "-m", "coordinator.cli"]
@@ -99,3 +100,27 @@ def test_an_interrupted_command_says_so_by_its_exit_code(
 
     monkeypatch.setattr(cli, "status", interrupted)
     assert cli.main(["status", "--store", "sqlite:///s.sqlite"]) == 130
+
+
+def test_a_watch_that_nobody_reads_ends(tmp_path: Path) -> None:
+    """As under `watch | head -1`, though nothing changes any more."""
+    url = f"sqlite:///{tmp_path}/s.sqlite"
+    fill_store(tmp_path / "s.sqlite", devices=40, rounds_done=1).close()
+    watching = subprocess.Popen(
+        [*COMMAND, "watch", "--store", url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert watching.stdout is not None
+    assert watching.stderr is not None
+    assert b"reviews" in watching.stdout.readline()
+    watching.stdout.close()
+    assert watching.wait(60) == 0
+    assert watching.stderr.read() == b""
+    watching.stderr.close()
+
+
+def test_a_configuration_from_a_windows_editor_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_federation(tmp_path)
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes().replace(b"\n", b"\r\n"))
+    assert cli.main(["check-config", "--config", str(config)]) == 0
