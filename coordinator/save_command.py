@@ -184,6 +184,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         partial.rename(folder)  # an empty folder gives way
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         problem = f"{folder} cannot be written: {error.strerror}"
         raise ConfigurationError("--out", problem) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
