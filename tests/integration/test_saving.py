@@ -18,6 +18,7 @@ from transformers import (
 
 from coordinator import cli as coordinator_cli
 from edge_client import cli
+from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.client import EdgeClient
 from edge_client.lora import Level, active_level
 from quantization.fingerprint import resolve_backbone
@@ -153,15 +154,17 @@ def test_what_is_saved_gives_peft_the_outputs_of_the_devices_at_the_common_level
     with _coordinator(path) as address:
         with EdgeClient(address, ROWS[kind], tmp_path / "device", scheme="none") as client:
             client.run()
-            model, state = client.worker.trainer._model, client.worker.state
-            with active_level(model, Level.COMMON):
-                exact = _outputs(model)
-            own = client.worker.trainer.personal()
+            trainer, state = client.worker.trainer, client.worker.state
+            assert isinstance(trainer, TorchTrainer)
+            with active_level(trainer._model, Level.COMMON):
+                exact = _outputs(trainer._model)
+            own = trainer.personal()
         capsys.readouterr()
         assert _save(tmp_path, "adapter", *flags) == 0
         said = capsys.readouterr().out
     assert state.rounds_done == 2
-    assert f"the common adapter of saved after 2 of 2 rounds\nversion {_digest(client)}" in said
+    version = trainer.common().digest().hex()
+    assert f"the common adapter of saved after 2 of 2 rounds\nversion {version}\n" in said
     assert backbone in said
     base = _base(kind, backbone)
     if kind != GO_ON and head == "personal":
@@ -173,7 +176,3 @@ def test_what_is_saved_gives_peft_the_outputs_of_the_devices_at_the_common_level
     assert float((before - exact).norm() / exact.norm()) > 1e-3  # it was not the base alone
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == backbone
-
-
-def _digest(client: EdgeClient) -> str:
-    return client.worker.trainer.common().digest().hex()
