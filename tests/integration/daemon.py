@@ -76,7 +76,8 @@ class Daemon:
     async def start(self) -> None:
         """Start it, and wait until it listens."""
         command = [sys.executable, "-m", "coordinator.cli", "serve", *self._arguments]
-        command += ["--port", str(self.port)]
+        # The port after this one may be somebody else's when it comes back.
+        command += ["--port", str(self.port), "--admin-enabled", "false"]
         self.lines.clear()
         self._process = await asyncio.create_subprocess_exec(
             *command, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
