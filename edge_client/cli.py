@@ -9,16 +9,19 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edge_client import backbone_cli
 from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, COMPUTE_DTYPES, SCHEMES, say
-from edge_client.backends.base import Level, RankReport
+from edge_client.backends.base import FoundAnswer, Level, Prediction, RankReport
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
-from edge_client.errors import EdgeClientError
+from edge_client.data import raw_rows
+from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.rank_plot import check_drawing, draw_ranks
+from protocol.federation import TaskKind
 
 ENROLMENT_VARIABLE = "PF2LORA_CLIENT_TOKEN"
 EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"
@@ -86,12 +89,15 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, function, about in (
         ("evaluate", _evaluate, "loss and scores on the held-out rows at each level"),
+        ("predict", _predict, "label texts, answer questions or go on from prompts"),
         ("ranks", _ranks, "the learned rank of each layer"),
         ("save", _save, "write common + personal as a PEFT adapter"),
     ):
         command = commands.add_parser(name, help=about)
         command.set_defaults(command=function)
         _add_device_flags(command)
+        if name == "predict":
+            _add_asking_flags(command)
         if name == "ranks":
             command.add_argument("--png", type=Path, help="also draw a heat map into this file")
         if name == "save":
@@ -118,6 +124,16 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_asking_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("texts", nargs="*", metavar="TEXT", help="to label, or to go on from")
+    command.add_argument(
+        "--rows", type=Path, help="a file like --data's, without labels or answers"
+    )
+    names = [level.name.lower() for level in Level]
+    command.add_argument("--level", choices=names, default="personal", help="default personal")
+    command.add_argument("--new-tokens", type=int, default=64, help="after a prompt; default 64")
 
 
 _TLS_FLAGS = ("ca_file", "client_certificate", "client_key")
@@ -213,6 +229,37 @@ def _evaluate(options: argparse.Namespace) -> None:
                 f"  {_shown(name)} {value:.3f}" for name, value in found.scores.items()
             )
             say(options, facts, f"{level.name.lower():<9} loss {found.loss:.4f}{scores}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    rows: list[Any] = [*options.texts]
+    if options.rows:
+        rows += [row for _, row in raw_rows(options.rows)]
+    if not rows:
+        raise ConfigurationError("predict", "was given nothing", "a TEXT or --rows FILE")
+    level = Level[options.level.upper()]
+    with _client(options) as client:
+        with client.worker.ready():
+            task = client.worker.settings.task
+        if task.kind is TaskKind.CAUSAL_LM:
+            for row in rows:
+                prompt: Any = row.get("text") if isinstance(row, Mapping) else row
+                text = client.generate(prompt, options.new_tokens, level)
+                say(options, {"prompt": prompt, "text": text}, text)
+            return
+        for found in client.predict(rows, level):
+            say(options, *_answer(found, task.labels))
+
+
+def _answer(found: Prediction | FoundAnswer, labels: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """What was predicted of one row, as facts and as a line."""
+    if isinstance(found, FoundAnswer):
+        return asdict(found), f"{found.probability:.3f}  {found.text}"
+    shares = dict(zip(labels, found.probabilities, strict=True))
+    return {
+        "label": found.label,
+        "probabilities": shares,
+    }, f"{shares[found.label]:.3f}  {found.label}"
 
 
 def _ranks(options: argparse.Namespace) -> None:

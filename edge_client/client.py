@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from edge_client.backends.base import (
     Evaluation,
@@ -205,15 +205,16 @@ class EdgeClient:
     def predict(self, rows: Sequence[str], level: Level = ...) -> list[Prediction]: ...
 
     @overload
-    def predict(
-        self, rows: Sequence[Mapping[str, object]], level: Level = ...
-    ) -> list[FoundAnswer]: ...
+    def predict(self, rows: Sequence[Mapping[str, object]], level: Level = ...) -> list[Any]: ...
 
     def predict(
         self, rows: Sequence[str | Mapping[str, object]], level: Level = Level.PERSONAL
     ) -> list[Prediction] | list[FoundAnswer]:
-        """The label and the probabilities of each text; or of question answering, where a row is
-        `{"question": ..., "context": ...}`, the answer that the context has."""
+        """What the adapted model says of rows: texts, or mappings as in the data.
+
+        Classification gives a `Prediction` for a text, or for a row that may have a `text_pair`;
+        question answering a `FoundAnswer` for a row `{"question": ..., "context": ...}`.
+        """
         self._check_open()
         check_asked(rows)
         with self._worker.ready():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Final
 
@@ -32,10 +32,13 @@ class Classification(TaskRules):
         if row.label is None or not 0 <= row.label < count:
             raise raw.error(f"{row.label} is not an index of the {count} labels", names.label)
 
-    def asked(self, row: object, place: Place, names: FieldNames) -> Example:  # noqa: ARG002
-        if not isinstance(row, str):
-            raise place.error(f"expected text, got {type(row).__name__}")
-        return Example(row, None, None)
+    def asked(self, row: object, place: Place, names: FieldNames) -> Example:
+        if isinstance(row, str):
+            return Example(row, None, None)
+        if not isinstance(row, Mapping):
+            raise place.error(f"expected text or a row, got {type(row).__name__}")
+        raw = RawRow(row, place)
+        return Example(raw.text(names.text), raw.optional_text(names.text_pair), None)
 
     def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
         ids, types = tokenizer.encode(row.text, row.text_pair, length_max=self.task.max_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,11 @@ def test_devices_learn_to_answer_and_the_app_and_the_shell_ask_them(
         assert set(one) == {"level", "rows", "loss", "exact_match", "f1"}
         assert one["rows"] == 2
         assert 0 <= one["exact_match"] <= one["f1"] <= 1
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"question": "Where to?", "context": context}))
+    assert cli.main(["predict", *flags, "--scheme", "nf4", "--rows", str(asked), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer == asdict(found) | {"probability": pytest.approx(found.probability, rel=1e-4)}
     text = data[0].read_text().replace('"answer_start": [', '"answer_start": [1', 1)
     data[0].write_text(text)
     assert cli.main(["evaluate", *flags]) == 1
