@@ -15,6 +15,10 @@ from protocol.federation import TaskKind
 Record = dict[str, Any]
 # (task, set) -> method -> records of its seeds
 Group = dict[tuple[str, tuple[str, ...]], dict[str, list[Record]]]
+LEGEND = (
+    'Means over devices and seeds, ± half the range over seeds; "over devices" is the standard '
+    "deviation over devices of what methods are compared by."
+)
 COLUMNS = {
     TaskKind.SEQUENCE_CLASSIFICATION: ("accuracy", "balanced_accuracy", "matthews", "loss"),
     TaskKind.CAUSAL_LM: ("bleu", "rouge_l", "accuracy", "loss"),
@@ -30,7 +34,7 @@ def write_report(records: list[Record], methods: Sequence[str], folder: Path) ->
     groups = _grouped(record for record in records if record["cell"]["split"] == "test")
     if not groups:
         raise SystemExit("no cell on the test split is finished yet")
-    lines = ["# Accuracy, from accuracy.jsonl", ""]
+    lines = ["# Accuracy, from accuracy.jsonl", "", LEGEND, ""]
     for task in sorted({task for task, _ in groups}):
         lines += _table(task, groups)
         _plot(task, groups, methods, folder / f"{task}.png")
@@ -71,8 +75,9 @@ def _table(task: str, groups: Group) -> list[str]:
 def _head(task: str) -> list[str]:
     columns = _columns(task)
     return [
-        f"| method | seeds | rate | {' | '.join(columns)} | common level | KiB sent a round |",
-        "|---|---|---|" + "---|" * (len(columns) + 2),
+        f"| method | seeds | rate | {' | '.join(columns)} | over devices | common level "
+        "| KiB sent a round |",
+        "|---|---|---|" + "---|" * (len(columns) + 3),
     ]
 
 
@@ -90,7 +95,7 @@ def _rows(
     majority = [r["majority"] for records in methods.values() for r in records if r["majority"]]
     if majority and counts:
         cells = [f"{np.mean([one[column] for one in majority]):.3f}" for column in _columns(task)]
-        lines.append(f"| label counts alone{suffix} | | | {' | '.join(cells)} | | 0 |")
+        lines.append(f"| label counts alone{suffix} | | | {' | '.join(cells)} | | | 0 |")
     return lines
 
 
@@ -103,12 +108,13 @@ def _row(label: str, records: list[Record], task: str) -> str:
     seeds = ", ".join(str(record["cell"]["seed"]) for record in records)
     rates = " ".join(sorted({f"{record['cell']['learning_rate']:g}" for record in records}))
     cells = [_mean_and_spread(_final(records, column)) for column in _columns(task)]
+    over_devices = np.mean([np.std([d[metric] for d in r["devices"]]) for r in records])
     common = [np.mean([d[metric] for d in record["devices_common"]]) for record in records]
     last = records[0]["curve"][-1]
     sends = records[0]["cell"]["method"] != "centralised"
     sent = sends * last["sent_bytes"] / last["round"] / 1024
     spread = f"{label} | {seeds} | {rates} | {' | '.join(cells)}"
-    return f"| {spread} | {_mean_and_spread(np.array(common))} | {sent:.0f} |"
+    return f"| {spread} | {over_devices:.3f} | {_mean_and_spread(np.array(common))} | {sent:.0f} |"
 
 
 def _final(records: list[Record], column: str) -> np.ndarray:
