@@ -139,9 +139,17 @@ def _add_asking_flags(command: argparse.ArgumentParser) -> None:
 _TLS_FLAGS = ("ca_file", "client_certificate", "client_key")
 
 
-def _client(options: argparse.Namespace, coordinator: str = "localhost:1") -> EdgeClient:
+def _client(options: argparse.Namespace, coordinator: str | None = None) -> EdgeClient:
+    """A device that takes part, or without a coordinator one that is only asked."""
+
+    def progress(line: str) -> None:
+        if coordinator is not None:
+            say(options, {"progress": line}, line)
+        else:  # what is asked for has the output to itself
+            print(line, file=sys.stderr)
+
     return EdgeClient(
-        coordinator,
+        "localhost:1" if coordinator is None else coordinator,
         options.data,
         options.state_dir,
         federation=getattr(options, "federation", ""),
@@ -157,7 +165,7 @@ def _client(options: argparse.Namespace, coordinator: str = "localhost:1") -> Ed
         held_out=options.held_out,
         seed=options.seed,
         tell_accuracy=getattr(options, "tell_accuracy", False),
-        progress=lambda line: say(options, {"progress": line}, line),
+        progress=progress,
     )
 
 
