@@ -24,6 +24,7 @@ from coordinator.security import Enrolment, check_exposure
 from coordinator.start_file import read_start
 from protocol import limits
 from protocol.federation import FederationSettings, start_settings
+from protocol.fingerprints import difference
 from protocol.link import is_loopback
 from protocol.schema import (
     Integer,
@@ -264,10 +265,12 @@ def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federati
     if isinstance(backbone, dict):
         backbone.setdefault("fingerprint", fingerprint)
     settings: FederationSettings = _from_table(record_of(FederationSettings), table, "")
-    if settings.backbone.fingerprint != fingerprint:
+    found = settings.backbone.fingerprint
+    if found != fingerprint:
         raise ConfigurationError(
             "backbone.fingerprint",
-            f"is {settings.backbone.fingerprint}, but {start_path} was made for {fingerprint}",
+            f"is {found}, but {start_path} was made for {fingerprint}: "
+            + difference(found, fingerprint),
         )
     for name, value in start_settings(settings).items():
         if made_for.get(name, value) != value:

@@ -18,6 +18,7 @@ from coordinator.service import FederationService
 from protocol import limits
 from protocol.connection import Connection, Role, State, default_hello
 from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.fingerprints import difference
 from protocol.link import Link, LinkClosedError
 from protocol.messages import (
     Challenge,
@@ -192,7 +193,8 @@ class DeviceSession:
         if message.fingerprint != wanted:
             raise RefusedError(
                 ErrorCode.FINGERPRINT,
-                f"the device's backbone is {message.fingerprint}, the federation's is {wanted}",
+                f"the device's backbone is {message.fingerprint}, the federation's is {wanted}: "
+                + difference(message.fingerprint, wanted),
             )
         ineligible = self._service.ineligible(self.device, message.examples)
         if ineligible:

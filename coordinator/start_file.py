@@ -17,7 +17,7 @@ from protocol.federation import FederationSettings, start_settings
 from protocol.schema import record_of
 from protocol.tensors import Array, NamedTensors, Payload
 
-START_FORMAT: Final = "pf2lora-start-1"
+START_FORMAT: Final = "pf2lora-start-2"
 
 
 def read_start(start: Path, config: Path) -> tuple[str, dict[str, object], NamedTensors]:
@@ -79,7 +79,8 @@ def _opened(start: Path, key: str) -> Iterator[_Start]:
         with safe_open(start, "numpy") as tensors:
             metadata = tensors.metadata() or {}
             if metadata.get("format") != START_FORMAT:
-                raise ConfigurationError(key, f"{start} is no {START_FORMAT} file")
+                problem = f"{start} is no {START_FORMAT} file"
+                raise ConfigurationError(key, f"{problem}; make it with: pf2lora-client prepare")
             # safetensors orders tensors by itself; the federation's order is in the metadata.
             names, frozen = json.loads(metadata["names"]), json.loads(metadata.get("frozen", "[]"))
             if sorted([*names, *frozen]) != sorted(tensors.keys()):

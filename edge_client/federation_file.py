@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from edge_client.errors import ConfigurationError
 from protocol.federation import FederationSettings, start_settings
+from protocol.fingerprints import difference
 from protocol.schema import SchemaError, record_of
 from quantization.fingerprint import fingerprint, resolve_backbone
 
@@ -51,10 +52,10 @@ def checked_settings(table: dict[str, Any], backbone: str) -> FederationSettings
         settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
     except SchemaError as error:
         raise ConfigurationError(error.path, error.problem) from None
-    if settings.backbone.fingerprint != digest:
-        raise ConfigurationError(
-            "backbone.fingerprint", f"is {settings.backbone.fingerprint}", f"{digest}, or none"
-        )
+    found = settings.backbone.fingerprint
+    if found != digest:
+        problem = f"is {found}, and of {backbone} {difference(found, digest)}"
+        raise ConfigurationError("backbone.fingerprint", problem, f"{digest}, or none")
     return settings
 
 
@@ -72,7 +73,7 @@ def write_start(
         ConfigurationError: the file cannot be written.
     """
     metadata = {
-        "format": "pf2lora-start-1",
+        "format": "pf2lora-start-2",
         "fingerprint": settings.backbone.fingerprint,
         "settings": json.dumps(start_settings(settings)),
         # safetensors orders tensors by itself; the federation's order is that of the model.

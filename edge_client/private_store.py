@@ -25,6 +25,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from edge_client.errors import StateError, StorageFullError
+from protocol.fingerprints import difference
 
 FORMAT: Final = 1
 STATE_FILE: Final = "state.safetensors"
@@ -117,13 +118,14 @@ class PrivateStore:
         Raises:
             StateError: naming both.
         """
-        for what, found, wanted in (
-            ("federation", state.federation, federation),
-            ("backbone fingerprint", state.fingerprint, fingerprint),
+        differing = difference(state.fingerprint, fingerprint)
+        for what, found, wanted, why in (
+            ("federation", state.federation, federation, ""),
+            ("backbone fingerprint", state.fingerprint, fingerprint, f": {differing}"),
         ):
             if found != wanted:
                 raise StateError(
-                    f"{self.folder} holds the state of {what} {found}, not of {wanted}; "
+                    f"{self.folder} holds the state of {what} {found}, not of {wanted}{why}; "
                     "use another state folder"
                 )
 

@@ -15,23 +15,23 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantization.bnb import is_below, parse_compute_dtype, quantize_embeddings, quantize_linears
 from quantization.checkpoint import (
-    brief,
     embedding_count_of,
     output_embeddings,
     read_model,
     stacked_weights,
 )
-from quantization.errors import BackboneError, SchemeError
-from quantization.fingerprint import fingerprint, resolve_backbone
+from quantization.errors import BackboneError, SchemeError, brief
+from quantization.fingerprint import fingerprint_of, resolve_backbone
 from quantization.folder_manifest import is_quantized
 from quantization.quantized_folder import read_quantized
 from quantization.schemes import Scheme
 from quantization.seeded import head_start
 from quantization.tasks import TaskKind
+from quantization.tokenizer import digest_of, read_tokenizer
 
 __all__ = ["Backbone", "Scheme", "TaskKind", "load_backbone", "logits_of", "resolve_backbone"]
 
@@ -108,14 +108,15 @@ def load_backbone(
         quantize_linears(model, scheme, place, keep, product)
         if int8_embeddings:
             quantize_embeddings(model, product)
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     _check_vocabulary(folder, model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.to(place).requires_grad_(False).eval()
     what = f"{name_or_path!r}, scheme {scheme.value}, device {place}"
     what += ", int8 embeddings" if int8_embeddings else ""
     _prove(model, tokenizer, kind, what)
-    return Backbone(model, tokenizer, fingerprint(folder), scheme, kind, head_modules, place)
+    found = fingerprint_of(folder, digest_of(tokenizer))
+    return Backbone(model, tokenizer, found, scheme, kind, head_modules, place)
 
 
 def _task(task: TaskKind | str, label_count: int) -> TaskKind:
@@ -135,25 +136,6 @@ def _device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(f"device {device!r} cannot be used: {error}") from error
     return torch.device(device)
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # as many kinds as there are tokenizers
-        raise BackboneError(f"{folder}: the tokenizer cannot be read: {brief(error)}") from error
-    files = tokenizer.vocab_files_names.values()
-    if files and not any((folder / file).is_file() for file in files):
-        # transformers makes an empty tokenizer of nothing, without a word.
-        raise BackboneError(f"{folder}: the tokenizer has no vocabulary: none of {sorted(files)}")
-    tokenizer.truncation_side = "right"  # some would keep a text's end, which other runtimes do not
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise BackboneError(f"{folder}: the tokenizer has neither a pad nor an eos token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _check_vocabulary(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,10 +21,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from quantization.bnb import is_below
-from quantization.errors import BackboneError
+from quantization.errors import BackboneError, brief
 from quantization.tasks import TaskKind
 
-_REASON_MAX: Final = 400  # characters of what a library says; some list every model they know
 # Some models keep a few of their positions for themselves, such as RoBERTa's two.
 POSITIONS_KEPT: Final = 8
 _READERS: Final[dict[TaskKind, Any]] = {
@@ -167,13 +166,6 @@ def stacked_weights(model: nn.Module) -> list[str]:
         for key, weight in module.named_parameters(recurse=False)
         if weight.dim() > 2 and min(weight.shape) > 1
     ]
-
-
-def brief(error: Exception) -> str:
-    """What a library says, less what it goes on to say."""
-    first, _, more = str(error).strip().partition("\n")
-    text = " ".join(f"{first} {more}".split()) if first.rstrip().endswith(":") else first
-    return text if len(text) <= _REASON_MAX else f"{text[:_REASON_MAX]}..."
 
 
 def _unreadable(folder: Path, kind: TaskKind, error: Exception) -> BackboneError:

@@ -11,6 +11,10 @@ All of them are fatal: trying again without changing a name, a file or the insta
 
 from __future__ import annotations
 
+from typing import Final
+
+_REASON_MAX: Final = 400  # characters of what a library says; some list every model they know
+
 
 class QuantizationError(Exception):
     """Base of every fault this package raises."""
@@ -35,3 +39,10 @@ class MissingExtraError(QuantizationError, ImportError):
         super().__init__(f"{library} is not installed: pip install 'pf2lora[{extra}]'")
         self.library = library
         self.extra = extra
+
+
+def brief(error: Exception) -> str:
+    """What a library says, less what it goes on to say."""
+    first, _, more = str(error).strip().partition("\n")
+    text = " ".join(f"{first} {more}".split()) if first.rstrip().endswith(":") else first
+    return text if len(text) <= _REASON_MAX else f"{text[:_REASON_MAX]}..."

@@ -19,7 +19,7 @@ from quantization.schemes import Scheme
 from quantization.tasks import TaskKind
 
 MANIFEST: Final = "quantized.json"
-_FORMAT: Final = "pf2lora-quantized-1"
+_FORMAT: Final = "pf2lora-quantized-2"
 _MANIFEST_BYTES_MAX: Final = 16 << 20
 # What a loader might read: none of these may lie in a folder unannounced.
 _READABLE_SUFFIXES: Final = frozenset(

@@ -115,7 +115,10 @@ def _write(
     )
     write_manifest(folder, manifest)
     for kind, wanted in logits.items():
-        if not torch.equal(proof_logits(_load(str(folder), scheme, kind, False)), wanted):
+        written = _load(str(folder), scheme, kind, False)
+        if written.fingerprint != digest:
+            raise BackboneError(f"{source}: its tokenizer is not whole without its other files")
+        if not torch.equal(proof_logits(written), wanted):
             raise BackboneError(f"{source}: what was written for {kind.value} gives other logits")
     return digest, scheme, tuple(logits), problems, *_bytes_by_part(tensors)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from edge_client.backends.encoding import Window, check_ids, window_of
 from edge_client.errors import MissingExtraError
 from quantization.errors import ArtifactError
+from quantization.tokenizer_digest import digest_of_tokenizers
 
 
 class FastTokenizer:
     """An encoding.Tokenizer on one tokenizer.json, for a model of so many embeddings.
 
-    `with_types` says that the model takes segments.
+    `with_types` says that the model takes segments; `digest` is tokenizer_digest's.
 
     Raises:
         ArtifactError: the file is not one that the library reads.
@@ -44,6 +45,9 @@ class FastTokenizer:
         self._with_types = with_types
         self.pad_id = pad_id
         self.end_id = end_id
+        self.digest = digest_of_tokenizers(
+            self._tokenizer, pad_id=pad_id, end_id=end_id, with_types=with_types
+        )
 
     def encode(
         self, text: str, pair: str | None = None, *, special: bool = True, length_max: int = 0

@@ -27,9 +27,11 @@ from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
 from edge_client.tasks.base import Score, cross_entropy
 from protocol.federation import FederationSettings, Group
+from protocol.fingerprints import difference
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
+from quantization.tokenizer_digest import with_tokenizer
 
 _FIRST_ORDER = "secant, finite_difference or first_order"
 
@@ -40,17 +42,14 @@ class OrtTrainer(FlatTrainer):
     evaluation_batch: ClassVar[int] = 16  # logits and activations are all that grows with it
 
     def __init__(
-        self, settings: FederationSettings, artifact: Artifact, *, personal_seed: int
+        self,
+        settings: FederationSettings,
+        artifact: Artifact,
+        tokenizer: FastTokenizer,
+        *,
+        personal_seed: int,
     ) -> None:
         manifest, adapter = artifact.manifest, settings.adapter
-        # First of all: reading it leaves memory that the graph then uses.
-        tokenizer = FastTokenizer(
-            artifact.tokenizer,
-            pad_id=manifest.pad_id,
-            end_id=manifest.end_id,
-            embedding_count=manifest.embedding_count,
-            with_types="token_type_ids" in manifest.batch_inputs,
-        )
         layout = algorithm_for(settings, personal_seed).layout(adapter)
         starts = {
             name: start_of(name, shape, manifest.head_modules, settings.seed, personal_seed)
@@ -71,7 +70,7 @@ class OrtTrainer(FlatTrainer):
         self._evaluation_graph: EvaluationGraph | None = None
         super().__init__(
             settings,
-            manifest.fingerprint,
+            _fingerprint(artifact, tokenizer),
             tokenizer,
             Shape(
                 tuple(layer.name for layer in manifest.layers),
@@ -193,24 +192,51 @@ def load_trainer(
             f"{_FIRST_ORDER} in the federation, or a torch device",
         )
     loaded = load_artifact(artifact, digest)
+    # Before the graph: reading it leaves memory that the graph then uses.
+    tokenizer = tokenizer_of(loaded)
+    found, wanted = _fingerprint(loaded, tokenizer), settings.backbone.fingerprint
+    if found != wanted:
+        raise _not_of(f"backbone: {found}", f"{wanted}: {difference(found, wanted)}")
     _check(settings, loaded.manifest)
-    return OrtTrainer(settings, loaded, personal_seed=personal_seed)
+    return OrtTrainer(settings, loaded, tokenizer, personal_seed=personal_seed)
+
+
+def tokenizer_of(artifact: Artifact) -> FastTokenizer:
+    """An artifact's tokenizer.
+
+    Raises:
+        ArtifactError: its file is not one that the library reads.
+        MissingExtraError: the library is not installed.
+    """
+    manifest = artifact.manifest
+    return FastTokenizer(
+        artifact.tokenizer,
+        pad_id=manifest.pad_id,
+        end_id=manifest.end_id,
+        embedding_count=manifest.embedding_count,
+        with_types="token_type_ids" in manifest.batch_inputs,
+    )
+
+
+def _fingerprint(artifact: Artifact, tokenizer: FastTokenizer) -> str:
+    """Of the weights that were compiled, and of the tokenizer as it works here."""
+    return with_tokenizer(artifact.manifest.fingerprint, tokenizer.digest)
 
 
 def _check(settings: FederationSettings, manifest: Manifest) -> None:
     task, adapter = settings.task, settings.adapter
     for what, found, wanted in (
-        ("backbone", manifest.fingerprint, settings.backbone.fingerprint),
         ("task", manifest.task.value, task.kind.value),
         ("number of labels", manifest.label_count, len(task.labels)),
         ("target modules", manifest.target_modules, adapter.target_modules),
     ):
         if found != wanted:
-            raise ConfigurationError(
-                "artifact",
-                f"its {what}: {found}; the federation's: {wanted}",
-                "one exported for this federation",
-            )
+            raise _not_of(f"{what}: {found}", f"{wanted}")
     if manifest.length_max is not None and task.max_length > manifest.length_max:
         problem = f"the backbone does not take {task.max_length} tokens"
         raise ConfigurationError("task.max_length", problem, f"{manifest.length_max} at most")
+
+
+def _not_of(found: str, wanted: str) -> ConfigurationError:
+    problem = f"its {found}; the federation's: {wanted}"
+    return ConfigurationError("artifact", problem, "one exported for this federation")

@@ -37,6 +37,7 @@ from quantization.onnx.forward import build_forward
 from quantization.onnx.gradient import evaluation_graph, gradient_graph
 from quantization.onnx.proof import prove
 from quantization.onnx.weights import give_weights, store_weights
+from quantization.tokenizer_digest import digest_of_tokenizers, with_tokenizer
 
 
 def export_artifact(
@@ -96,7 +97,7 @@ def export_artifact(
             give_weights(graph, weights)
             (folder / name).write_bytes(graph.SerializeToString())
             onnx.checker.check_model(str(folder / name))
-        _write_tokenizer(backbone, folder / TOKENIZER)
+        _write_tokenizer(backbone, manifest, folder / TOKENIZER)
         write_manifest(folder, manifest)
         return load_artifact(folder)
     except BaseException:
@@ -121,11 +122,19 @@ def _head(backbone: Backbone) -> tuple[HeadTensor, ...]:
     )
 
 
-def _write_tokenizer(backbone: Backbone, path: Path) -> None:
+def _write_tokenizer(backbone: Backbone, manifest: Manifest, path: Path) -> None:
     tokenizer: Any = getattr(backbone.tokenizer, "backend_tokenizer", None)
+    kind = type(backbone.tokenizer).__name__
     if tokenizer is None:
-        kind = type(backbone.tokenizer).__name__
         raise ArtifactError(f"{kind} has no form that the `tokenizers` library reads")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.save(str(path))
+    digest = digest_of_tokenizers(
+        type(tokenizer).from_file(str(path)),
+        pad_id=manifest.pad_id,
+        end_id=manifest.end_id,
+        with_types="token_type_ids" in manifest.batch_inputs,
+    )
+    if with_tokenizer(manifest.fingerprint, digest) != manifest.fingerprint:
+        raise ArtifactError(f"{kind} gives other ids than its form for the `tokenizers` library")

@@ -25,7 +25,7 @@ def write_federation(folder: Path) -> Path:
     """The file's path; its start lies beside it."""
     arrays = {"z.A": np.ones((1, 2), np.float32), "a.A": np.zeros((2,), np.float32)}
     metadata = {
-        "format": "pf2lora-start-1",
+        "format": "pf2lora-start-2",
         "fingerprint": FINGERPRINT,
         "names": json.dumps(["z.A", "a.A"]),
     }

@@ -22,7 +22,7 @@ from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError
 from protocol.federation import Task, TaskKind
 from protocol.methods import Hypergradient, PF2LoRA
-from quantization.artifact import load_artifact
+from quantization.artifact import load_artifact, write_manifest
 from quantization.errors import ArtifactError
 from tests.integration.test_federation import _coordinator, _run_all, _write_data
 from tests.integration.test_questions import _write_questions
@@ -189,6 +189,25 @@ def test_an_artifact_of_another_federation_is_refused(artifacts: Path) -> None:
             )
 
 
+def test_an_artifact_whose_tokenizer_was_changed_is_refused(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    """Also if its manifest was made to say that all is well: the tokenizer itself is asked."""
+    config = _federation(artifacts, tmp_path)
+    _write_data(tmp_path / "0.jsonl", 0.5)
+    folder = Path(shutil.copytree(artifacts / "mixed-int8", tmp_path / "artifact"))
+    table = json.loads((folder / "tokenizer.json").read_text())
+    table["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    write_manifest(folder, load_artifact(artifacts / "mixed-int8").manifest)
+    with (
+        _coordinator(config) as address,
+        _client(address, tmp_path, 0, folder) as client,
+        pytest.raises(ConfigurationError, match=r"its backbone: .*: the tokenizer differs; use"),
+    ):
+        client.run()
+
+
 def test_an_artifact_that_is_not_the_pinned_one_is_refused(artifacts: Path, tmp_path: Path) -> None:
     config = _federation(artifacts, tmp_path)
     _write_data(tmp_path / "0.jsonl", 0.5)
@@ -215,7 +234,9 @@ def test_the_same_seed_gives_the_same_bytes_and_a_cut_run_goes_on(artifacts: Pat
 
     def trainer() -> ort.OrtTrainer:
         artifact = load_artifact(artifacts / "minilm-int8")
-        return ort.OrtTrainer(case.settings, artifact, personal_seed=PERSONAL_SEED)
+        return ort.OrtTrainer(
+            case.settings, artifact, ort.tokenizer_of(artifact), personal_seed=PERSONAL_SEED
+        )
 
     whole, first, second = trainer(), trainer(), trainer()
     rows = whole.encode(rows_of(case))

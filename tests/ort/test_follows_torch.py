@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edge_client.backends.ort import OrtTrainer
+from edge_client.backends.ort import OrtTrainer, tokenizer_of
 from quantization.artifact import load_artifact
 from tests.ort.cases import CASES, PERSONAL_SEED, Case, follow, outlook
 
@@ -22,7 +22,7 @@ MOVED = 2e-3
 
 def trainer_of(case: Case, artifacts: Path, **changes: object) -> OrtTrainer:
     artifact = load_artifact(artifacts / str(changes.get("artifact", case.artifact)))
-    return OrtTrainer(case.settings, artifact, personal_seed=PERSONAL_SEED)
+    return OrtTrainer(case.settings, artifact, tokenizer_of(artifact), personal_seed=PERSONAL_SEED)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from edge_client.backends.fast_tokenizer import FastTokenizer
+from edge_client.backends.ort import tokenizer_of
 from edge_client.errors import DataError
 from quantization.artifact import load_artifact
 from quantization.errors import ArtifactError
+from quantization.tokenizer_digest import with_tokenizer
 from tests.ort.cases import STORIES, token_rows
 
 
@@ -18,14 +20,10 @@ from tests.ort.cases import STORIES, token_rows
 def test_ids_segments_and_text_are_those_of_transformers(artifacts: Path, name: str) -> None:
     if name == "stories-none" and not STORIES.exists():
         pytest.skip("the stories260K weights are not here")
-    manifest = load_artifact(artifacts / name).manifest
-    tokenizer = FastTokenizer(
-        artifacts / name / "tokenizer.json",
-        pad_id=manifest.pad_id,
-        end_id=manifest.end_id,
-        embedding_count=manifest.embedding_count,
-        with_types="token_type_ids" in manifest.batch_inputs,
-    )
+    artifact = load_artifact(artifacts / name)
+    tokenizer = tokenizer_of(artifact)
+    of_transformers = artifact.manifest.fingerprint
+    assert with_tokenizer(of_transformers, tokenizer.digest) == of_transformers
     recorded = json.loads((artifacts / f"{name}.tokens.json").read_text())
     assert len(recorded) > 300
     for row, wanted in zip(token_rows(), recorded, strict=True):

