@@ -121,8 +121,10 @@ def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--artifact", type=Path, help="the compiled backbone's folder, for ort")
     command.add_argument("--artifact-digest", default="", help="refuse any other artifact")
     command.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, help=COMPUTE_DTYPE_HELP)
-    command.add_argument("--held-out", type=float, default=0.2, help="share of rows, default 0.2")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--held-out", type=float, help="share of rows; default as trained with, at first 0.2"
+    )
+    command.add_argument("--seed", type=int, help="default as trained with, at first 0")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
 
 

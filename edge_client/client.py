@@ -81,13 +81,15 @@ class EdgeClient:
             task and target modules by `pf2lora-client export`.
         artifact_digest: what `export` printed; any other artifact is then refused. A graph is a
             program: give it wherever artifacts come over a network.
-        held_out: share of the rows kept apart for `evaluate`, in [0, 1).
+        held_out: share of the rows kept apart for `evaluate`, in [0, 1). None given is the share
+            that this device was trained with, or 0.2 at first; a greater one is refused then.
         fields: the names of the data's fields.
         tell_accuracy: send the coordinator, with each report, this device's accuracy on the rows it
             holds out (with the common adapter alone, and with its personal one) and the range of
             its learned ranks: four numbers for its operators to look at. Of many held-out rows a
             thousand are looked at.
-        seed: of the held-out choice, the batches and the personal adapter's start.
+        seed: of the held-out choice, the batches and the personal adapter's start. None given is
+            the one that this device was trained with, or 0 at first; another is refused then.
         ca_file: PEM file of the authorities to trust for wss, where the system's do not do.
         client_certificate: PEM file, where the coordinator wants to see one.
         client_key: its private key.
@@ -95,7 +97,7 @@ class EdgeClient:
         progress: called with one line of text now and then, possibly from another thread.
 
     Raises:
-        ConfigurationError: an argument is wrong.
+        ConfigurationError: an argument is wrong, or not what this device was trained with.
         DataError: `data` is nothing that can be read.
         StateError: the state folder is damaged or in use.
     """
@@ -114,9 +116,9 @@ class EdgeClient:
         backend: str = "torch",
         artifact: str | Path | None = None,
         artifact_digest: str = "",
-        held_out: float = 0.2,
+        held_out: float | None = None,
         fields: FieldNames | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         tell_accuracy: bool = False,
         ca_file: str | Path | None = None,
         client_certificate: str | Path | None = None,
@@ -137,14 +139,14 @@ class EdgeClient:
         if isinstance(data, Iterator):
             kind = type(data).__name__
             raise DataError(f"expected rows that can be read again, got {kind}", path="data")
-        check_share(held_out)
+        if held_out is not None:
+            check_share(held_out)
         if not isinstance(fields, FieldNames | None):
             raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
         self._federation = federation
         self._token = token
-        self._seed = seed
         self._backbone = backbone
         self._traffic = Traffic()
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
@@ -330,7 +332,7 @@ class EdgeClient:
         return True
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
-        return load_trainer(self._choice, settings, self._seed)
+        return load_trainer(self._choice, settings, self._worker.split.seed)
 
 
 def _has_event_loop() -> bool:

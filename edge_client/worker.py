@@ -28,12 +28,15 @@ from edge_client.backends.base import (
 )
 from edge_client.data import ASKED, Example, FieldNames, Place
 from edge_client.errors import ConfigurationError, DataError, DivergedError
-from edge_client.private_store import DeviceState, Fact, PrivateStore
+from edge_client.private_store import DeviceState, Fact, Group, PrivateStore
 from edge_client.remembered import (
+    choose_split,
     report_of,
     settings_of,
+    split_of,
     with_report,
     with_settings,
+    with_split,
     without_report,
 )
 from edge_client.session import FinishedReport, Offer
@@ -57,12 +60,15 @@ TOLD_ENERGY: Final = 0.99
 
 @dataclass(frozen=True, slots=True)
 class DataSettings:
-    """Where this device's rows are, and the share of them kept apart to evaluate on."""
+    """Where this device's rows are, and the share of them kept apart to evaluate on.
+
+    Without a share or a seed they are what they were when the device was trained.
+    """
 
     source: DataSource
     fields: FieldNames
-    held_out_share: float
-    seed: int
+    held_out: float | None = None
+    seed: int | None = None
 
 
 class DeviceWorker:
@@ -82,6 +88,7 @@ class DeviceWorker:
         self._make_trainer = make_trainer
         self._progress = progress
         self._state: DeviceState | None = store.load()
+        self.split = choose_split(self._state, data.held_out, data.seed)
         self._settings: FederationSettings | None = None
         self._trainer: Trainer | None = None
         self._base: NamedTensors | None = None
@@ -247,40 +254,44 @@ class DeviceWorker:
         try:
             rows = self.read(self._data.source)
             self.training_rows, self.held_out_rows = hold_out(
-                rows, self._data.held_out_share, self._data.seed, by_content=True
+                rows, self.split.held_out, self.split.seed, by_content=True
             )
             self._progress(f"{len(rows)} rows; loading the backbone")
             self._trainer = self._make_trainer(settings)
             self._start = self._trainer.common()
             self._encoded = self._trainer.encode(self.training_rows)
             if self._state is None:
-                self._begin(settings)
+                self._begin()
             else:
                 self._go_on(self._state)
         except BaseException:
             self._settings = self._trainer = None
             raise
 
-    def _begin(self, settings: FederationSettings) -> None:
+    def _begin(self, common: Group | None = None) -> None:
+        """Begin to remember; with the common adapter if this device has one already."""
         trainer = self.trainer
-        facts: dict[str, Fact] = {"settings": settings_to_json(settings)}
+        facts: dict[str, Fact] = {"settings": settings_to_json(self.settings)}
         if rows := self._looked_at():
             before = trainer.evaluate(rows, Level.BACKBONE)
             facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
-        self._save(
-            DeviceState(
-                federation=settings.name,
-                fingerprint=trainer.fingerprint,
-                steps_done=0,
-                rounds_done=0,
-                groups={"personal": trainer.personal(), "optimizer": trainer.optimizer_state()},
-                facts=facts,
-            )
+        groups = {"personal": trainer.personal(), "optimizer": trainer.optimizer_state()}
+        state = DeviceState(
+            federation=self.settings.name,
+            fingerprint=trainer.fingerprint,
+            steps_done=0,
+            rounds_done=0,
+            groups=groups if common is None else groups | {"common": common},
+            facts=facts,
         )
+        self._save(with_split(state, self.split))
 
     def _go_on(self, state: DeviceState) -> None:
         self._store.check(state, self.settings.name, self.trainer.fingerprint)
         self._state = with_settings(state, self.settings, self._store.folder)
+        if not state.steps_done and split_of(state) != self.split:
+            self._begin(state.groups.get("common"))
+            state = self.state
         self.trainer.set_personal(state.groups["personal"])
         self.trainer.set_optimizer_state(state.groups.get("optimizer", {}))
         common = state.groups.get("common", self._start.arrays())
@@ -316,7 +327,7 @@ class DeviceWorker:
             update,
         )
         state = replace(
-            state,
+            with_split(state, self.split),
             steps_done=state.steps_done + result.steps,
             rounds_done=state.rounds_done + 1,
             groups={
@@ -353,7 +364,7 @@ class DeviceWorker:
 
     def _looked_at(self) -> Encoded:
         """Held-out rows for what a run asks by itself, which no round should wait for long."""
-        return self.trainer.encode(sample(self.held_out_rows, LOOKED_AT_MAX, self._data.seed))
+        return self.trainer.encode(sample(self.held_out_rows, LOOKED_AT_MAX, self.split.seed))
 
     def _rank_range(self) -> dict[str, float]:
         """The least and the greatest rank that keeps a layer's energy, over the layers."""

@@ -119,6 +119,18 @@ def test_a_sample_has_the_labels_in_their_shares() -> None:
     assert sample(rows[:50], 50, 0) == rows[:50]
 
 
+@steady
+@given(labels, st.floats(0, 0.9), st.floats(0, 0.9), st.booleans())
+def test_a_smaller_share_holds_out_some_of_the_rows_of_a_greater_one(
+    labels: list[int], one: float, other: float, by_content: bool
+) -> None:
+    few, more = (
+        Counter(hold_out(_rows(labels), share, 3, by_content=by_content)[1])
+        for share in sorted((one, other))
+    )
+    assert few <= more
+
+
 @pytest.mark.parametrize("more", [1, 30])
 def test_rows_that_come_later_leave_the_held_out_ones_held_out(more: int) -> None:
     rows = _rows([index % 3 for index in range(300)])

@@ -69,13 +69,15 @@ class Device:
 
     def __init__(self, folder: Path, settings: FederationSettings = SETTINGS, **how: Any) -> None:
         self.store = PrivateStore(folder)
-        data = DataSettings(how.pop("rows", ROWS), FieldNames(), 0.2, 0)
+        data = DataSettings(how.pop("rows", ROWS), FieldNames(), *how.pop("split", ()))
         self.worker = DeviceWorker(data, self.store, self._trainer, print, **how)
         self.settings = settings
         asyncio.run(self.worker.prepare(settings))
 
     def _trainer(self, settings: FederationSettings) -> Any:
-        return load_trainer(settings, backbone=None, scheme="none", device="cpu", personal_seed=0)
+        seed = self.worker.split.seed
+        how = {"scheme": "none", "device": "cpu", "personal_seed": seed}
+        return load_trainer(settings, backbone=None, **how)
 
     def round(self, number: int, base: NamedTensors | None = None) -> NamedTensors:
         base = base or self.worker.trainer.common()
@@ -324,7 +326,7 @@ def test_an_interrupted_run_has_ended_when_it_returns(tmp_path: Path) -> None:
             asyncio.run(interrupt(client))
 
 
-def test_rows_can_be_held_out_later_than_the_device_began(
+def test_rows_that_were_trained_on_are_never_held_out_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = _write_config(tmp_path, count=1, cohort=1)
@@ -334,10 +336,58 @@ def test_rows_can_be_held_out_later_than_the_device_began(
         run += ["--state-dir", str(tmp_path / "a")]
         assert cli.main([*run, "--held-out", "0"]) == 0
         assert "accuracy" not in capsys.readouterr().out
+        assert cli.main([*run, "--held-out", "0.3"]) == 1
+        assert "held_out: is 0.3, and 0.0 when this device" in capsys.readouterr().err
         assert cli.main(run) == 0
-        said = capsys.readouterr().out
-    assert "accuracy common: " in said
-    assert "accuracy before: " not in said
+        assert "accuracy" not in capsys.readouterr().out
+
+
+def test_what_a_device_holds_out_stays_held_out(tmp_path: Path) -> None:
+    def opened(**how: Any) -> EdgeClient:
+        return EdgeClient("localhost:1", ROWS, tmp_path, scheme="none", **how)
+
+    def held(**how: Any) -> set[str]:
+        with opened(**how) as client:
+            found = client.evaluate()
+            rows = client.worker.held_out_rows
+            assert found.count == len(rows)
+            return {row.text for row in rows}
+
+    device = Device(tmp_path, split=(0.5, 3))
+    kept = {row.text for row in device.worker.held_out_rows}
+    personal = device.personal
+    # Before any training another choice is another beginning.
+    with opened(held_out=0.2, seed=4) as client:
+        client.evaluate()
+        assert client.worker.training_rows != device.worker.training_rows
+        assert {n: a.tobytes() for n, a in client.worker.trainer.personal().items()} != personal
+    assert held() == held(held_out=0.2, seed=4)
+    device = Device(tmp_path, split=(0.5, 3))
+    assert device.personal == personal
+    device.round(1)
+    assert held() == held(held_out=0.5) == held(seed=3) == kept
+    with pytest.raises(ConfigurationError, match=r"^held_out: is 0.6, and 0.5 when .*; use 0.5 at"):
+        opened(held_out=0.6)
+    with pytest.raises(ConfigurationError, match=r"^seed: is 4, and this .* trained with 3, .*use"):
+        opened(seed=4)
+    fewer = held(held_out=0.2)
+    assert fewer < kept
+    assert held() == kept  # looking at fewer changed nothing
+    Device(tmp_path, split=(0.2, None)).round(2)
+    assert held() == fewer
+    with pytest.raises(ConfigurationError, match=r"held_out: is 0\.5, and 0\.2"):
+        opened(held_out=0.5)
+
+
+def test_a_common_adapter_outlives_another_choice_of_rows(tmp_path: Path) -> None:
+    """A device that came when all was over has trained nothing, and uses what there is."""
+    device = Device(tmp_path)
+    common = device.worker.trainer.common()
+    found = NamedTensors.from_arrays({n: a + 1 for n, a in common.arrays().items()})
+    asyncio.run(device.worker.finish(found, 3))
+    with EdgeClient("localhost:1", ROWS, tmp_path, scheme="none", seed=5) as client:
+        client.evaluate()
+        assert client.worker.trainer.common().digest() == found.digest()
 
 
 def test_the_folder_stays_locked_until_a_closed_run_has_ended(
