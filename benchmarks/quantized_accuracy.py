@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from edge_client.backends.base import Level
-from edge_client.backends.encoding import EncodedRow
+from edge_client.backends.encoding import EncodedRows
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
 from edge_client.splits import seeded
@@ -119,7 +119,7 @@ def measure(trial: Trial, seed: int, steps: int) -> list[dict[str, Any]]:
     exact = _trainer(trial, FLOAT, seed, steps)
     order = seeded("quantised", seed).permutation(len(trial.train))[: 16 * steps]
     train = exact.encode([trial.train[i] for i in order])
-    test = sorted(exact.encode(trial.test), key=lambda row: len(row.ids))
+    test = exact.encode(trial.test).shortest_first()
     before = exact.evaluate(test, Level.PERSONAL)
     exact.train(train, 0, 1)
     wanted = _logits(exact, test)
@@ -174,7 +174,7 @@ def _trainer(trial: Trial, way: Way, seed: int, steps: int) -> TorchTrainer:
     return TorchTrainer(settings, loaded, personal_seed=seed)
 
 
-def _logits(trainer: TorchTrainer, rows: list[EncodedRow]) -> np.ndarray:
+def _logits(trainer: TorchTrainer, rows: EncodedRows) -> np.ndarray:
     """Every logit of every row that is no padding, in one long vector."""
     found = []
     for at in range(0, len(rows), 64):

@@ -53,7 +53,7 @@ class SimulatedDevice:
 
     name: str
     seed: int
-    training: list[EncodedRow]
+    training: Sequence[EncodedRow]
     training_count: int
     evaluation: list[DeviceRows]
     trainer: TorchTrainer

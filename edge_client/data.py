@@ -10,7 +10,7 @@ import io
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,13 +36,14 @@ class Example:
 
     `label` is an index into the task's labels; None where there is none. Of question answering
     `text` is the question and `text_pair` the context; the first of `answers` is trained on, and
-    any of them is right.
+    any of them is right. `place` is where it was read, for errors to name.
     """
 
     text: str
     text_pair: str | None
     label: int | None
     answers: tuple[Answer, ...] = ()
+    place: Place | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from edge_client.errors import DataError
 
 # torch's cross entropy passes over targets of this value, and so does everything here.
 IGNORED: Final = -100
+
+Numbers = Sequence[int] | NDArray[Any]
 
 
 class Tokenizer(Protocol):
@@ -51,13 +54,85 @@ class Window:
     spans: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EncodedRow:
-    """One row's token ids, their segments where the model takes any, and what is to be foretold."""
+    """One row's token ids, and their segments where the model takes any.
 
-    ids: tuple[int, ...]
-    types: tuple[int, ...] | None
-    targets: tuple[int, ...]
+    `targets` says what is to be foretold, in as many numbers as the kind of task takes for any row;
+    `part` is what it keeps of the row beside, to score it by.
+    """
+
+    ids: Numbers
+    types: Numbers | None
+    targets: Numbers
+    part: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedRows(Sequence[EncodedRow]):
+    """Many rows in few arrays; a row is made when it is asked for, of views.
+
+    `ids` and `types` are those of all rows, [t]; a row's lie from its place in `begins`, [n], to
+    that in `ends`. `targets` is [n, k].
+    """
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.int8] | None
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    targets: NDArray[np.int32]
+    parts: Sequence[Any]
+
+    @classmethod
+    def of(cls, rows: Iterable[EncodedRow]) -> EncodedRows:
+        """Take in rows one by one; none is kept as it was."""
+        ids, types, ends, targets = array("i"), array("b"), array("q", [0]), array("i")
+        parts = []
+        for row in rows:
+            ids.extend(row.ids)
+            types.extend(() if row.types is None else row.types)
+            targets.extend(row.targets)
+            parts.append(row.part)
+            ends.append(len(ids))
+        places = np.frombuffer(ends, np.int64)
+        return cls(
+            np.frombuffer(ids, np.int32),
+            np.frombuffer(types, np.int8) if types else None,
+            places[:-1],
+            places[1:],
+            np.frombuffer(targets, np.int32).reshape(len(parts), -1 if parts else 0),
+            parts if any(part is not None for part in parts) else (),
+        )
+
+    def taken(self, order: NDArray[np.int64]) -> EncodedRows:
+        """The rows of these numbers, in this order."""
+        parts = [self.parts[number] for number in order] if self.parts else ()
+        begins, ends = self.begins[order], self.ends[order]
+        return EncodedRows(self.ids, self.types, begins, ends, self.targets[order], parts)
+
+    def shortest_first(self) -> EncodedRows:
+        """Which leaves little to pad."""
+        return self.taken(np.argsort(self.ends - self.begins, kind="stable"))
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    @overload
+    def __getitem__(self, number: int) -> EncodedRow: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> EncodedRows: ...
+
+    def __getitem__(self, number: int | slice) -> EncodedRow | EncodedRows:
+        if isinstance(number, slice):
+            return self.taken(np.arange(len(self))[number])
+        own = slice(self.begins[number], self.ends[number])
+        return EncodedRow(
+            self.ids[own],
+            None if self.types is None else self.types[own],
+            self.targets[number],
+            self.parts[number] if self.parts else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +181,18 @@ def window_of(
 
 def batch_of(rows: Sequence[EncodedRow], targets: NDArray[np.int64], pad_id: int) -> Batch:
     """Rows padded on the right to the longest of them."""
-    inputs = {
-        "input_ids": padded([row.ids for row in rows], pad_id),
-        "attention_mask": padded([(1,) * len(row.ids) for row in rows], 0),
-    }
+    ids = padded([row.ids for row in rows], pad_id)
+    lengths = np.array([len(row.ids) for row in rows])
+    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    inputs = {"input_ids": ids, "attention_mask": mask}
     if rows[0].types is not None:
-        inputs["token_type_ids"] = padded([row.types or () for row in rows], 0)
+        inputs["token_type_ids"] = padded([row.types for row in rows if row.types is not None], 0)
     return Batch(inputs, targets, tuple(rows))
 
 
-def padded(rows: Sequence[Sequence[int]], filler: int) -> NDArray[np.int64]:
+def padded(rows: Sequence[Numbers], filler: int) -> NDArray[np.int64]:
     """Rows of any lengths as [b, longest]."""
-    array = np.full((len(rows), max(map(len, rows))), filler, np.int64)
-    for into, row in zip(array, rows, strict=True):
+    found = np.full((len(rows), max(map(len, rows))), filler, np.int64)
+    for into, row in zip(found, rows, strict=True):
         into[: len(row)] = row
-    return array
+    return found

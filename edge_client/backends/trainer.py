@@ -30,7 +30,7 @@ from edge_client.backends.base import (
     Prediction,
     RankReport,
 )
-from edge_client.backends.encoding import Batch, EncodedRow, Tokenizer, batch_of
+from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer, batch_of
 from edge_client.backends.flat import FlatGroup
 from edge_client.data import Example
 from edge_client.factors import Factor
@@ -175,11 +175,12 @@ class FlatTrainer(abc.ABC):
 
     # --- backends.base.Trainer ----------------------------------------------------------------
 
-    def encode(self, rows: Sequence[Example]) -> list[EncodedRow]:
-        return [one for row in rows for one in self._rules.encode(row, self._tokenizer)]
+    def encode(self, rows: Sequence[Example]) -> EncodedRows:
+        return self._rules.encode_all(rows, self._tokenizer)
 
     def batch(self, rows: Sequence[EncodedRow]) -> Batch:
         """Rows padded to the longest of them, with their targets."""
+        rows = list(rows)  # a row of many is made anew each time that it is asked for
         return batch_of(rows, self._rules.targets(rows), self._tokenizer.pad_id)
 
     def common(self) -> NamedTensors:
@@ -226,7 +227,9 @@ class FlatTrainer(abc.ABC):
             for name, array in arrays.items()
         }
 
-    def train(self, rows: list[EncodedRow], first_step: int, round_number: int = 1) -> LocalResult:
+    def train(
+        self, rows: Sequence[EncodedRow], first_step: int, round_number: int = 1
+    ) -> LocalResult:
         if self._settings.training.optimizer_state is OptimizerState.RESET:
             self._state.forget_moments()
         # Without dropout, quantised or not: nothing here is random.
@@ -238,14 +241,14 @@ class FlatTrainer(abc.ABC):
             plans(self._settings, round_number),
         )
 
-    def personalise(self, rows: list[EncodedRow]) -> None:
+    def personalise(self, rows: Sequence[EncodedRow]) -> None:
         shared = self._common.values * 1.0
         self._algorithm.personalise(self.oracle, self._stream(rows, 0))
         if bool((shared != self._common.values).any()):
             self._own_common = self._common.values * 1.0
             self._common.values[:] = shared
 
-    def evaluate(self, rows: list[EncodedRow], level: Level) -> Evaluation:
+    def evaluate(self, rows: EncodedRows, level: Level) -> Evaluation:
         with self._at(level):
             return self._evaluate(rows)
 
@@ -268,7 +271,7 @@ class FlatTrainer(abc.ABC):
         return {name: factor_math.rank_report(*self._factors(name)) for name in self._shape.layers}
 
     def save_pretrained(
-        self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: list[EncodedRow]
+        self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: EncodedRows
     ) -> Export:
         full = self.evaluate(rows, Level.PERSONAL) if rows else None
         with self._at(Level.PERSONAL):
@@ -330,7 +333,7 @@ class FlatTrainer(abc.ABC):
     def _model_now(self) -> Model:
         return Model(self._tokenizer, self._batches, self._score, self._logits, self._length_max)
 
-    def _evaluate(self, rows: list[EncodedRow]) -> Evaluation:
+    def _evaluate(self, rows: EncodedRows) -> Evaluation:
         return self._rules.evaluate(rows, self._model_now)
 
     @contextlib.contextmanager
@@ -347,7 +350,7 @@ class FlatTrainer(abc.ABC):
             if shared is not None:
                 self._common.values[:] = shared
 
-    def _stream(self, rows: list[EncodedRow], first: int) -> Iterator[Batch]:
+    def _stream(self, rows: Sequence[EncodedRow], first: int) -> Iterator[Batch]:
         """Training batches from the first-th on, without end."""
         size = self._settings.training.batch_size
         for number in count(first):

@@ -7,6 +7,7 @@ tasks.py) and, in quantization/checkpoint.py, the class of transformers that has
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -48,7 +49,7 @@ def read_rows(
     for place, row in raw_rows(source):
         if isinstance(row, Example):
             rules.check(row, place, names)
-            rows.append(row)
+            rows.append(replace(row, place=place))
         elif isinstance(row, Mapping):
             rows.append(rules.read(RawRow(row, place), names))
         else:

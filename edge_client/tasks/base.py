@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation, FoundAnswer, Prediction
-from edge_client.backends.encoding import Batch, EncodedRow, Tokenizer
+from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer
 from edge_client.data import Example, FieldNames, Place, RawRow
-from edge_client.errors import AdapterError
+from edge_client.errors import AdapterError, DataError
 from protocol.federation import Task, TaskKind
 
 Logits = np.ndarray[Any, Any]
@@ -98,6 +98,23 @@ class TaskRules(abc.ABC):
             DataError: nothing is left to be learned within that length.
         """
 
+    def encode_all(self, rows: Iterable[Example], tokenizer: Tokenizer) -> EncodedRows:
+        """The same of many rows.
+
+        Raises:
+            DataError: of one nothing is left to be learned; names its file and line.
+        """
+        return EncodedRows.of(self._encoded(rows, tokenizer))
+
+    def _encoded(self, rows: Iterable[Example], tokenizer: Tokenizer) -> Iterator[EncodedRow]:
+        for row in rows:
+            try:
+                yield from self.encode(row, tokenizer)
+            except DataError as error:
+                if row.place is None:
+                    raise
+                raise row.place.error(str(error)) from None
+
     @abc.abstractmethod
     def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
         """The targets of a batch."""
@@ -107,7 +124,7 @@ class TaskRules(abc.ABC):
         return logits, targets
 
     @abc.abstractmethod
-    def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
+    def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
         """Loss and scores on rows."""
 
     def predict(self, rows: Sequence[Example], model: Model) -> Predictions:  # noqa: ARG002
@@ -132,14 +149,9 @@ class TaskRules(abc.ABC):
         return AdapterError(f"there is nothing to predict for {self.task.kind.value}; use generate")
 
 
-def by_length(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
-    """Shortest first, which leaves little to pad."""
-    return sorted(rows, key=lambda row: len(row.ids))
-
-
-def score_of(rows: Sequence[EncodedRow], model: Model) -> Score:
+def score_of(rows: EncodedRows, model: Model) -> Score:
     """The score of all rows together."""
-    scores = [model.score(batch) for batch in model.batches(by_length(rows))]
+    scores = [model.score(batch) for batch in model.batches(rows.shortest_first())]
     return Score(
         sum(score.loss_sum for score in scores),
         np.concatenate([score.hits for score in scores]),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation
-from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Tokenizer, padded
+from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, EncodedRows, Tokenizer, padded
 from edge_client.data import Example, FieldNames, RawRow
 from edge_client.errors import DataError
 from edge_client.tasks.base import Model, TaskRules, score_of
@@ -21,40 +21,45 @@ _LOSS_MAX: Final = math.log(sys.float_info.max)
 
 
 class CausalLM(TaskRules):
-    """Targets [b, t] are the tokens themselves, logits [b, t, vocabulary] of the one after each."""
+    """Targets [b, t] are the tokens themselves, logits [b, t, vocabulary] of the one after each.
+
+    An encoded row's target is the place of the first token that counts.
+    """
 
     has_head = False
 
     def read(self, row: RawRow, names: FieldNames) -> Example:
-        return Example(row.text(names.text), row.optional_text(names.text_pair), None)
+        text, pair = row.text(names.text), row.optional_text(names.text_pair)
+        return Example(text, pair, None, place=row.place)
 
     def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
-        prompt = tuple(tokenizer.encode(row.text)[0])
-        if row.text_pair is None:
-            ids, silent = prompt, 0
-        else:
-            more, _ = tokenizer.encode(row.text_pair, special=False)
-            ids, silent = prompt + tuple(more), len(prompt)
+        ids, silent = list(tokenizer.encode(row.text)[0]), 0
+        if row.text_pair is not None:
+            silent = len(ids)
+            ids += tokenizer.encode(row.text_pair, special=False)[0]
         end = tokenizer.end_id
-        ids += (end,) if end is not None and ids[-1:] != (end,) else ()
+        ids += [end] if end is not None and ids[-1:] != [end] else []
         ids = ids[: self.task.max_length]
         # The first token is never foretold; a prompt's tokens are, but do not count.
-        counted = ids[max(silent, 1) :]
-        if not counted:
+        begin = max(silent, 1)
+        if begin >= len(ids):
             why = "" if row.text_pair is None else ", for its prompt takes all of it"
             raise DataError(
                 f"a text leaves no token to learn within max_length {self.task.max_length}{why}: "
                 f"{row.text[:40]!r}"
             )
-        return [EncodedRow(ids, None, (IGNORED,) * (len(ids) - len(counted)) + counted)]
+        return [EncodedRow(ids, None, (begin,))]
 
     def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
-        return padded([row.targets for row in rows], IGNORED)
+        found = padded([row.ids for row in rows], IGNORED)
+        begins = np.array([row.targets[0] for row in rows])
+        found[np.arange(found.shape[1]) < begins[:, None]] = IGNORED
+        return found
 
     def compared(self, logits: Any, targets: Any) -> tuple[Any, Any]:
         return logits[:, :-1], targets[:, 1:]
 
-    def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
+    def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
         whole = score_of(rows, model)
         perplexity = math.inf if whole.loss > _LOSS_MAX else math.exp(whole.loss)
         return Evaluation(len(rows), whole.loss, whole.accuracy, perplexity=perplexity)

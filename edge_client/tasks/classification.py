@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation, Prediction
-from edge_client.backends.encoding import IGNORED, EncodedRow, Tokenizer
+from edge_client.backends.encoding import IGNORED, EncodedRow, EncodedRows, Tokenizer
 from edge_client.data import Example, FieldNames, Place, RawRow, listed
 from edge_client.errors import DataError
 from edge_client.tasks.base import Logits, Model, TaskRules, score_of
@@ -23,7 +23,7 @@ class Classification(TaskRules):
 
     def read(self, row: RawRow, names: FieldNames) -> Example:
         text, pair = row.text(names.text), row.optional_text(names.text_pair)
-        return Example(text, pair, self._label(row, names.label))
+        return Example(text, pair, self._label(row, names.label), place=row.place)
 
     def check(self, row: Example, place: Place, names: FieldNames) -> None:
         raw, count = RawRow(self.fields_of(row, names), place), len(self.task.labels)
@@ -34,23 +34,24 @@ class Classification(TaskRules):
 
     def asked(self, row: object, place: Place, names: FieldNames) -> Example:
         if isinstance(row, str):
-            return Example(row, None, None)
+            return Example(row, None, None, place=place)
         if not isinstance(row, Mapping):
             raise place.error(f"expected text or a row, got {type(row).__name__}")
         raw = RawRow(row, place)
-        return Example(raw.text(names.text), raw.optional_text(names.text_pair), None)
+        text, pair = raw.text(names.text), raw.optional_text(names.text_pair)
+        return Example(text, pair, None, place=place)
 
     def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
         ids, types = tokenizer.encode(row.text, row.text_pair, length_max=self.task.max_length)
         if not ids:
             raise DataError(f"a text leaves no token: {row.text[:40]!r}")
         label = IGNORED if row.label is None else row.label
-        return [EncodedRow(tuple(ids), tuple(types) if types else None, (label,))]
+        return [EncodedRow(ids, types, (label,))]
 
     def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
         return np.array([row.targets[0] for row in rows], np.int64)
 
-    def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
+    def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
         whole = score_of(rows, model)
         hits, labels = whole.hits, whole.labels
         recalls = [float(hits[labels == label].mean()) for label in np.unique(labels)]
@@ -58,9 +59,8 @@ class Classification(TaskRules):
         return Evaluation(len(rows), whole.loss, whole.accuracy, balanced_accuracy=balanced)
 
     def predict(self, rows: Sequence[Example], model: Model) -> list[Prediction]:
-        encoded = [one for row in rows for one in self.encode(row, model.tokenizer)]
         names, found = self.task.labels, []
-        for batch in model.batches(encoded):
+        for batch in model.batches(self.encode_all(rows, model.tokenizer)):
             for row in _softmax(model.logits(batch)):
                 found.append(Prediction(names[int(row.argmax())], tuple(row.tolist())))
         return found

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation, FoundAnswer
-from edge_client.backends.encoding import IGNORED, EncodedRow, Tokenizer, Window
+from edge_client.backends.encoding import IGNORED, EncodedRow, EncodedRows, Tokenizer, Window
 from edge_client.data import Answer, Example, FieldNames, Place, RawRow
 from edge_client.errors import DataError
 from edge_client.tasks.answer_scores import exact_match, f1
-from edge_client.tasks.base import Logits, Model, TaskRules, by_length, cross_entropy
+from edge_client.tasks.base import Logits, Model, TaskRules, cross_entropy
 
 # Longer answers are not looked for: nearly none of SQuAD's are.
 ANSWER_TOKENS_MAX: Final = 30
@@ -38,8 +38,8 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _EncodedWindow(EncodedRow):
-    """`first` and `spans` are a Window's."""
+class _Part:
+    """What a window shows of a context; `first` and `spans` are a Window's."""
 
     asked: _Asked
     first: int
@@ -52,7 +52,7 @@ class QuestionAnswering(TaskRules):
     def read(self, row: RawRow, names: FieldNames) -> Example:
         context = row.text(names.context)
         answers = _answers(row, names.answers, context)
-        return Example(row.text(names.question), context, None, answers)
+        return Example(row.text(names.question), context, None, answers, row.place)
 
     def fields_of(self, row: Example, names: FieldNames) -> dict[str, object]:
         texts, starts = [one.text for one in row.answers], [one.start for one in row.answers]
@@ -64,7 +64,7 @@ class QuestionAnswering(TaskRules):
             wanted = f"an object with {names.question} and {names.context}"
             raise place.error(f"expected {wanted}, got {type(row).__name__}")
         raw = RawRow(row, place)
-        return Example(raw.text(names.question), raw.text(names.context), None)
+        return Example(raw.text(names.question), raw.text(names.context), None, place=place)
 
     def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
         context, length = row.text_pair or "", self.task.max_length
@@ -83,11 +83,11 @@ class QuestionAnswering(TaskRules):
     def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
         return np.array([row.targets for row in rows], np.int64)
 
-    def evaluate(self, rows: Sequence[EncodedRow], model: Model) -> Evaluation:
-        if any(row.targets[0] == IGNORED for row in rows):
+    def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
+        if (rows.targets == IGNORED).any():
             raise DataError("a question has no answer to be scored by")
         losses, search = [], _Search()
-        for batch in model.batches(by_length(rows)):
+        for batch in model.batches(rows.shortest_first()):
             logits = model.logits(batch)
             positions = logits.reshape(-1, logits.shape[-1])
             losses.append(cross_entropy(positions, batch.targets.reshape(-1)))
@@ -100,8 +100,7 @@ class QuestionAnswering(TaskRules):
 
     def predict(self, rows: Sequence[Example], model: Model) -> list[FoundAnswer]:
         search = _Search()
-        encoded = [one for row in rows for one in self.encode(row, model.tokenizer)]
-        for batch in model.batches(encoded):
+        for batch in model.batches(self.encode_all(rows, model.tokenizer)):
             search.look(batch.rows, model.logits(batch))
         return [found for _, found in search.found()]
 
@@ -114,9 +113,10 @@ class _Search:
 
     def look(self, rows: Sequence[EncodedRow], logits: Logits) -> None:
         """Take in windows and their logits, [b, 2, t]."""
-        for window, both in zip(cast("Sequence[_EncodedWindow]", rows), logits, strict=True):
-            part = both[:, window.first : window.first + len(window.spans)].copy()
-            self._seen.setdefault(window.asked, []).append((window.spans, part))
+        for row, both in zip(rows, logits, strict=True):
+            part: _Part = row.part
+            of_part = both[:, part.first : part.first + len(part.spans)].copy()
+            self._seen.setdefault(part.asked, []).append((part.spans, of_part))
 
     def found(self) -> Iterator[tuple[_Asked, FoundAnswer]]:
         """Each context's answer, in the order in which they were first looked at."""
@@ -154,10 +154,10 @@ def _span_scores(starts: Logits, ends: Logits) -> NDArray[np.float64]:
     return scores
 
 
-def _encoded(window: Window, asked: _Asked) -> _EncodedWindow:
-    types = None if window.types is None else tuple(window.types)
+def _encoded(window: Window, asked: _Asked) -> EncodedRow:
     targets = _target(window, asked.answers[0]) if asked.answers else (IGNORED, IGNORED)
-    return _EncodedWindow(tuple(window.ids), types, targets, asked, window.first, window.spans)
+    part = _Part(asked, window.first, window.spans)
+    return EncodedRow(window.ids, window.types, targets, part)
 
 
 def _target(window: Window, answer: Answer) -> tuple[int, int]:

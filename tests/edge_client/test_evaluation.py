@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_client.backends.base import Evaluation
-from edge_client.backends.encoding import Batch, EncodedRow
+from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
 from protocol.federation import Task, TaskKind
@@ -19,7 +19,7 @@ NO_TOKENIZER: Any = None  # the rows are encoded already
 
 def _evaluated(task: Task, *scores: Score) -> Evaluation:
     """What a task's rules make of a model that scores its batches, of one row each, so."""
-    rows = [EncodedRow((1,), None, (0,)) for _ in scores]
+    rows = EncodedRows.of(EncodedRow((1,), None, (0,)) for _ in scores)
     found = iter(scores)
     array = np.zeros((1, 1), np.int64)
     model = Model(

@@ -77,20 +77,22 @@ def test_an_answer_is_found_again_in_the_windows_that_hold_it(
     context, wanted = " ".join(words), " ".join(words[first : last + 1])
     start = len(" ".join([*words[:first], ""]))
     row = Example("What was it?", context, None, (Answer(wanted, start),))
-    windows: Any = rules_for(TASK).encode(row, tokenizer)
+    windows = rules_for(TASK).encode_all([row], tokenizer)
     held = 0
     for window in windows:
         assert len(window.ids) <= TASK.max_length
         begin, end = window.targets
         if (begin, end) != (0, 0):
-            spans = window.spans[[begin - window.first, end - window.first]]
+            part = window.part
+            spans = part.spans[[begin - part.first, end - part.first]]
             assert context[spans[0, 0] : spans[1, 1]] == wanted
             held += 1
-    whole = [w for w in windows if w.spans[0, 0] <= start and w.spans[-1, 1] >= start + len(wanted)]
+    shown = [window.part.spans for window in windows]
+    whole = [s for s in shown if s[0, 0] <= start and s[-1, 1] >= start + len(wanted)]
     assert held == len(whole)
     if len(wanted) < 10:  # shorter than what two windows share, so whole in one of them
         assert held
-    covered = {int(char) for w in windows for span in w.spans for char in range(*span)}
+    covered = {int(char) for spans in shown for span in spans for char in range(*span)}
     assert covered >= {i for i, char in enumerate(context) if not char.isspace()}
 
 
@@ -187,15 +189,15 @@ def test_answers_are_looked_for_up_to_a_length_and_in_order() -> None:
 def test_an_answer_that_two_windows_share_is_one_answer(tokenizer: TransformersTokenizer) -> None:
     rules = rules_for(TASK)
     context = " ".join(f"{number}" for number in range(60))
-    windows: Any = rules.encode(Example("Who?", context, None), tokenizer)
-    spans = [set(map(tuple, window.spans.tolist())) for window in windows]
+    windows = rules.encode_all([Example("Who?", context, None)], tokenizer)
+    spans = [set(map(tuple, window.part.spans.tolist())) for window in windows]
     (shared, *_) = sorted(spans[0] & spans[1])
 
     def logits(batch: Batch) -> Any:
         found = np.zeros((len(batch.rows), 2, 32), np.float32)
-        for window, row in zip(windows, found, strict=True):
-            places = [i for i, s in enumerate(window.spans.tolist()) if tuple(s) == shared]
-            row[:, [window.first + place for place in places]] = 20.0
+        for part, row in zip((window.part for window in batch.rows), found, strict=True):
+            places = [i for i, s in enumerate(part.spans.tolist()) if tuple(s) == shared]
+            row[:, [part.first + place for place in places]] = 20.0
         return found
 
     def batches(rows: Sequence[EncodedRow]) -> list[Batch]:

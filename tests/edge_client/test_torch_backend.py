@@ -177,7 +177,9 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
     trainer = _trainer(_settings(str(STORIES), task=task))
     rows = trainer.encode([Example("Once upon a time", " there was a red dog", None)] * 4)
     prompt = len(trainer._tokenizer.encode("Once upon a time")[0])
-    assert set(rows[0].targets[:prompt]) == {-100}
+    batch = trainer.batch(rows)
+    assert set(batch.targets[:, :prompt].flat) == {-100}
+    assert (batch.targets[:, prompt:] == batch.inputs["input_ids"][:, prompt:]).all()
     before = trainer.evaluate(rows, Level.PERSONAL)
     for number in range(10):
         trainer.train(rows, 3 * number)

@@ -21,7 +21,7 @@ import torch
 from edge_client import cli, worker
 from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Evaluation, Level
-from edge_client.backends.encoding import Batch, EncodedRow
+from edge_client.backends.encoding import Batch, EncodedRows
 from edge_client.backends.torch_backend import TorchTrainer, load_trainer
 from edge_client.client import EdgeClient
 from edge_client.data import Example, FieldNames
@@ -185,7 +185,7 @@ def test_a_run_looks_at_so_many_held_out_rows_and_evaluate_at_all(
     """Twenty thousand rows would be minutes before the first round, and twice that in each."""
     looked_at: list[int] = []
 
-    def evaluate(trainer: TorchTrainer, rows: list[EncodedRow], level: Level) -> Evaluation:
+    def evaluate(trainer: TorchTrainer, rows: EncodedRows, level: Level) -> Evaluation:
         looked_at.append(len(rows))
         return plain(trainer, rows, level)
 

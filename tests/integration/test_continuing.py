@@ -70,9 +70,11 @@ def test_devices_learn_to_continue_and_the_app_and_peft_do(
     asked = tokenizer(PROMPT, return_tensors="pt")
     found = model.generate(**asked, max_new_tokens=8, do_sample=False)[0]
     assert tokenizer.decode(found[asked["input_ids"].shape[1] :], skip_special_tokens=True) == said
-    data[0].write_text(json.dumps({"text": "a " * 40, "text_pair": "b"}))
+    data[0].write_text("\n\n" + json.dumps({"text": "a " * 40, "text_pair": "b"}))
     with (
         EdgeClient("localhost:1", data[0], tmp_path / "park", scheme="none", held_out=0) as again,
-        pytest.raises(DataError, match="within max_length 24, for its prompt takes all of it"),
+        pytest.raises(
+            DataError, match=r"park\.jsonl, line 3: .* within max_length 24, for its pro"
+        ),
     ):
         again.generate(PROMPT)

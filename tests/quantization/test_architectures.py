@@ -199,7 +199,7 @@ def test_peft_gives_the_same_logits_merged_or_not(folders, name, task, tmp_path)
     torch.manual_seed(1)
     for parameter in (trainer._adapter.common | trainer._adapter.personal).values():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    trainer.save_pretrained(tmp_path, str(folders(name)), {}, [])
+    trainer.save_pretrained(tmp_path, str(folders(name)), {}, trainer.encode([]))
     batch = trainer.batch(trainer.encode(_rows(task)))
     ours = torch.from_numpy(trainer._logits(batch))
     with trainer._running_at(Level.BACKBONE):
