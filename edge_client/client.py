@@ -39,6 +39,7 @@ from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
 from protocol.federation import FederationSettings
+from quantization.fingerprint import whole_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class EdgeClient:
         token: str = "",
         progress: Progress = _silent,
     ) -> None:
+        backbone = None if backbone is None else whole_name(backbone)
         self._choice = choose(
             backend,
             backbone=backbone,

@@ -19,7 +19,7 @@ from edge_client.errors import ConfigurationError
 from protocol.federation import FederationSettings, start_settings
 from protocol.fingerprints import difference
 from protocol.schema import SchemaError, record_of
-from quantization.fingerprint import fingerprint, resolve_backbone
+from quantization.fingerprint import check_shared, fingerprint, resolve_backbone
 
 
 def read_federation(path: Path) -> tuple[dict[str, Any], Path]:
@@ -27,6 +27,7 @@ def read_federation(path: Path) -> tuple[dict[str, Any], Path]:
 
     Raises:
         ConfigurationError: no such file, not TOML, or it names no backbone.
+        BackboneError: it names a folder by a relative path.
     """
     try:
         table = tomllib.loads(path.read_text("utf-8-sig"))
@@ -36,6 +37,7 @@ def read_federation(path: Path) -> tuple[dict[str, Any], Path]:
     table.pop("admin", None)  # the coordinator's alone
     if not isinstance(table.get("backbone"), dict) or "name" not in table["backbone"]:
         raise ConfigurationError("backbone.name", "is missing", "a folder or a name")
+    check_shared(str(table["backbone"]["name"]))
     return table, path.parent / str(server.get("start", "start.safetensors"))
 
 

@@ -79,7 +79,7 @@ class Decay(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """The frozen model. The fingerprint is its digest: `pf2lora-client fingerprint NAME`."""
+    """The frozen model and its tokenizer, by their digest: `pf2lora-client fingerprint NAME`."""
 
     name: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)]
     fingerprint: Fingerprint

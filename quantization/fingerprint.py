@@ -46,6 +46,29 @@ def resolve_backbone(name: str) -> Path:
     return _with_config(_hub_folder(name), name)
 
 
+def whole_name(name: str) -> str:
+    """The same name; a folder's by its whole path, which is good in any working directory."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
+def check_shared(name: str) -> None:
+    """Refuse a name that leads elsewhere from another working directory.
+
+    Raises:
+        BackboneError: it is a folder's, by a relative path.
+    """
+    folder = Path(name).expanduser()
+    if name.startswith(_PACKAGE_PREFIX) or folder.is_absolute():
+        return
+    if folder.is_dir() or not _HUB_NAME.fullmatch(name):
+        raise BackboneError(
+            f"backbone {name!r}: a relative path, here {folder.absolute()}; each device would "
+            f"count it from where it runs: give the whole path, {_PACKAGE_PREFIX}NAME/sub/folder, "
+            "or a hub name that is no folder here; a device that has it elsewhere says --backbone"
+        )
+
+
 def _with_config(folder: Path, name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise BackboneError(f"backbone {name!r}: {folder} has no config.json")
@@ -80,7 +103,8 @@ def _hub_folder(name: str) -> Path:
             snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
     except Exception as error:  # the hub client lets through errors of three libraries
         raise BackboneError(
-            f"backbone {name!r}: no folder of that name here, and the Hugging Face hub gave none "
+            f"backbone {name!r}: no folder of that name in {Path.cwd()}, and the Hugging Face hub "
+            f"gave none "
             f"({type(error).__name__}: {error}); give an existing folder, "
             f"{_PACKAGE_PREFIX}NAME/sub/folder, or a hub name that is cached or can be reached"
         ) from error

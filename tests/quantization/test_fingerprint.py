@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from protocol.fingerprints import difference
 from quantization.errors import BackboneError
-from quantization.fingerprint import fingerprint, resolve_backbone
+from quantization.fingerprint import check_shared, fingerprint, resolve_backbone, whole_name
 from quantization.weights_digest import weights_digest
 from tests.quantization.tiny import write_gpt2
 
@@ -192,9 +192,30 @@ def test_a_wrong_name_says_what_would_be_right(name, reason):
         resolve_backbone(name)
 
 
+@pytest.mark.parametrize("name", ["model", "./model", "here/../model", "../nowhere"])
+def test_a_name_for_others_is_no_relative_path(tmp_path, monkeypatch, name):
+    for folder in ("model", "here"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        BackboneError, match=f"{name}': a relative path, here {tmp_path}/.*give the"
+    ):
+        check_shared(name)
+    for other in (MINILM, str(tmp_path / "model"), "owner/model", "other-model", "~/model"):
+        check_shared(other)
+
+
+def test_a_folder_is_known_by_its_whole_path_and_other_names_stay(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert whole_name("model") == whole_name("./model") == str(tmp_path / "model")
+    for other in ("owner/model", MINILM, str(tmp_path / "model")):
+        assert whole_name(other) == other
+
+
 def test_a_hub_name_that_cannot_be_had_says_what_was_tried(monkeypatch):
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        BackboneError, match="no folder of that name here, and the Hugging Face hub"
+        BackboneError, match=r"no folder of that name in /.*, and the Hugging Face hub gave none"
     ):
         resolve_backbone("no-such-owner/no-such-model")
