@@ -118,16 +118,18 @@ class PrivateStore:
         Raises:
             StateError: naming both.
         """
-        differing = difference(state.fingerprint, fingerprint)
-        for what, found, wanted, why in (
-            ("federation", state.federation, federation, ""),
-            ("backbone fingerprint", state.fingerprint, fingerprint, f": {differing}"),
-        ):
-            if found != wanted:
-                raise StateError(
-                    f"{self.folder} holds the state of {what} {found}, not of {wanted}{why}; "
-                    "use another state folder"
-                )
+        holds = f"{self.folder} holds the state of"
+        if state.federation != federation:
+            raise StateError(
+                f"{holds} federation {state.federation}, not of {federation}; "
+                "use another state folder"
+            )
+        if state.fingerprint != fingerprint:
+            raise StateError(
+                f"{holds} backbone fingerprint {state.fingerprint}, not of {fingerprint}: "
+                f"{difference(state.fingerprint, fingerprint)}; give that backbone, or use another "
+                "state folder"
+            )
 
     def secret(self, name: str, make: Callable[[], bytes]) -> bytes:
         """A small file that only its owner may read: made once, kept for good.

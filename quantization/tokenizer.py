@@ -36,7 +36,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What `tokenizer_digest` makes of it."""
+    """What `tokenizer_digest` makes of it.
+
+    Raises:
+        BackboneError: it does not answer.
+    """
 
     def encode(
         text: str, pair: str | None = None, *, special: bool = True
@@ -45,10 +49,14 @@ def digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
         found = tokenizer(text, pair, add_special_tokens=special, verbose=False)
         return found["input_ids"], found.get("token_type_ids")
 
-    return tokenizer_digest(
-        tokenizer.get_vocab(),
-        tokenizer.get_added_vocab(),
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-        encode,
-    )
+    try:
+        return tokenizer_digest(
+            tokenizer.get_vocab(),
+            tokenizer.get_added_vocab(),
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+            encode,
+        )
+    except Exception as error:  # as many kinds as there are tokenizers
+        kind = type(tokenizer).__name__
+        raise BackboneError(f"{kind} cannot be asked what it does: {brief(error)}") from error

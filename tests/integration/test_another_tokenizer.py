@@ -87,6 +87,6 @@ def test_one_tokenizer_in_two_forms_trains_together(tmp_path: Path) -> None:
     other = cased(tmp_path / "cased")
     with (
         _client("localhost:1", tmp_path / "json", other) as client,
-        pytest.raises(StateError, match=r"not of sha256:.*: the tokenizer differs; use another"),
+        pytest.raises(StateError, match=r"not of sha256:.*: the tokenizer differs; give that"),
     ):
         client.evaluate()
