@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,8 @@ def test_a_quantised_folder_whose_tokenizer_was_changed_is_refused(
     config = cased(tmp_path / "cased") / "tokenizer_config.json"
     (folder / config.name).write_bytes(config.read_bytes())
     manifest = read_manifest(folder)
-    manifest.texts[config.name] = file_facts(config)
-    write_manifest(folder, manifest)
+    texts = {**manifest.texts, config.name: file_facts(config)}
+    write_manifest(folder, replace(manifest, texts=texts))
     assert fingerprint(folder) == fingerprint(tmp_path / "cased")
     with (
         _client(address, tmp_path, folder, "int8") as client,

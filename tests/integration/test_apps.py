@@ -81,8 +81,9 @@ class Device:
 
     def _trainer(self, settings: FederationSettings) -> Any:
         seed = self.worker.split.seed
-        how = {"scheme": "none", "device": "cpu", "personal_seed": seed}
-        return load_trainer(settings, backbone=None, **how)
+        return load_trainer(
+            settings, backbone=None, scheme="none", device="cpu", personal_seed=seed
+        )
 
     def round(self, number: int, base: NamedTensors | None = None) -> NamedTensors:
         base = base or self.worker.trainer.common()
@@ -561,7 +562,7 @@ def test_a_backbones_folder_is_the_same_from_any_working_directory(
     Device(tmp_path / "a")
     (tmp_path / "model").symlink_to(resolve_backbone(MINILM))
     monkeypatch.chdir(tmp_path)
-    how = {"scheme": "none", "backbone": "model"}
+    how: dict[str, Any] = {"scheme": "none", "backbone": "model"}
     with EdgeClient("localhost:1", ROWS, tmp_path / "a", **how) as client:
         monkeypatch.chdir("/")
         client.save_pretrained(tmp_path / "adapter")
