@@ -163,7 +163,7 @@ def _write_start(path: Path, settings: FederationSettings, /, **changes: str) ->
     """A start file as prepare makes it for FFA-LoRA; the flags that name it."""
     names = {end: [name for name in FACTORS if name.endswith(end)] for end in (".A", ".B")}
     metadata = {
-        "format": "pf2lora-start-1",
+        "format": "pf2lora-start-2",
         "fingerprint": settings.backbone.fingerprint,
         "settings": json.dumps(start_settings(settings)),
         "names": json.dumps(names[".B"]),
@@ -197,7 +197,7 @@ def test_what_ffa_lora_never_sends_comes_out_of_the_start_file(
         ({"fingerprint": "sha256:" + "1" * 64}, "was made for backbone.fingerprint 'sha256:111"),
         ({"settings": '{"adapter.rank": 4}'}, "was made for "),
         ({"frozen": "[]"}, "is damaged: its names are not those of its tensors"),
-        ({"format": "other"}, "is no pf2lora-start-1 file"),
+        ({"format": "other"}, "is no pf2lora-start-2 file"),
         (None, "is no file"),
     ],
 )
