@@ -21,6 +21,9 @@ from torch import Tensor
 
 # 768 x 768 in float32. Half of it makes some layers take 1.1 of the time, twice of it none less.
 ROOM_BYTES: Final = 768 * 768 * 4
+# A shared mapping, which is Python's default, would be shared with forked processes too, and what
+# of it is given back would stay with the system as shared memory.
+_OF_ITS_OWN: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def _room(rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> T
     if memory is None or len(memory) < size:
         # Of the system and not of malloc: glibc's takes a large block that is given back for a sign
         # to serve activations of that size from its heap, where holes stay when they are freed.
-        memory = _ROOMS.memory[dtype] = mmap.mmap(-1, max(ROOM_BYTES, size))
+        memory = _ROOMS.memory[dtype] = mmap.mmap(-1, max(ROOM_BYTES, size), _OF_ITS_OWN)
     return torch.frombuffer(memory, dtype=dtype, count=rows * inputs).view(rows, inputs)
 
 

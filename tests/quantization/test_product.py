@@ -1,8 +1,10 @@
 """A weight that is expanded a few rows at a time is the same function as the whole one."""
 
+import os
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -47,6 +49,7 @@ def test_blocks_of_rows_make_the_whole_weights_product(scheme, monkeypatch):
     torch.testing.assert_close(derivatives(), whole, rtol=1e-4, atol=1e-5)
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 400), st.sampled_from([1, 2, 16, 64]))
 def test_blocks_have_each_row_once_and_fit_into_the_room(outputs, inputs, together):
     written = []
@@ -67,3 +70,16 @@ def test_a_room_that_was_given_back_is_there_again_when_needed():
     before = weight_of(layer)
     product.give_room_back()
     assert torch.equal(weight_of(layer), before)
+
+
+def test_a_forked_process_has_a_room_of_its_own():
+    def expand(into: Tensor, top: int) -> None:
+        into.fill_(1 + os.getpid())
+
+    weight, here = FrozenWeight((8, 172), CPU, expand), 1 + os.getpid()
+    _, block = next(weight.blocks(torch.float64))
+    if (child := os.fork()) == 0:
+        next(weight.blocks(torch.float64))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert bool((block == here).all())
