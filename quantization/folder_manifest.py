@@ -81,7 +81,8 @@ def read_manifest(folder: Path) -> FolderManifest:
             content = json.loads(stream.read(_MANIFEST_BYTES_MAX))
         found = content.pop("format")
         if found != _FORMAT:
-            raise BackboneError(f"{path}: format {found!r}; this version reads {_FORMAT!r}")
+            problem = f"{path}: format {found!r}; this version reads {_FORMAT!r}"
+            raise BackboneError(f"{problem}: make the folder again with pf2lora-client quantize")
         if content.pop("digest") != _digest(content | {"format": found}):
             raise BackboneError(f"{path}: damaged or edited: its digest does not fit it")
         return FolderManifest(

@@ -139,7 +139,8 @@ def read_manifest(raw: bytes) -> Manifest:
         raise ValueError("is nested too deeply") from None
     table = _Table(plain, "the manifest")
     if (version := table.take("format", int)) != FORMAT:
-        raise ValueError(f"format {version} is not known here: this version reads {FORMAT}")
+        problem = f"format {version} is not known here: this version reads {FORMAT}"
+        raise ValueError(f"{problem}; compile it again with pf2lora-client export")
     targets = table.take("target_modules", str | list)
     manifest = Manifest(
         fingerprint=table.digest("fingerprint"),
