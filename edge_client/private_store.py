@@ -27,7 +27,7 @@ from safetensors.numpy import save as save_tensors
 from edge_client.errors import StateError, StorageFullError
 from protocol.fingerprints import difference
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 STATE_FILE: Final = "state.safetensors"
 _DAMAGE: Final = (
     AttributeError,
@@ -69,7 +69,7 @@ class PrivateStore:
         """The state; None where nothing was ever saved.
 
         Raises:
-            StateError: the file is damaged, or of a newer version of this package.
+            StateError: the file is damaged, or of another version of this package.
         """
         path = self.folder / STATE_FILE
         try:
@@ -100,7 +100,6 @@ class PrivateStore:
         }
         header = {
             "format": FORMAT,
-            "sealed": True,
             "federation": state.federation,
             "fingerprint": state.fingerprint,
             "steps_done": state.steps_done,
@@ -206,12 +205,14 @@ def _parsed(data: bytes, path: Path) -> DeviceState:
     size = struct.unpack_from("<Q", data)[0]
     metadata = json.loads(data[8 : 8 + size])["__metadata__"]
     header = json.loads(metadata["pf2lora"])
-    if header["format"] > FORMAT:
-        raise StateError(f"{path} was written by a newer version (format {header['format']})")
+    if header["format"] != FORMAT:
+        version = "a newer" if header["format"] > FORMAT else "an older"
+        raise StateError(
+            f"{path} was written by {version} version (format {header['format']}; this one reads "
+            f"{FORMAT}): use that version, or another state folder"
+        )
     tensors = load_tensors(data)
-    # States of the first versions are not sealed.
-    is_sealed = header.get("sealed") or "sha256" in metadata
-    if is_sealed and metadata.get("sha256") != _digest(metadata["pf2lora"], tensors):
+    if metadata["sha256"] != _digest(metadata["pf2lora"], tensors):
         raise ValueError("it is not what was written")
     groups = {
         group: {name: tensors[f"{group}/{name}"] for name in names}

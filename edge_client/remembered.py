@@ -59,10 +59,8 @@ def with_settings(state: DeviceState, settings: FederationSettings, folder: Path
     return replace(state, facts={**state.facts, "settings": settings_to_json(settings)})
 
 
-def split_of(state: DeviceState) -> Split | None:
-    """What was held out of what it was trained on; None where the state does not say."""
-    if "held_out" not in state.facts:  # written by an older version
-        return None
+def split_of(state: DeviceState) -> Split:
+    """What was held out of what it was trained on."""
     return Split(float(state.facts["held_out"] or 0), int(state.facts["seed"] or 0))
 
 
@@ -81,12 +79,11 @@ def choose_split(state: DeviceState | None, held_out: float | None, seed: int | 
     Raises:
         ConfigurationError: rows that were trained on would be held out.
     """
-    before = split_of(state) if state else None
-    usual = before or Split(HELD_OUT, 0)
+    before = split_of(state) if state else Split(HELD_OUT, 0)
     split = Split(
-        usual.held_out if held_out is None else held_out, usual.seed if seed is None else seed
+        before.held_out if held_out is None else held_out, before.seed if seed is None else seed
     )
-    if state is None or before is None or not state.steps_done:
+    if state is None or not state.steps_done:
         return split
     looks_at = "so that evaluate would look at rows that were trained on"
     if split.seed != before.seed:

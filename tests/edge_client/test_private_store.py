@@ -16,6 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from edge_client import private_store
 from edge_client.errors import StateError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import STATE_FILE, DeviceState, PrivateStore
@@ -116,6 +117,19 @@ def test_a_flipped_bit_anywhere_is_damage(tmp_path: Path) -> None:
         pytest.fail(f"nothing was noticed: seed {seed}")
     path.write_bytes(whole)
     assert store.load() is not None
+
+
+@pytest.mark.parametrize(("number", "version"), [(1, "an older"), (3, "a newer")])
+def test_a_state_of_another_version_is_refused_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, version: str
+) -> None:
+    store = PrivateStore(tmp_path)
+    with monkeypatch.context() as other:
+        other.setattr(private_store, "FORMAT", number)
+        store.save(_state(1))
+    said = rf"by {version} version \(format {number}; this one reads 2\): use that version, or ano"
+    with pytest.raises(StateError, match=said):
+        store.load()
 
 
 def test_another_federations_state_is_refused_with_both_named(tmp_path: Path) -> None:

@@ -33,9 +33,3 @@ def test_before_any_training_all_is_open() -> None:
     state = with_split(_state(steps_done=0), Split(0.25, 7))
     assert choose_split(state, 0.5, 0) == Split(0.5, 0)
     assert choose_split(state, None, None) == Split(0.25, 7)
-
-
-def test_a_state_that_does_not_say_is_taken_as_it_is() -> None:
-    """Older versions wrote such."""
-    assert split_of(_state()) is None
-    assert choose_split(_state(), 0.5, None) == Split(0.5, 0)
