@@ -18,7 +18,7 @@ from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, COMPUTE_DTYPES, SCHEMES
 from edge_client.backends.base import FoundAnswer, Level, Prediction, RankReport
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
-from edge_client.data import raw_rows
+from edge_client.data import check_asked, raw_rows
 from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.rank_plot import check_drawing, draw_ranks
 from protocol.federation import TaskKind
@@ -252,8 +252,11 @@ def _predict(options: argparse.Namespace) -> None:
         with client.worker.ready():
             task = client.worker.settings.task
         if task.kind is TaskKind.CAUSAL_LM:
-            for row in rows:
-                prompt: Any = row.get("text") if isinstance(row, Mapping) else row
+            prompts: list[Any] = [
+                row.get("text") if isinstance(row, Mapping) else row for row in rows
+            ]
+            check_asked(prompts, prompts=True)
+            for prompt in prompts:
                 text = client.generate(prompt, options.new_tokens, level)
                 say(options, {"prompt": prompt, "text": text}, text)
             return

@@ -227,7 +227,7 @@ class EdgeClient:
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
         self._check_open()
-        check_asked([prompt])
+        check_asked([prompt], prompts=True)
         with self._worker.ready() as trainer:
             return trainer.generate(prompt, new_tokens_max, level)
 

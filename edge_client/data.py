@@ -102,11 +102,12 @@ class RawRow:
         return None if self.fields.get(name) is None else self.text(name)
 
 
-def check_asked(rows: Sequence[object]) -> None:
+def check_asked(rows: Sequence[object], *, prompts: bool = False) -> None:
     """Look at what is to be predicted of, before anything is loaded; a text may be empty.
 
     Raises:
-        DataError: a row is neither text nor mapping, or there is one text and no list of them.
+        DataError: a row is neither text nor mapping (of prompts: no text), or there is one text and
+            no list of them.
     """
     if isinstance(rows, str):
         raise DataError("expected a list of texts, got one text", path="texts")
@@ -114,7 +115,7 @@ def check_asked(rows: Sequence[object]) -> None:
         place = Place(ASKED, number)
         if isinstance(row, str):
             whole(row, place)
-        elif not isinstance(row, Mapping):
+        elif prompts or not isinstance(row, Mapping):
             raise place.error(f"expected text, got {type(row).__name__}")
 
 

@@ -550,8 +550,9 @@ def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
         assert client.generate("The gradient", 3) == device.worker.trainer.generate(
             "The gradient", 3, Level.PERSONAL
         )
-        with pytest.raises(DataError, match="expected text, got int"):
-            client.generate(1)  # type: ignore[arg-type]
+        for wrong in (1, {"text": "The"}):
+            with pytest.raises(DataError, match=f"expected text, got {type(wrong).__name__}"):
+                client.generate(wrong)  # type: ignore[arg-type]
         with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
             client.predict(["The"])
 

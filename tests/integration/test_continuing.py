@@ -64,6 +64,12 @@ def test_devices_learn_to_continue_and_the_app_and_peft_do(
         assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
     assert cli.main(["predict", PROMPT, *flags, "--new-tokens", "8"]) == 0
     assert capsys.readouterr().out == said + "\n"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"text": PROMPT}) + '\n{"text": 7}')
+    assert cli.main(["predict", *flags, "--rows", str(prompts)]) == 1
+    heard = capsys.readouterr()
+    assert "the texts given, line 2: expected text, got int" in heard.err
+    assert heard.out == ""  # all are looked at before the first is gone on with
     base = AutoModelForCausalLM.from_pretrained(STORIES)
     model: Any = PeftModel.from_pretrained(base, tmp_path / "adapter")
     tokenizer: Any = AutoTokenizer.from_pretrained(STORIES)
