@@ -162,9 +162,8 @@ def _engine(address: sa.URL, create: bool) -> sa.Engine:
     arguments = {"check_same_thread": False}
     engine = sa.create_engine(address, poolclass=sa.pool.StaticPool, connect_args=arguments)
     sa.event.listen(engine, "connect", _set_up_sqlite)
-    if (
-        create
-    ):  # who only looks leaves a file as it is: a backup may be on a medium that is read-only
+    # Who only looks leaves a file as it is: a backup may be on a medium that is read-only.
+    if create:
         sa.event.listen(engine, "connect", _make_wal)
     return engine
 
