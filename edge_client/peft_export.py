@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors.numpy import save
 
-from edge_client.backends.base import Level
+from edge_client.backends.base import Level, RankReport
 from edge_client.errors import AdapterError, ConfigurationError, StorageFullError
 from edge_client.factors import Factor
 from edge_client.private_store import FULL
@@ -77,3 +77,25 @@ def save_pretrained(
         if error.errno in FULL:
             raise StorageFullError(f"{problem}; what it held before is intact") from error
         raise ConfigurationError("folder", problem, "one that can be") from error
+
+
+def cut_to(
+    reports: Mapping[str, RankReport], rank: int | str | None, energy: float
+) -> dict[str, int]:
+    """The rank that each layer is cut to: none leaves all whole, "auto" goes by the energy kept.
+
+    Raises:
+        ConfigurationError: rank or energy is out of bounds.
+    """
+    most = min((len(report.singular_values) for report in reports.values()), default=0)
+    match rank:
+        case None:
+            return {}
+        case "auto":
+            if not 0 < energy <= 1:
+                raise ConfigurationError("energy", f"{energy} is no share", "over 0, up to 1")
+            return {name: report.rank_for(energy) for name, report in reports.items()}
+        case int() if 1 <= rank <= most:
+            return dict.fromkeys(reports, rank)
+        case _:
+            raise ConfigurationError("rank", f"{rank!r}", f'none, "auto" or 1 to {most}')

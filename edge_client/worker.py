@@ -28,6 +28,7 @@ from edge_client.backends.base import (
 )
 from edge_client.data import ASKED, Example, FieldNames, Place
 from edge_client.errors import ConfigurationError, DataError, DivergedError
+from edge_client.peft_export import cut_to
 from edge_client.private_store import DeviceState, Fact, Group, PrivateStore
 from edge_client.remembered import (
     choose_split,
@@ -170,9 +171,8 @@ class DeviceWorker:
         if self._settings is not None:
             return
         if self._state is None:
-            raise ConfigurationError(
-                "state_dir", f"{self._store.folder} holds no trained state", "call run() first"
-            )
+            problem = f"{self._store.folder} holds no trained state"
+            raise ConfigurationError("state_dir", problem, "one that a run has trained")
         self._set_up(settings_of(self._state))
 
     @property
@@ -212,19 +212,7 @@ class DeviceWorker:
             ConfigurationError: rank or energy is out of bounds, or the folder cannot be written.
             StorageFullError: there is no room; a file that was there before is intact.
         """
-        reports = self.trainer.rank_report()
-        most = min((len(report.singular_values) for report in reports.values()), default=0)
-        match rank:
-            case None:
-                ranks = {}
-            case "auto":
-                if not 0 < energy <= 1:
-                    raise ConfigurationError("energy", f"{energy} is no share", "over 0, up to 1")
-                ranks = {name: report.rank_for(energy) for name, report in reports.items()}
-            case int() if 1 <= rank <= most:
-                ranks = dict.fromkeys(reports, rank)
-            case _:
-                raise ConfigurationError("rank", f"{rank!r}", f'none, "auto" or 1 to {most}')
+        ranks = cut_to(self.trainer.rank_report(), rank, energy)
         rows = self.trainer.encode(self.held_out_rows)
         return self.trainer.save_pretrained(folder, base_model, ranks, rows)
 
