@@ -1,33 +1,26 @@
-"""What apps do to their device: ask while it trains, close in the middle, go on after a fault."""
+"""What apps do to their device: ask while it trains, go on after a fault, hold rows out."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import logging
-import random
 import re
 import threading
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from edge_client import cli, worker
 from edge_client.algorithms.base import Gradients
 from edge_client.backends import loading
 from edge_client.backends.base import Evaluation, Level
 from edge_client.backends.encoding import Batch, EncodedRows
-from edge_client.backends.torch_backend import TorchTrainer, load_trainer
+from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.client import EdgeClient
-from edge_client.data import Example, FieldNames
+from edge_client.data import Example
 from edge_client.errors import (
     AdapterError,
     ConfigurationError,
@@ -36,21 +29,18 @@ from edge_client.errors import (
     StateError,
     StorageFullError,
 )
-from edge_client.private_store import DeviceState, PrivateStore
-from edge_client.worker import DataSettings, DeviceWorker
+from edge_client.private_store import PrivateStore
 from protocol.federation import (
-    Adapter,
     Backbone,
-    FederationSettings,
     Task,
     TaskKind,
-    Training,
 )
 from protocol.messages import Assignment
 from protocol.methods import PerFedAvg, PF2LoRA
 from protocol.tensors import NamedTensors
 from quantization.errors import BackboneError
 from quantization.fingerprint import resolve_backbone
+from tests.integration.device import ROWS, SETTINGS, Device
 from tests.integration.test_federation import (
     MINILM,
     _coordinator,
@@ -58,48 +48,6 @@ from tests.integration.test_federation import (
     _write_data,
 )
 from tests.quantization.tiny import write_gpt2
-
-ROWS = [{"text": f"a film {n}", "label": ("bad", "good")[n % 2]} for n in range(10)]
-SETTINGS = FederationSettings(
-    "apps",
-    Backbone(MINILM, "sha256:" + "0" * 64),
-    Task(TaskKind.SEQUENCE_CLASSIFICATION, ("bad", "good"), 8),
-    Adapter(rank=2, personal_rank=1),
-    Training(local_steps=2, batch_size=4),
-)
-
-
-class Device:
-    """A worker without a coordinator: its rounds are handed to it."""
-
-    def __init__(self, folder: Path, settings: FederationSettings = SETTINGS, **how: Any) -> None:
-        self.store = PrivateStore(folder)
-        data = DataSettings(how.pop("rows", ROWS), FieldNames(), *how.pop("split", ()))
-        self.worker = DeviceWorker(data, self.store, self._trainer, print, **how)
-        self.settings = settings
-        asyncio.run(self.worker.prepare(settings))
-
-    def _trainer(self, settings: FederationSettings) -> Any:
-        seed = self.worker.split.seed
-        return load_trainer(
-            settings, backbone=None, scheme="none", device="cpu", personal_seed=seed
-        )
-
-    def round(self, number: int, base: NamedTensors | None = None) -> NamedTensors:
-        base = base or self.worker.trainer.common()
-        assignment = Assignment(f"{number:032x}", number, base.digest(), 60.0, base.payload())
-        return asyncio.run(self.worker.train(assignment, base)).update
-
-    @property
-    def state(self) -> DeviceState:
-        """As it is on disk."""
-        state = self.store.load()
-        assert state is not None
-        return state
-
-    @property
-    def personal(self) -> dict[str, bytes]:
-        return {name: a.tobytes() for name, a in self.worker.trainer.personal().items()}
 
 
 def test_a_question_in_the_middle_of_a_round_waits_for_its_end(
@@ -253,85 +201,6 @@ def test_what_was_learned_under_other_settings_is_not_taken_for_these(
     assert '"learning_rate": 0.01' in str(device.state.facts["settings"])
 
 
-def _training_begins() -> tuple[threading.Event, Callable[[str], None]]:
-    """An event that is set when a round is trained, and the client's `progress` that sets it."""
-    begins = threading.Event()
-
-    def progress(line: str) -> None:
-        if "training" in line:
-            begins.set()
-
-    return begins, progress
-
-
-def _global_state() -> list[Any]:
-    root = logging.getLogger()
-    return [
-        torch.get_default_dtype(),
-        torch.get_rng_state().tolist(),
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_grad_enabled(),
-        random.getstate(),
-        np.random.get_state(legacy=False)["state"]["key"].tolist(),
-        np.geterr(),
-        list(warnings.filters),
-        (list(root.handlers), root.level, root.manager.disable),
-    ]
-
-
-def test_an_app_closes_in_the_middle_of_a_run_and_keeps_its_own_state(tmp_path: Path) -> None:
-    config = _write_config(tmp_path, count=1000, cohort=1)
-    data = _write_data(tmp_path / "a.jsonl", 0.5)
-    trains, progress = _training_begins()
-
-    with _coordinator(config) as address:
-        before = _global_state()
-        client = EdgeClient(address, data, tmp_path / "a", scheme="none", progress=progress)
-
-        async def app() -> int:
-            with pytest.raises(ConfigurationError, match=r"await asyncio\.to_thread\(client\.run"):
-                client.run()
-            running = asyncio.create_task(asyncio.to_thread(client.run))
-            await asyncio.to_thread(trains.wait, 60)
-            with pytest.raises(ConfigurationError, match="run: is under way in another thread"):
-                await asyncio.to_thread(client.run)
-            assert len(client.predict(["a film"])) == 1
-            client.close()
-            return (await running).rounds_done
-
-        rounds = asyncio.run(app())
-        assert _global_state() == before
-        for ask in (client.run, client.evaluate, client.rank_report, lambda: client.predict([])):
-            with pytest.raises(ConfigurationError, match="client: is closed; use a new EdgeClient"):
-                ask()
-        client.close()
-        with EdgeClient(address, data, tmp_path / "a", scheme="none") as again:
-            again.predict(["a film"])
-            assert again.worker.state.rounds_done == rounds > 0
-            trainer: Any = again.worker.trainer
-            assert not trainer._model.training
-
-
-def test_an_interrupted_run_has_ended_when_it_returns(tmp_path: Path) -> None:
-    config = _write_config(tmp_path, count=1000, cohort=1)
-    data = _write_data(tmp_path / "a.jsonl", 0.5)
-    trains, progress = _training_begins()
-
-    async def interrupt(client: EdgeClient) -> None:
-        running = asyncio.create_task(client._run())
-        await asyncio.to_thread(trains.wait, 60)
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-        assert client.worker.rounds_done == 1
-
-    with _coordinator(config) as address:
-        client = EdgeClient(address, data, tmp_path / "a", scheme="none", progress=progress)
-        with client:
-            asyncio.run(interrupt(client))
-
-
 def test_rows_that_were_trained_on_are_never_held_out_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,97 +263,6 @@ def test_a_common_adapter_outlives_another_choice_of_rows(tmp_path: Path) -> Non
     with EdgeClient("localhost:1", ROWS, tmp_path, scheme="none", seed=5) as client:
         client.evaluate()
         assert client.worker.trainer.common().digest() == found.digest()
-
-
-def test_the_folder_stays_locked_until_a_closed_run_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    async def stubborn(_: EdgeClient) -> None:
-        begun.set()
-        await asyncio.to_thread(go_on.wait, 60)
-
-    Device(tmp_path / "a")
-    monkeypatch.setattr(EdgeClient, "_run", stubborn)
-    client = EdgeClient("localhost:1", ROWS, tmp_path / "a", scheme="none")
-    running = threading.Thread(target=client.run)
-    running.start()
-    begun.wait(60)
-    client.close()
-    with pytest.raises(StateError, match="in use by another process"):
-        EdgeClient("localhost:1", ROWS, tmp_path / "a")
-    go_on.set()
-    running.join()
-    EdgeClient("localhost:1", ROWS, tmp_path / "a").close()
-
-
-def test_a_run_can_be_stopped_before_a_coordinator_was_found(tmp_path: Path) -> None:
-    client = EdgeClient("localhost:1", ROWS, tmp_path, scheme="none")
-    asked = threading.Event()
-
-    async def dial() -> Any:
-        asked.set()
-        await asyncio.sleep(60)
-
-    client._dial = dial
-    with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(client.run)
-        asked.wait(60)
-        client.stop()
-        summary = running.result(60)
-    assert (summary.rounds_done, summary.finished) == (0, False)
-
-
-def _unanswered(folder: Path) -> tuple[EdgeClient, threading.Event]:
-    """A client whose coordinator never answers, and an event that is set when it dials."""
-    client = EdgeClient("localhost:1", ROWS, folder, scheme="none")
-    dialled = threading.Event()
-
-    async def dial() -> Any:
-        dialled.set()
-        await asyncio.get_running_loop().create_future()
-
-    client._dial = dial
-    return client, dialled
-
-
-def test_a_stop_before_the_run_has_begun_ends_it_and_only_it(tmp_path: Path) -> None:
-    client, dialled = _unanswered(tmp_path)
-    client.stop()
-    client.stop()
-    assert not client.run().finished
-    assert not dialled.is_set()
-    with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(client.run)
-        assert dialled.wait(60)  # this one goes on
-        assert not running.done()
-        client.stop()
-        assert not running.result(60).finished
-    client.close()
-
-
-@pytest.mark.parametrize("end", [EdgeClient.stop, EdgeClient.close])
-def test_a_run_ends_whenever_its_app_says_so(
-    tmp_path: Path, end: Callable[[EdgeClient], None]
-) -> None:
-    """Both begin at once, so that any of a run's first steps may be the one that is met."""
-    for number in range(50):
-        client, _ = _unanswered(tmp_path / str(number))
-        start = threading.Barrier(2)
-
-        def run(client: EdgeClient = client, start: threading.Barrier = start) -> bool:
-            start.wait(60)
-            with contextlib.suppress(ConfigurationError):  # it was closed before
-                return client.run().finished
-            return False
-
-        with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(run)
-            start.wait(60)
-            end(client)
-            assert running.result(60) is False
-        client.close()
 
 
 def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
