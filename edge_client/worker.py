@@ -18,7 +18,6 @@ from typing import Final, TypeVar
 import numpy as np
 
 from edge_client.backends.base import (
-    Encoded,
     Evaluation,
     Export,
     FoundAnswer,
@@ -26,6 +25,7 @@ from edge_client.backends.base import (
     Prediction,
     Trainer,
 )
+from edge_client.backends.encoding import EncodedRows
 from edge_client.data import ASKED, Example, FieldNames, Place
 from edge_client.errors import ConfigurationError, DataError, DivergedError
 from edge_client.peft_export import cut_to
@@ -350,7 +350,7 @@ class DeviceWorker:
             "accuracy_personal": self.trainer.evaluate(rows, Level.PERSONAL).accuracy,
         }
 
-    def _looked_at(self) -> Encoded:
+    def _looked_at(self) -> EncodedRows:
         """Held-out rows for what a run asks by itself, which no round should wait for long."""
         return self.trainer.encode(sample(self.held_out_rows, LOOKED_AT_MAX, self.split.seed))
 

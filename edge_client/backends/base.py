@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from edge_client.algorithms.base import LocalResult
+from edge_client.backends.encoding import EncodedRows
 from edge_client.data import Example
 from protocol.tensors import NamedTensors
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-Encoded = Any
 
 
 class Level(Enum):
@@ -125,7 +125,7 @@ class Trainer(Protocol):
 
     fingerprint: str
 
-    def encode(self, rows: Sequence[Example]) -> Encoded:
+    def encode(self, rows: Sequence[Example]) -> EncodedRows:
         """Tokenised rows, to be used again and again."""
 
     def common(self) -> NamedTensors:
@@ -159,16 +159,16 @@ class Trainer(Protocol):
     def rank(self) -> int:
         """How much of the common adapter's rank this device works with; 0 is all."""
 
-    def train(self, rows: Encoded, first_step: int, round_number: int) -> LocalResult:
+    def train(self, rows: EncodedRows, first_step: int, round_number: int) -> LocalResult:
         """One round's local steps, `first_step` being how many this device has taken before."""
 
-    def personalise(self, rows: Encoded) -> None:
+    def personalise(self, rows: EncodedRows) -> None:
         """Make what is used at the personal level from the present common adapter.
 
         Only for methods that adapt it by training steps; the common adapter itself stays.
         """
 
-    def evaluate(self, rows: Encoded, level: Level) -> Evaluation:
+    def evaluate(self, rows: EncodedRows, level: Level) -> Evaluation:
         """Loss and accuracy at a level."""
 
     def predict(
@@ -183,7 +183,7 @@ class Trainer(Protocol):
         """The learned rank of each adapted layer."""
 
     def save_pretrained(
-        self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: Encoded
+        self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: EncodedRows
     ) -> Export:
         """Write both levels as one LoRA in PEFT's layout, cut to a rank for each layer named.
 
