@@ -75,8 +75,9 @@ class RoundMachine(Machine):
     def _bring_near(self, now: float) -> None:
         self._waiting.bring_near(now)
         self._deadline_at = min(self._deadline_at, now + self._settings.rounds.deadline_s)
-        self._away = {d: min(until, now + AWAY_GRACE_S) for d, until in self._away.items()}
-        self._missing = {d: min(since, now) for d, since in self._missing.items()}
+        latest = now + AWAY_GRACE_S
+        self._away = {device: min(until, latest) for device, until in self._away.items()}
+        self._missing = {device: min(since, now) for device, since in self._missing.items()}
         if self._goal_since is not None:
             self._goal_since = min(self._goal_since, now)
 
