@@ -104,8 +104,7 @@ def _hub_folder(name: str) -> Path:
     except Exception as error:  # the hub client lets through errors of three libraries
         raise BackboneError(
             f"backbone {name!r}: no folder of that name in {Path.cwd()}, and the Hugging Face hub "
-            f"gave none "
-            f"({type(error).__name__}: {error}); give an existing folder, "
+            f"gave none ({type(error).__name__}: {error}); give an existing folder, "
             f"{_PACKAGE_PREFIX}NAME/sub/folder, or a hub name that is cached or can be reached"
         ) from error
     return folder
