@@ -40,6 +40,7 @@ from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
 from protocol.federation import FederationSettings
 from quantization.fingerprint import whole_name
+from quantization.folder_manifest import is_quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +254,9 @@ class EdgeClient:
         """
         self._check_open()
         with self._worker.ready():
-            name = self._backbone or self._worker.settings.backbone.name
+            name = self._worker.settings.backbone.name
+            if self._backbone and not is_quantized(Path(self._backbone)):  # which PEFT cannot load
+                name = self._backbone
             return self._worker.save_pretrained(Path(folder), name, rank, energy)
 
     @property

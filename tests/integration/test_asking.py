@@ -11,7 +11,8 @@ from edge_client import cli
 from edge_client.backends.base import Level
 from edge_client.client import EdgeClient
 from edge_client.errors import DataError
-from tests.integration.test_federation import _coordinator, _run_all, _write_config
+from quantization.quantize import quantize
+from tests.integration.test_federation import MINILM, _coordinator, _run_all, _write_config
 
 PAIR = {"text": "a cat sleeps", "text_pair": "an animal rests"}
 
@@ -27,8 +28,13 @@ def test_an_app_and_the_shell_ask_about_texts_and_pairs_of_texts(
 ) -> None:
     data = [_write_pairs(tmp_path / f"{name}.jsonl") for name in "ab"]
     with _coordinator(_write_config(tmp_path)) as address:
-        clients = [EdgeClient(address, file, tmp_path / file.stem) for file in data]
+        quantize(MINILM, "nf4", tmp_path / "nf4")
+        clients = [
+            EdgeClient(address, file, tmp_path / file.stem, backbone=backbone)
+            for file, backbone in zip(data, (None, str(tmp_path / "nf4")), strict=True)
+        ]
         _run_all(clients)
+        clients[1].save_pretrained(tmp_path / "adapter")
         (of_pair,) = clients[0].predict([PAIR])
         (of_first,) = clients[0].predict([PAIR["text"]])
         (common,) = clients[0].predict([PAIR], Level.COMMON)
@@ -37,6 +43,8 @@ def test_an_app_and_the_shell_ask_about_texts_and_pairs_of_texts(
                 clients[0].predict([wrong])  # type: ignore[list-item]
         for client in clients:
             client.close()
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == MINILM, "PEFT cannot load a quantised folder"
     assert of_pair.probabilities != of_first.probabilities != common.probabilities
 
     flags = ["predict", "--data", str(data[0]), "--state-dir", str(tmp_path / "a"), "--json"]
