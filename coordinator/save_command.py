@@ -90,7 +90,7 @@ def common_adapter(
 
 def _save(options: argparse.Namespace) -> int:
     with contextlib.closing(SqlStore(options.store, create=False)) as store:
-        name = _name(store, options.name)
+        name = named(store, options.name)
         with store.database.begin() as db:
             settings = views.settings_of(db, name)
         frozen = _frozen(settings, options.start)
@@ -115,21 +115,10 @@ def _save(options: argparse.Namespace) -> int:
     )
     done = f"{number} of {settings.rounds.count} rounds"
     print(f"wrote {options.out}: the common adapter of {name} after {done}")
-    print(f"version {base.digest().hex()}")
+    print(f"version {facts['version']}")
     print(f"for {backbone.name}, {backbone.fingerprint}")
     print(_head_text(adapter, settings))
     return 0
-
-
-def _name(store: SqlStore, given: str | None) -> str:
-    if given is not None:
-        return named(store, given)
-    with store.database.begin() as db:
-        names = views.federation_names(db)
-    if len(names) != 1:
-        there_are = ", ".join(map(repr, names)) or "none"
-        raise ConfigurationError("--name", f"is missing; the store has {there_are}")
-    return names[0]
 
 
 def _frozen(settings: FederationSettings, start: Path | None) -> dict[str, Array]:

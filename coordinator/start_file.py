@@ -7,17 +7,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from coordinator.errors import ConfigurationError
-from protocol.federation import FederationSettings, start_settings
+from protocol.federation import START_FORMAT, FederationSettings, start_settings
 from protocol.schema import record_of
 from protocol.tensors import Array, NamedTensors, Payload
-
-START_FORMAT: Final = "pf2lora-start-2"
 
 
 def read_start(start: Path, config: Path) -> tuple[str, dict[str, object], NamedTensors]:

@@ -58,18 +58,22 @@ def _is_unread(wait_s: float) -> bool:
     return bool(output.poll(wait_s * 1000))
 
 
-def named(store: SqlStore, name: str) -> str:
-    """The name that was given, if the store has a federation of it.
+def named(store: SqlStore, name: str | None) -> str:
+    """The name that was given, if the store has a federation of it; the only one's if none was.
 
     Raises:
         ConfigurationError: naming those that there are.
     """
     with store.database.begin() as db:
         names = views.federation_names(db)
-    if name not in names:
-        there_are = ", ".join(map(repr, names)) or "none"
-        raise ConfigurationError("--name", f"the store has no federation {name!r}, but {there_are}")
-    return name
+    if name is None and len(names) == 1:
+        return names[0]
+    if name in names:
+        return name
+    there_are = ", ".join(map(repr, names)) or "none"
+    if name is None:
+        raise ConfigurationError("--name", f"is missing; the store has {there_are}")
+    raise ConfigurationError("--name", f"the store has no federation {name!r}, but {there_are}")
 
 
 def _look(store: SqlStore, name: str | None) -> list[FederationView]:

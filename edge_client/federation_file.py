@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from edge_client.errors import ConfigurationError
-from protocol.federation import FederationSettings, start_settings
+from protocol.federation import START_FORMAT, FederationSettings, start_settings
 from protocol.fingerprints import difference
 from protocol.schema import SchemaError, record_of
 from quantization.fingerprint import check_shared, fingerprint, resolve_backbone
@@ -75,7 +75,7 @@ def write_start(
         ConfigurationError: the file cannot be written.
     """
     metadata = {
-        "format": "pf2lora-start-2",
+        "format": START_FORMAT,
         "fingerprint": settings.backbone.fingerprint,
         "settings": json.dumps(start_settings(settings)),
         # safetensors orders tensors by itself; the federation's order is that of the model.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Final
 
 from protocol import limits
 from protocol.aggregation import Aggregation, Average, Mean, MultiKrum, ServerStep
@@ -285,6 +285,10 @@ class FederationSettings:
                 )
         if isinstance(self.algorithm, HetLoRA) and self.algorithm.rank_min > self.adapter.rank:
             raise SchemaError("algorithm.rank_min", f"is over the rank of {self.adapter.rank}")
+
+
+# Of the file that holds the first common adapter: `prepare` writes it, the coordinator reads it.
+START_FORMAT: Final = "pf2lora-start-2"
 
 
 def start_settings(settings: FederationSettings) -> dict[str, object]:
