@@ -269,10 +269,8 @@ def _answer(found: Prediction | FoundAnswer, labels: Sequence[str]) -> tuple[dic
     if isinstance(found, FoundAnswer):
         return asdict(found), f"{found.probability:.3f}  {found.text}"
     shares = dict(zip(labels, found.probabilities, strict=True))
-    return {
-        "label": found.label,
-        "probabilities": shares,
-    }, f"{shares[found.label]:.3f}  {found.label}"
+    facts = {"label": found.label, "probabilities": shares}
+    return facts, f"{shares[found.label]:.3f}  {found.label}"
 
 
 def _ranks(options: argparse.Namespace) -> None:
