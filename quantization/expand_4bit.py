@@ -16,7 +16,7 @@ from quantization.rooms import room
 
 BLOCK_SIZE: Final = 64  # weights that share an absmax in NF4 and FP4
 NESTED_BLOCK_SIZE: Final = 256  # absmaxes that share one, where they are quantised again
-_PIECE: Final = 1 << 16  # weights at a time: in float32 small enough for a core's own cache
+_PIECE: Final = 1 << 18  # weights at a time; a quarter of it takes 1.3 of the time
 
 
 def rows_together(inputs: int) -> int:
@@ -40,16 +40,18 @@ def expand_4bit(codes: Tensor, state: Any, pairs: Tensor, into: Tensor, top: int
     first, flat = top * into.shape[1], into.view(-1)
     all_places = room("places", _PIECE // 2, torch.int32)
     all_numbers = room("numbers", _PIECE, torch.float32)
-    all_pairs = all_numbers.view(torch.int64)
     for at in range(0, len(flat), _PIECE):
         piece = flat[at : at + _PIECE]
         begin, end = first + at, first + at + len(piece)
         absmax = _absmax(state, begin // BLOCK_SIZE, ceil(end / BLOCK_SIZE))
         packed = codes[begin // 2 : ceil(end / 2)]
+        in_place = into.dtype is torch.float32 and len(piece) % BLOCK_SIZE == 0
+        numbers = piece if in_place else all_numbers[: len(absmax) * BLOCK_SIZE]
         places = all_places[: len(packed)].copy_(packed)
-        torch.index_select(pairs, 0, places, out=all_pairs[: len(packed)])
-        all_numbers.view(-1, BLOCK_SIZE)[: len(absmax)] *= absmax[:, None]
-        piece.copy_(all_numbers[: len(piece)])
+        torch.index_select(pairs, 0, places, out=numbers.view(torch.int64)[: len(packed)])
+        numbers.view(-1, BLOCK_SIZE).mul_(absmax[:, None])
+        if not in_place:
+            piece.copy_(numbers[: len(piece)])
 
 
 def _absmax(state: Any, begin: int, end: int) -> Tensor:
