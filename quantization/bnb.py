@@ -16,7 +16,6 @@ import importlib
 import logging
 from collections.abc import Collection
 from functools import cache, partial
-from math import ceil, gcd
 from typing import Any, Final, cast
 
 import torch
@@ -24,15 +23,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantization.errors import MissingExtraError, SchemeError
+from quantization.expand_4bit import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    expand_4bit,
+    pairs_of,
+    rows_together,
+)
 from quantization.layers import FrozenEmbedding8bit, FrozenLinear8bit, FrozenLinear16bit
 from quantization.names import is_below as is_below
 from quantization.product import FrozenWeight, frozen_product
 from quantization.schemes import Scheme
 
 COMPUTE_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BLOCK_SIZE: Final = 64  # weights that share an absmax in NF4 and FP4
-_NESTED_BLOCK_SIZE: Final = 256  # absmaxes that share one, where they are quantised again
-_EXPANDED_AT_ONCE: Final = 1 << 16  # weights: small enough for a core's own cache
 _TRANSPOSED_MARK = "pf2lora_from_conv1d"
 
 
@@ -207,7 +210,7 @@ def nf4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def nf4_table() -> Tensor:
     """The numbers that the sixteen codes of NF4 stand for."""
-    return cast(Tensor, _bitsandbytes().functional.get_4bit_type("nf4", device="cpu"))
+    return _table("nf4", torch.device("cpu"))
 
 
 def dense_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -271,56 +274,13 @@ def _linear_4bit_class() -> Any:
                 return cast(Tensor, super().forward(x))
             inner = x.to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(inner.dtype)
-            expand = partial(_expand_4bit, self.weight.detach().view(-1), self.quant_state)
-            together = _rows_together(self.in_features)
-            weight = FrozenWeight(self.quant_state.shape, x.device, expand, together)
+            codes, state = self.weight.detach().view(-1), self.quant_state
+            expand = partial(expand_4bit, codes, state, _pairs(state.quant_type))
+            together = rows_together(self.in_features)
+            weight = FrozenWeight(state.shape, x.device, expand, together)
             return frozen_product(inner, bias, weight).to(x.dtype)
 
     return FrozenLinear4bit
-
-
-def _rows_together(inputs: int) -> int:
-    """How many rows it takes until one begins with a block of its own."""
-    return BLOCK_SIZE // gcd(inputs, BLOCK_SIZE)
-
-
-def _expand_4bit(codes: Tensor, state: Any, into: Tensor, top: int) -> None:
-    """Write bitsandbytes' dequantised rows from `top` on; a few at a time, as it gives new memory.
-
-    `codes` is flat, and `top` a row that begins with a block of its own.
-    """
-    inputs = into.shape[1]
-    first, end = top * inputs, (top + len(into)) * inputs
-    codes = codes[first // 2 : ceil(end / 2)]
-    absmax = _absmax(state, first // BLOCK_SIZE, ceil(end / BLOCK_SIZE))
-    together = _rows_together(inputs)
-    step = together * max(1, _EXPANDED_AT_ONCE // (together * inputs))
-    for row in range(0, len(into), step):
-        rows = into[row : row + step]
-        begin, after = row * inputs, row * inputs + rows.numel()
-        rows[:] = torch.ops.bitsandbytes.dequantize_4bit(
-            codes[begin // 2 : ceil(after / 2)],
-            absmax[begin // BLOCK_SIZE : ceil(after / BLOCK_SIZE)],
-            BLOCK_SIZE,
-            state.quant_type,
-            rows.shape,
-            into.dtype,
-        )
-
-
-def _absmax(state: Any, begin: int, end: int) -> Tensor:
-    """The absmaxes of the blocks from `begin` to before `end`."""
-    if not state.nested:
-        return cast(Tensor, state.absmax[begin:end])
-    nested, aligned = state.state2, begin - begin % _NESTED_BLOCK_SIZE
-    found = torch.ops.bitsandbytes.dequantize_blockwise(
-        state.absmax[aligned:end],
-        nested.absmax[aligned // _NESTED_BLOCK_SIZE : ceil(end / _NESTED_BLOCK_SIZE)],
-        nested.code,
-        _NESTED_BLOCK_SIZE,
-        nested.dtype,
-    )
-    return cast(Tensor, found[begin - aligned :] + state.offset)
 
 
 def pieces_4bit(layer: nn.Module) -> dict[str, Tensor]:
@@ -344,7 +304,7 @@ def state_4bit(scheme: Scheme, shape: tuple[int, int], pieces: dict[str, Tensor]
     if scheme.is_double:
         nested = functional.QuantState(
             absmax=pieces["nested_absmax"],
-            blocksize=_NESTED_BLOCK_SIZE,
+            blocksize=NESTED_BLOCK_SIZE,
             code=_dynamic_map(device),
             dtype=torch.float32,
         )
@@ -352,13 +312,25 @@ def state_4bit(scheme: Scheme, shape: tuple[int, int], pieces: dict[str, Tensor]
     return functional.QuantState(
         absmax=pieces["absmax"],
         shape=torch.Size(shape),
-        code=functional.get_4bit_type(quant_type, device=device),
+        code=_table(quant_type, device),
         blocksize=BLOCK_SIZE,
         quant_type=quant_type,
         dtype=torch.float32,
         offset=pieces.get("nested_offset"),
         state2=nested,
     )
+
+
+@cache
+def _table(quant_type: str, device: torch.device) -> Tensor:
+    """The numbers that the sixteen codes stand for, once for all layers."""
+    return cast(Tensor, _bitsandbytes().functional.get_4bit_type(quant_type, device=device))
+
+
+@cache
+def _pairs(quant_type: str) -> Tensor:
+    """What a byte of two codes stands for, on a CPU."""
+    return pairs_of(_table(quant_type, torch.device("cpu")))
 
 
 @cache

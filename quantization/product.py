@@ -9,8 +9,6 @@ left the process 325 MiB larger.
 
 from __future__ import annotations
 
-import mmap
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -19,11 +17,10 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
+from quantization.rooms import room
+
 # 768 x 768 in float32. Half of it makes some layers take 1.1 of the time, twice of it none less.
 ROOM_BYTES: Final = 768 * 768 * 4
-# A shared mapping, which is Python's default, would be shared with forked processes too, and what
-# of it is given back would stay with the system as shared memory.
-_OF_ITS_OWN: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,36 +59,15 @@ def frozen_product(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tens
     return cast(Tensor, _product(x, bias, weight))
 
 
-def give_room_back() -> None:
-    """Let the system have the memory of this thread's room, until a weight is expanded again.
-
-    To be called where a pass is at its highest without a weight: after forward, before the loss.
-    """
-    for memory in _ROOMS.memory.values():
-        memory.madvise(mmap.MADV_DONTNEED)
-
-
 def _room(rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory [rows, inputs]; on a CPU the thread's own, until the next call there."""
+    """Uninitialised memory [rows, inputs]; on a CPU the thread's own, until the next call there.
+
+    Backward on a CPU runs in the thread that asked for it.
+    """
     if device.type != "cpu":
         return torch.empty(rows, inputs, dtype=dtype, device=device)
-    size = rows * inputs * dtype.itemsize
-    memory = _ROOMS.memory.get(dtype)
-    if memory is None or len(memory) < size:
-        # Of the system and not of malloc: glibc's takes a large block that is given back for a sign
-        # to serve activations of that size from its heap, where holes stay when they are freed.
-        memory = _ROOMS.memory[dtype] = mmap.mmap(-1, max(ROOM_BYTES, size), _OF_ITS_OWN)
-    return torch.frombuffer(memory, dtype=dtype, count=rows * inputs).view(rows, inputs)
-
-
-class _Rooms(threading.local):
-    """One room a thread and dtype. Backward on a CPU runs in the thread that asked for it."""
-
-    def __init__(self) -> None:
-        self.memory: dict[torch.dtype, mmap.mmap] = {}
-
-
-_ROOMS = _Rooms()
+    count = max(rows * inputs, ROOM_BYTES // dtype.itemsize)
+    return room("weight", count, dtype)[: rows * inputs].view(rows, inputs)
 
 
 class _Product(torch.autograd.Function):

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantization.bnb import (
-    BLOCK_SIZE,
     embeddings,
     is_below,
     linear_4bit,
@@ -42,6 +41,7 @@ from quantization.bnb import (
 )
 from quantization.checkpoint import build_model, output_embeddings
 from quantization.errors import BackboneError, SchemeError
+from quantization.expand_4bit import BLOCK_SIZE
 from quantization.folder_manifest import (
     FileFacts,
     FolderManifest,
@@ -51,6 +51,7 @@ from quantization.folder_manifest import (
     read_manifest,
 )
 from quantization.layers import FrozenLinear8bit, FrozenLinear16bit
+from quantization.rooms import mapped
 from quantization.schemes import Scheme
 from quantization.tasks import TaskKind
 from quantization.tensor_file import TensorEntry, read_entries
@@ -280,5 +281,5 @@ def _empty(entry: TensorEntry) -> tuple[Tensor, memoryview]:
         raise ValueError(f"tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}")
     if math.prod(entry.shape) * dtype.itemsize != entry.end - entry.begin:
         raise ValueError(f"tensor {entry.name!r} does not fill its place")
-    tensor = torch.empty(entry.shape, dtype=dtype)
-    return tensor, tensor.view(-1).view(torch.uint8).numpy().data
+    flat = mapped(math.prod(entry.shape), dtype)
+    return flat.view(entry.shape), flat.view(torch.uint8).numpy().data

@@ -29,7 +29,7 @@ from protocol.federation import FederationSettings
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone, logits_of
 from quantization.checkpoint import POSITIONS_KEPT, embedding_count_of, longest_input
-from quantization.product import give_room_back
+from quantization.rooms import give_rooms_back
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
@@ -151,7 +151,7 @@ class TorchTrainer(FlatTrainer):
         for part in self._parts(batch):
             loss = self._loss(part) * (part.weight / batch.weight)
             loss.backward()
-            give_room_back()
+            give_rooms_back()
             total += float(loss.detach())
         return Gradients(total, self._common.gradients, self._personal.gradients)
 
@@ -203,7 +203,7 @@ class TorchTrainer(FlatTrainer):
     def _forward(self, batch: Batch) -> Tensor:
         inputs = {name: self._placed(array) for name, array in batch.inputs.items()}
         logits = logits_of(self._model(**inputs), inputs["attention_mask"])
-        give_room_back()  # a pass is at its highest in the loss
+        give_rooms_back()  # a pass is at its highest in the loss
         return logits
 
     def _placed(self, array: np.ndarray[Any, Any]) -> Tensor:

@@ -32,7 +32,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from quantization.bnb import BLOCK_SIZE, int8_codes, nf4_codes, nf4_table
+from quantization.bnb import int8_codes, nf4_codes, nf4_table
+from quantization.expand_4bit import BLOCK_SIZE
 from quantization.manifest import WEIGHTS, ArtifactScheme, EmbeddingScheme
 from quantization.onnx.editing import Writer, zero_of
 from quantization.onnx.forward import Forward

@@ -154,7 +154,8 @@ def _rounded(weight: Array, scheme: ArtifactScheme) -> Array:
     """A weight [m, n] as INT4 or NF4 keeps it."""
     import torch
 
-    from quantization.bnb import BLOCK_SIZE, nf4_codes, nf4_table
+    from quantization.bnb import nf4_codes, nf4_table
+    from quantization.expand_4bit import BLOCK_SIZE
     from quantization.onnx.weights import INT4_BLOCK, int4_codes
 
     if scheme is ArtifactScheme.INT4:

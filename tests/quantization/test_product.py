@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantization import product
 from quantization.bnb import quantize_linears
 from quantization.product import FrozenWeight
+from quantization.rooms import give_rooms_back
 from quantization.schemes import Scheme
 
 SCHEMES = [scheme for scheme in Scheme if scheme not in (Scheme.NONE, Scheme.BF16)]
@@ -68,7 +69,7 @@ def test_blocks_have_each_row_once_and_fit_into_the_room(outputs, inputs, togeth
 def test_a_room_that_was_given_back_is_there_again_when_needed():
     layer = layer_of(Scheme.NF4)
     before = weight_of(layer)
-    product.give_room_back()
+    give_rooms_back()
     assert torch.equal(weight_of(layer), before)
 
 
