@@ -29,7 +29,7 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.backends.loading import choose, load_trainer
-from edge_client.data import FieldNames, check_asked, check_source
+from edge_client.data import FieldNames, check_asked, check_source, placed
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
@@ -223,14 +223,15 @@ class EdgeClient:
         question answering a `FoundAnswer` for a row `{"question": ..., "context": ...}`.
         """
         self._check_open()
-        check_asked(rows)
+        asked = placed(rows)
+        check_asked(asked)
         with self._worker.ready():
-            return self._worker.predict(rows, level)
+            return self._worker.predict(asked, level)
 
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
         self._check_open()
-        check_asked([prompt], prompts=True)
+        check_asked(placed([prompt]), prompts=True)
         with self._worker.ready() as trainer:
             return trainer.generate(prompt, new_tokens_max, level)
 

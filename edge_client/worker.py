@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,7 +26,7 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.backends.encoding import EncodedRows
-from edge_client.data import ASKED, Example, FieldNames, Place
+from edge_client.data import Example, FieldNames, Place
 from edge_client.errors import ConfigurationError, DataError, DivergedError
 from edge_client.held_out import NO_DIGESTS, Division, choose_split, divide, split_of, with_split
 from edge_client.peft_export import cut_to
@@ -226,18 +226,15 @@ class DeviceWorker:
         return read_rows(source, self.settings.task, self._data.fields)
 
     def predict(
-        self, rows: Sequence[str | Mapping[str, object]], level: Level
+        self, rows: Iterable[tuple[Place, object]], level: Level
     ) -> list[Prediction] | list[FoundAnswer]:
         """What is likeliest of rows without a label or an answer.
 
         Raises:
-            DataError: a row is not what this kind of task predicts from.
+            DataError: a row is not what this kind of task predicts from; names its place.
         """
         rules = rules_for(self.settings.task)
-        asked = [
-            rules.asked(row, Place(ASKED, number), self._data.fields)
-            for number, row in enumerate(rows, 1)
-        ]
+        asked = [rules.asked(row, place, self._data.fields) for place, row in rows]
         return self.trainer.predict(asked, level)
 
     # --- inside -------------------------------------------------------------------------------

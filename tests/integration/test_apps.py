@@ -363,7 +363,9 @@ def test_what_cannot_be_foretold_is_refused(tmp_path: Path, texts: Any, reason: 
         client.predict(texts)
 
 
-def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
+def test_an_app_and_the_shell_have_a_text_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, rows = str(write_gpt2(tmp_path / "model")), [{"text": "The gradient So"}] * 4
     task, backbone = Task(TaskKind.CAUSAL_LM, (), 8), Backbone(model, SETTINGS.backbone.fingerprint)
     device = Device(tmp_path / "a", replace(SETTINGS, backbone=backbone, task=task), rows=rows)
@@ -377,6 +379,12 @@ def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
                 client.generate(wrong)  # type: ignore[arg-type]
         with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
             client.predict(["The"])
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(f'{json.dumps(rows[0])}\n\n{{"text": "{"The " * 40}"}}\n')
+    flags = ["--data", str(asked), "--state-dir", str(tmp_path / "a"), "--scheme", "none"]
+    assert cli.main(["predict", "The", *flags, "--rows", str(asked)]) == 1
+    said = capsys.readouterr().err
+    assert f"{asked}, line 3: a prompt has 40 tokens, and the model takes 32" in said
 
 
 def test_a_backbones_folder_is_the_same_from_any_working_directory(
