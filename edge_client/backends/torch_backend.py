@@ -18,7 +18,7 @@ from torch.nn import functional
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Level
-from edge_client.backends.encoding import IGNORED, Batch, Window, check_ids, window_of
+from edge_client.backends.encoding import Batch, Window, check_ids, window_of
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.trainer import FlatTrainer, Shape
 from edge_client.errors import ConfigurationError
@@ -30,6 +30,7 @@ from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone, logits_of
 from quantization.checkpoint import POSITIONS_KEPT, embedding_count_of, longest_input
 from quantization.rooms import give_rooms_back
+from quantization.tasks import IGNORED
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
