@@ -223,6 +223,9 @@ class TorchTrainer(FlatTrainer):
 def _prove(backbone: Backbone, length_max: int) -> None:
     """Run the adapted model once, at the longest input if that is near what the model takes.
 
+    Tried, since `longest_input` goes by tables: DeBERTa-v3 has one of 512 rows, which is of
+    distances, and takes more tokens.
+
     Raises:
         ConfigurationError: it does not take as long inputs.
         AdapterError: it does not run with adapters in those layers.
