@@ -22,6 +22,7 @@ from coordinator.errors import ConfigurationError
 from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
 from coordinator.security import Enrolment, check_exposure
 from coordinator.start_file import read_start
+from coordinator.store.database import SQLITE, address_of
 from protocol import limits
 from protocol.federation import FederationSettings, start_settings
 from protocol.fingerprints import difference
@@ -365,15 +366,14 @@ def _from_table(record: Record, table: Mapping[str, Any], path: str) -> Any:
 def _beside(path: Path, store: str) -> str:
     """A relative SQLite path counts from the configuration's folder."""
     try:
-        url = sa.make_url(store)
+        url = address_of(store)
     except sa.exc.ArgumentError:
         raise ConfigurationError(
             "server.store", "is no database URL, such as sqlite:///pf2lora.sqlite"
         ) from None
-    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+    if not store.startswith(SQLITE) or url.database in ("", ":memory:"):
         # Elsewhere nothing would keep a second coordinator off the same rounds.
         raise ConfigurationError(
             "server.store", f"is {str(url)!r}; use a SQLite file, such as sqlite:///pf2lora.sqlite"
         )
-    database = str((path.parent / str(url.database)).resolve())
-    return url.set(database=database).render_as_string(hide_password=False)
+    return f"{SQLITE}{(path.parent / str(url.database)).resolve()}"

@@ -18,8 +18,8 @@ from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, COMPUTE_DTYPES, SCHEMES
 from edge_client.backends.base import FoundAnswer, Level, Prediction, RankReport
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
-from edge_client.data import check_asked, raw_rows
-from edge_client.errors import ConfigurationError, EdgeClientError
+from edge_client.data import Place, RawRow, check_asked, placed, raw_rows
+from edge_client.errors import ConfigurationError, DataError, EdgeClientError
 from edge_client.rank_plot import check_drawing, draw_ranks
 from protocol.federation import TaskKind
 
@@ -242,26 +242,39 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    rows: list[Any] = [*options.texts]
+    rows = placed(options.texts)
     if options.rows:
-        rows += [row for _, row in raw_rows(options.rows)]
+        rows += raw_rows(options.rows)
     if not rows:
         raise ConfigurationError("predict", "was given nothing", "a TEXT or --rows FILE")
+    check_asked(rows)
     level = Level[options.level.upper()]
-    with _client(options) as client:
-        with client.worker.ready():
-            task = client.worker.settings.task
+    with _client(options) as client, client.worker.ready():
+        task = client.worker.settings.task
         if task.kind is TaskKind.CAUSAL_LM:
-            prompts: list[Any] = [
-                row.get("text") if isinstance(row, Mapping) else row for row in rows
-            ]
-            check_asked(prompts, prompts=True)
-            for prompt in prompts:
-                text = client.generate(prompt, options.new_tokens, level)
-                say(options, {"prompt": prompt, "text": text}, text)
+            _go_on(options, client, rows, level)
             return
-        for found in client.predict(rows, level):
+        for found in client.worker.predict(rows, level):
             say(options, *_answer(found, task.labels))
+
+
+def _go_on(
+    options: argparse.Namespace,
+    client: EdgeClient,
+    rows: list[tuple[Place, object]],
+    level: Level,
+) -> None:
+    prompts = [
+        (place, RawRow(row, place).value("text") if isinstance(row, Mapping) else row)
+        for place, row in rows
+    ]
+    check_asked(prompts, prompts=True)
+    for place, prompt in prompts:
+        try:
+            text = client.generate(str(prompt), options.new_tokens, level)
+        except DataError as error:
+            raise place.error(str(error)) from None
+        say(options, {"prompt": prompt, "text": text}, text)
 
 
 def _answer(found: Prediction | FoundAnswer, labels: Sequence[str]) -> tuple[dict[str, Any], str]:

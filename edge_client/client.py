@@ -29,7 +29,7 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.backends.loading import choose, load_trainer
-from edge_client.data import FieldNames, check_asked, check_source
+from edge_client.data import FieldNames, check_asked, check_source, placed
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
@@ -84,14 +84,16 @@ class EdgeClient:
         artifact_digest: what `export` printed; any other artifact is then refused. A graph is a
             program: give it wherever artifacts come over a network.
         held_out: share of the rows kept apart for `evaluate`, in [0, 1). None given is the share
-            that this device was trained with, or 0.2 at first; a greater one is refused then.
+            that this device was trained with, or 0.2 at first. Rows that it was ever trained on are
+            never among them, so there may be fewer.
         fields: the names of the data's fields.
         tell_accuracy: send the coordinator, with each report, this device's accuracy on the rows it
             holds out (with the common adapter alone, and with its personal one) and the range of
             its learned ranks: four numbers for its operators to look at. Of many held-out rows a
             thousand are looked at.
-        seed: of the held-out choice, the batches and the personal adapter's start. None given is
-            the one that this device was trained with, or 0 at first; another is refused then.
+        seed: of the held-out choice, the batches, the personal adapter's start and HETLoRA's rank.
+            None given is the one that this device was trained with, or 0 at first; another is
+            refused then.
         ca_file: PEM file of the authorities to trust for wss, where the system's do not do.
         client_certificate: PEM file, where the coordinator wants to see one.
         client_key: its private key.
@@ -221,14 +223,15 @@ class EdgeClient:
         question answering a `FoundAnswer` for a row `{"question": ..., "context": ...}`.
         """
         self._check_open()
-        check_asked(rows)
+        asked = placed(rows)
+        check_asked(asked)
         with self._worker.ready():
-            return self._worker.predict(rows, level)
+            return self._worker.predict(asked, level)
 
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
         self._check_open()
-        check_asked([prompt], prompts=True)
+        check_asked(placed([prompt]), prompts=True)
         with self._worker.ready() as trainer:
             return trainer.generate(prompt, new_tokens_max, level)
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from edge_client.errors import DataError
 
 SUFFIXES: Final = (".jsonl", ".csv", ".tsv")
-ASKED: Final = "the texts given"
+_ASKED: Final = "the texts given"
 _LABELS_SHOWN: Final = 12
 _CSV_LIMIT: Final = threading.Lock()  # csv has one limit in a process
 
@@ -102,17 +102,24 @@ class RawRow:
         return None if self.fields.get(name) is None else self.text(name)
 
 
-def check_asked(rows: Sequence[object], *, prompts: bool = False) -> None:
-    """Look at what is to be predicted of, before anything is loaded; a text may be empty.
+def placed(rows: Sequence[object]) -> list[tuple[Place, object]]:
+    """What an app asks about, each with its number.
 
     Raises:
-        DataError: a row is neither text nor mapping (of prompts: no text), or there is one text and
-            no list of them.
+        DataError: it is one text and no list of them.
     """
     if isinstance(rows, str):
         raise DataError("expected a list of texts, got one text", path="texts")
-    for number, row in enumerate(rows, 1):
-        place = Place(ASKED, number)
+    return [(Place(_ASKED, number), row) for number, row in enumerate(rows, 1)]
+
+
+def check_asked(rows: Iterable[tuple[Place, object]], *, prompts: bool = False) -> None:
+    """Look at what is to be predicted of, before anything is loaded; a text may be empty.
+
+    Raises:
+        DataError: a row is neither text nor mapping (of prompts: no text).
+    """
+    for place, row in rows:
         if isinstance(row, str):
             whole(row, place)
         elif prompts or not isinstance(row, Mapping):

@@ -1,16 +1,16 @@
-"""What a device's state says beside its arrays: the settings it was learned under, which rows were
-held out then, and the report that has no receipt yet. State in, state out."""
+"""What a device's state says beside its arrays: the settings that it was learned under, and the
+report that has no receipt yet. State in, state out."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from edge_client.errors import ConfigurationError, StateError
+from edge_client.errors import StateError
 from edge_client.private_store import DeviceState, Fact
 from edge_client.session import FinishedReport
 from protocol.federation import FederationSettings, settings_from_json, settings_to_json
@@ -20,15 +20,6 @@ from protocol.tensors import NamedTensors, TensorSpec
 
 # Settings that give what a device has learned its meaning.
 MEANING: Final = ("task", "adapter", "algorithm", "update_dtype", "seed")
-HELD_OUT: Final = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The share of the rows that is held out, and the device's seed, which says which ones."""
-
-    held_out: float
-    seed: int
 
 
 def settings_of(state: DeviceState) -> FederationSettings:
@@ -57,43 +48,6 @@ def with_settings(state: DeviceState, settings: FederationSettings, folder: Path
             "other settings; use another state folder"
         )
     return replace(state, facts={**state.facts, "settings": settings_to_json(settings)})
-
-
-def split_of(state: DeviceState) -> Split:
-    """What was held out of what it was trained on."""
-    return Split(float(state.facts["held_out"] or 0), int(state.facts["seed"] or 0))
-
-
-def with_split(state: DeviceState, split: Split) -> DeviceState:
-    """The same, trained on what that leaves."""
-    facts: dict[str, Fact] = {"held_out": split.held_out, "seed": split.seed}
-    return replace(state, facts={**state.facts, **facts})
-
-
-def choose_split(state: DeviceState | None, held_out: float | None, seed: int | None) -> Split:
-    """What is asked for; where nothing is, what the state says.
-
-    Before any training all is open. Afterwards a smaller share is (its rows are among those of a
-    greater one): it can be trained on more, but never looked at what was trained on.
-
-    Raises:
-        ConfigurationError: rows that were trained on would be held out.
-    """
-    before = split_of(state) if state else Split(HELD_OUT, 0)
-    split = Split(
-        before.held_out if held_out is None else held_out, before.seed if seed is None else seed
-    )
-    if state is None or not state.steps_done:
-        return split
-    looks_at = "so that evaluate would look at rows that were trained on"
-    if split.seed != before.seed:
-        problem = f"is {split.seed}, and this device was trained with {before.seed}, {looks_at}"
-        raise ConfigurationError("seed", problem, f"{before.seed}, none, or another state folder")
-    if split.held_out > before.held_out:
-        problem = f"is {split.held_out}, and {before.held_out} when this device was trained"
-        right = f"{before.held_out} at most, none, or another state folder"
-        raise ConfigurationError("held_out", f"{problem}, {looks_at}", right)
-    return split
 
 
 def with_report(state: DeviceState, report: FinishedReport) -> DeviceState:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from edge_client.data import Example
 from edge_client.errors import ConfigurationError, DataError
 
 Row = TypeVar("Row")
+Indices = NDArray[np.int64]
 
 
 def seeded(*key: object) -> np.random.Generator:
@@ -36,34 +37,18 @@ def check_share(share: float) -> None:
 
 
 def hold_out(
-    rows: Sequence[Example], share: float, seed: int, *, by_content: bool = False
+    rows: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out rows, each label divided alike as far as its count allows.
-
-    With `by_content` what a row says decides, and not where it is: rows that come later leave
-    nearly all others where they were, and so what was trained on is not evaluated on.
 
     Raises:
         ConfigurationError: the share is outside [0, 1).
         DataError: there are too few rows to hold any out.
     """
-    check_share(share)
-    if share == 0:
-        return list(rows), []
-    if len(rows) < 2:
-        raise DataError(
-            "one row cannot be divided into training and held-out rows; give more, or held_out 0"
-        )
-    wanted = min(max(1, round(share * len(rows))), len(rows) - 1)
-    # Spread each label evenly over [0, 1) in shuffled order; what falls lowest is held out.
-    place = np.empty(len(rows))
-    for label, members in _by_label(rows).items():
-        order = seeded("hold_out", seed, label).permutation(len(members))
-        if by_content:
-            digests = [_digest(rows[member], seed) for member in members]
-            order = np.array(sorted(range(len(members)), key=digests.__getitem__))
-        jitter = seeded("hold_out offset", seed, label).random()
-        place[np.array(members)[order]] = (np.arange(len(members)) + jitter) / len(members)
+    wanted = held_out_count(share, len(rows))
+    place = held_out_places(
+        rows, seed, lambda label, group: seeded("hold_out", seed, label).permutation(len(group))
+    )
     held = set(np.argsort(place, kind="stable")[:wanted].tolist())
     return (
         [row for index, row in enumerate(rows) if index not in held],
@@ -74,6 +59,38 @@ def hold_out(
 def sample(rows: Sequence[Example], most: int, seed: int) -> list[Example]:
     """At most so many of the rows, each label's share as far as its count allows."""
     return list(rows) if len(rows) <= most else hold_out(rows, most / len(rows), seed)[1]
+
+
+def held_out_count(share: float, count: int) -> int:
+    """How many rows of so many are to be held out.
+
+    Raises:
+        ConfigurationError: the share is outside [0, 1).
+        DataError: there are too few rows to hold any out.
+    """
+    check_share(share)
+    if share == 0:
+        return 0
+    if count < 2:
+        raise DataError(
+            "one row cannot be divided into training and held-out rows; give more, or held_out 0"
+        )
+    return min(max(1, round(share * count)), count - 1)
+
+
+def held_out_places(
+    rows: Sequence[Example], seed: int, order_of: Callable[[int | None, Indices], Indices]
+) -> NDArray[np.float64]:
+    """Each row's place in [0, 1), [n]: what is lowest is held out first.
+
+    Each label is spread evenly, its rows in the order that is given for their group.
+    """
+    place = np.empty(len(rows))
+    for label, members in _by_label(rows).items():
+        group = np.array(members)
+        jitter = seeded("hold_out offset", seed, label).random()
+        place[group[order_of(label, group)]] = (np.arange(len(group)) + jitter) / len(group)
+    return place
 
 
 def split_by_skew(
@@ -143,10 +160,6 @@ def batch_indices(
     stream = np.concatenate(parts) if parts else np.empty(0, np.int64)
     offset = begin - (begin // count) * count
     return np.split(stream[offset : offset + end - begin], steps) if steps else []
-
-
-def _digest(row: Example, seed: int) -> bytes:
-    return hashlib.sha256(repr((seed, row.text, row.text_pair)).encode()).digest()
 
 
 def _by_label(rows: Sequence[Example]) -> dict[int | None, list[int]]:

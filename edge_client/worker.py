@@ -1,8 +1,8 @@
 """The device behind the session: its data, its model, and what it remembers.
 
 Everything that must survive a crash is one state file, replaced whole: the personal adapter, the
-optimizers' state, and the report that has no receipt yet. So a round is either trained and its
-report remembered, or it is as if it had never begun.
+optimizers' state, which rows were trained on, and the report that has no receipt yet. So a round is
+either trained and its report remembered, or it is as if it had never begun.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,22 +26,20 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.backends.encoding import EncodedRows
-from edge_client.data import ASKED, Example, FieldNames, Place
+from edge_client.data import Example, FieldNames, Place
 from edge_client.errors import ConfigurationError, DataError, DivergedError
+from edge_client.held_out import NO_DIGESTS, Division, choose_split, divide, split_of, with_split
 from edge_client.peft_export import cut_to
 from edge_client.private_store import DeviceState, Fact, Group, PrivateStore
 from edge_client.remembered import (
-    choose_split,
     report_of,
     settings_of,
-    split_of,
     with_report,
     with_settings,
-    with_split,
     without_report,
 )
 from edge_client.session import FinishedReport, Offer
-from edge_client.splits import hold_out, sample
+from edge_client.splits import sample
 from edge_client.tasks import read_rows, rules_for
 from protocol.federation import FederationSettings, settings_to_json
 from protocol.messages import Assignment, Metric, Receipt
@@ -96,8 +94,7 @@ class DeviceWorker:
         self._is_personal = False
         # The app asks from threads of its own, and an evaluation puts the model at another level.
         self._alone = threading.RLock()
-        self.training_rows: list[Example] = []
-        self.held_out_rows: list[Example] = []
+        self._division = Division([], [], NO_DIGESTS)
 
     # --- session.Worker -----------------------------------------------------------------------
 
@@ -182,6 +179,14 @@ class DeviceWorker:
         return self._state
 
     @property
+    def training_rows(self) -> list[Example]:
+        return self._division.training
+
+    @property
+    def held_out_rows(self) -> list[Example]:
+        return self._division.held_out
+
+    @property
     def rounds_done(self) -> int:
         return self._state.rounds_done if self._state else 0
 
@@ -221,18 +226,15 @@ class DeviceWorker:
         return read_rows(source, self.settings.task, self._data.fields)
 
     def predict(
-        self, rows: Sequence[str | Mapping[str, object]], level: Level
+        self, rows: Iterable[tuple[Place, object]], level: Level
     ) -> list[Prediction] | list[FoundAnswer]:
         """What is likeliest of rows without a label or an answer.
 
         Raises:
-            DataError: a row is not what this kind of task predicts from.
+            DataError: a row is not what this kind of task predicts from; names its place.
         """
         rules = rules_for(self.settings.task)
-        asked = [
-            rules.asked(row, Place(ASKED, number), self._data.fields)
-            for number, row in enumerate(rows, 1)
-        ]
+        asked = [rules.asked(row, place, self._data.fields) for place, row in rows]
         return self.trainer.predict(asked, level)
 
     # --- inside -------------------------------------------------------------------------------
@@ -241,10 +243,9 @@ class DeviceWorker:
         self._settings = settings
         try:
             rows = self.read(self._data.source)
-            self.training_rows, self.held_out_rows = hold_out(
-                rows, self.split.held_out, self.split.seed, by_content=True
-            )
-            self._progress(f"{len(rows)} rows; loading the backbone")
+            self._division = divide(rows, self.split, self._state, self._progress)
+            held = len(self.held_out_rows)
+            self._progress(f"{len(rows)} rows, {held} of them held out; loading the backbone")
             self._trainer = self._make_trainer(settings)
             self._start = self._trainer.common()
             self._encoded = self._trainer.encode(self.training_rows)
@@ -315,7 +316,7 @@ class DeviceWorker:
             update,
         )
         state = replace(
-            with_split(state, self.split),
+            state,
             steps_done=state.steps_done + result.steps,
             rounds_done=state.rounds_done + 1,
             groups={
@@ -324,6 +325,7 @@ class DeviceWorker:
                 "common": base.arrays(),
             },
         )
+        state = with_split(state, self.split, self._division.trained)
         self._save(with_report(state, report))
         # What the round made of it is in the update: a restart would not find it here either.
         self._take(base)

@@ -60,8 +60,6 @@ TARGETS: Final = "targets"
 SCALE: Final = "scale"
 LOSS: Final = "loss"
 LOGITS: Final = "logits"
-# What torch's cross entropy passes over.
-IGNORED: Final = -100
 
 _MANIFEST_BYTES_MAX: Final = 16 << 20
 _STANDARD_DOMAINS: Final = frozenset({"", "ai.onnx"})

@@ -151,6 +151,9 @@ def longest_input(model: Any) -> int | None:
             # RoBERTa's begin behind the row of its padding.
             kept = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(min(positions, rows - kept))
+        # GPT-J's and CodeGen's is a tensor, each layer's own.
+        if isinstance(table := getattr(module, "embed_positions", None), torch.Tensor):
+            found.append(len(table))
     return min(found, default=None)
 
 

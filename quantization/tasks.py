@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
+
+# torch's cross entropy passes over targets of this value, and so does everything here.
+IGNORED: Final = -100
 
 
 class TaskKind(Enum):

@@ -19,6 +19,7 @@ from coordinator.errors import StorageFullError, StoreError
 from protocol.errors import ProtocolError
 from protocol.schema import SchemaError
 
+SQLITE: Final = "sqlite:///"
 # Updates are large: large pages make them cheaper to write and to read parts of.
 PAGE_BYTES: Final = 16384
 WAL_BYTES: Final = 16 << 20
@@ -30,7 +31,7 @@ class Database:
     """A database at a URL; `label` names it in errors.
 
     Args:
-        url: any that SQLAlchemy takes.
+        url: any that SQLAlchemy takes; what follows `sqlite:///` is a file's path as it is.
         create: make a SQLite file where there is none; otherwise that is an error.
         sole: no other process may open it so until this one closes it, or ends.
 
@@ -42,12 +43,13 @@ class Database:
         self.label = "the store"
         self._lock: int | None = None
         try:
-            address = sa.make_url(url)
+            address = address_of(url)
         except sa.exc.ArgumentError:  # it may still hold a password: not shown
             problem = "this is no database URL, such as sqlite:///pf2lora.sqlite"
             raise StoreError(f"{self.label}: {problem}") from None
         with self.translated():
-            self.label = f"the store {address}"  # SQLAlchemy hides a password in this form
+            # SQLAlchemy hides a password in this form.
+            self.label = f"the store {url if url.startswith(SQLITE) else address}"
             self._engine = _engine(address, create)
             if sole:
                 self._lock = _lock(address)
@@ -127,6 +129,17 @@ class Database:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+
+
+def address_of(url: str) -> sa.URL:
+    """What a URL names. SQLAlchemy would take `?` in a SQLite file's path for the path's end.
+
+    Raises:
+        sqlalchemy.exc.ArgumentError: it is no database URL.
+    """
+    if url.startswith(SQLITE):
+        return sa.URL.create("sqlite", database=url.removeprefix(SQLITE))
+    return sa.make_url(url)
 
 
 def _lock(address: sa.URL) -> int:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.errors import DataError
-
-# torch's cross entropy passes over targets of this value, and so does everything here.
-IGNORED: Final = -100
+from quantization.tasks import IGNORED
 
 Numbers = Sequence[int] | NDArray[Any]
 

@@ -18,7 +18,7 @@ import numpy as np
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import Gradients, Layout, Vector
 from edge_client.backends.base import Arrays, Level
-from edge_client.backends.encoding import IGNORED, Batch
+from edge_client.backends.encoding import Batch
 from edge_client.backends.fast_tokenizer import FastTokenizer
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.ort_graphs import EvaluationGraph, GradientGraph
@@ -31,6 +31,7 @@ from protocol.fingerprints import difference
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
+from quantization.tasks import IGNORED
 from quantization.tokenizer_digest import with_tokenizer
 
 _FIRST_ORDER = "secant, finite_difference or first_order"

@@ -18,7 +18,7 @@ from torch.nn import functional
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Level
-from edge_client.backends.encoding import IGNORED, Batch, Window, check_ids, window_of
+from edge_client.backends.encoding import Batch, Window, check_ids, window_of
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.trainer import FlatTrainer, Shape
 from edge_client.errors import ConfigurationError
@@ -30,6 +30,7 @@ from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone, logits_of
 from quantization.checkpoint import POSITIONS_KEPT, embedding_count_of, longest_input
 from quantization.rooms import give_rooms_back
+from quantization.tasks import IGNORED
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
@@ -221,6 +222,9 @@ class TorchTrainer(FlatTrainer):
 @torch.no_grad()
 def _prove(backbone: Backbone, length_max: int) -> None:
     """Run the adapted model once, at the longest input if that is near what the model takes.
+
+    Tried, since `longest_input` goes by tables: DeBERTa-v3 has one of 512 rows, which is of
+    distances, and takes more tokens.
 
     Raises:
         ConfigurationError: it does not take as long inputs.

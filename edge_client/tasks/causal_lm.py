@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation
-from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, EncodedRows, Tokenizer, padded
+from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer, padded
 from edge_client.data import Example, FieldNames, RawRow
 from edge_client.errors import DataError
 from edge_client.tasks.base import Model, TaskRules, score_of
+from quantization.tasks import IGNORED
 
 # Beyond it the perplexity is no float.
 _LOSS_MAX: Final = math.log(sys.float_info.max)

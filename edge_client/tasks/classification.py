@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation, Prediction
-from edge_client.backends.encoding import IGNORED, EncodedRow, EncodedRows, Tokenizer
+from edge_client.backends.encoding import EncodedRow, EncodedRows, Tokenizer
 from edge_client.data import Example, FieldNames, Place, RawRow, listed
 from edge_client.errors import DataError
 from edge_client.tasks.base import Logits, Model, TaskRules, score_of
+from quantization.tasks import IGNORED
 
 _DIGITS_MAX: Final = 10
 

@@ -17,11 +17,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation, FoundAnswer
-from edge_client.backends.encoding import IGNORED, EncodedRow, EncodedRows, Tokenizer, Window
+from edge_client.backends.encoding import EncodedRow, EncodedRows, Tokenizer, Window
 from edge_client.data import Answer, Example, FieldNames, Place, RawRow
 from edge_client.errors import DataError
 from edge_client.tasks.answer_scores import exact_match, f1
 from edge_client.tasks.base import Logits, Model, TaskRules, cross_entropy
+from quantization.tasks import IGNORED
 
 # Longer answers are not looked for: nearly none of SQuAD's are.
 ANSWER_TOKENS_MAX: Final = 30

@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantization.artifact import IGNORED, LOGITS, LOSS, SCALE, TARGETS
+from quantization.artifact import LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone, logits_of
 from quantization.bnb import dense_weight, embeddings, is_below, is_transposed, linear_shape
 from quantization.checkpoint import output_embeddings, stacked_weights
 from quantization.errors import ArtifactError, SchemeError
 from quantization.onnx.editing import drop_unused, fold_constants, rename
 from quantization.onnx.shapes import with_shapes
-from quantization.tasks import TaskKind
+from quantization.tasks import IGNORED, TaskKind
 
 OPSET: Final = 20  # the newest that the gradient builder knows
 _ROWS, _LENGTH, _RANK = 2, 5, 3  # of the example that the export runs

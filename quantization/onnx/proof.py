@@ -14,11 +14,11 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from quantization.artifact import IGNORED, LOGITS, LOSS, SCALE, TARGETS, gradient_name
+from quantization.artifact import LOGITS, LOSS, SCALE, TARGETS, gradient_name
 from quantization.errors import ArtifactError
 from quantization.manifest import Manifest
 from quantization.onnx.forward import Forward
-from quantization.tasks import TaskKind
+from quantization.tasks import IGNORED, TaskKind
 
 _LENGTHS: Final = (9, 6, 4)  # of the rows
 _RANK, _PERSONAL_RANK, _SCALE, _SPREAD = 3, 1, 2.0, 0.05

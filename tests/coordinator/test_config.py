@@ -37,6 +37,19 @@ def test_a_file_gives_settings_defaults_and_the_start_in_its_order(path: Path) -
     assert loaded.server.store == f"sqlite:///{path.parent.resolve()}/pf2lora.sqlite"
 
 
+@pytest.mark.parametrize("folder", ["a?b=c", "a#b", "a%3Fb", "ä b"])
+def test_a_store_lies_beside_its_file_whatever_the_folders_name(
+    tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / folder).mkdir()
+    path = write_federation(tmp_path / folder)
+    path.write_text(path.read_text() + "\n[server]\nstore = 'sqlite:///x?y.sqlite'")
+    store = config.load(path, {}, {}).server.store
+    assert store == f"sqlite:///{tmp_path.resolve()}/{folder}/x?y.sqlite"
+    SqlStore(store).close()
+    assert (tmp_path / folder / "x?y.sqlite").is_file()
+
+
 def test_flags_win_over_environment_over_file(path: Path) -> None:
     environ = {
         "PF2LORA_ROUNDS_COHORT": "5",
@@ -77,6 +90,7 @@ def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
             r"server\.store: .*use a SQLite file",
         ),
         ("\n[server]\nstore = 'sqlite://'", r"server\.store: is 'sqlite://'; use a SQLite file"),
+        ("\n[server]\nstore = 'sqlite:///'", r"server\.store: is .*; use a SQLite file"),
         ("minimum_reports = 9", r"rounds\.minimum_reports: is over the cohort of 3"),
         ("\n[rounds", "is not TOML"),
     ],

@@ -210,6 +210,24 @@ def test_one_coordinator_has_a_store_for_itself_and_commands_read_beside_it(
     assert stat.S_IMODE((tmp_path / "s.sqlite.lock").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize(
+    "name", ["a?b=c", "a#b", "a%3Fb%", "a?mode=memory&uri=true", "a:b@c", "ä b"]
+)
+def test_a_path_is_a_path_whatever_is_in_it(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    url = f"sqlite:///{folder}/{name}.sqlite"
+    _filled(folder / f"{name}.sqlite").close()
+    assert sorted(tmp_path.iterdir()) == [folder]
+    with contextlib.closing(SqlStore(url, create=False, sole=True)) as store:
+        assert store.load("demo") is not None
+        upkeep.backup(store.database, folder / "copy")
+    names = {f"{name}.sqlite", f"{name}.sqlite.lock", "copy"}
+    assert {file.name for file in folder.iterdir()} == names
+    (folder / f"{name}.sqlite").unlink()
+    with pytest.raises(StoreError, match=re.escape(f"the store {url}: there is no such file")):
+        SqlStore(url, create=False)
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
 def test_what_cannot_be_locked_is_no_coordinators(url: str) -> None:
     with pytest.raises(StoreError, match="only a SQLite file can be kept for one coordinator"):

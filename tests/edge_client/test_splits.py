@@ -120,25 +120,9 @@ def test_a_sample_has_the_labels_in_their_shares() -> None:
 
 
 @steady
-@given(labels, st.floats(0, 0.9), st.floats(0, 0.9), st.booleans())
+@given(labels, st.floats(0, 0.9), st.floats(0, 0.9))
 def test_a_smaller_share_holds_out_some_of_the_rows_of_a_greater_one(
-    labels: list[int], one: float, other: float, by_content: bool
+    labels: list[int], one: float, other: float
 ) -> None:
-    few, more = (
-        Counter(hold_out(_rows(labels), share, 3, by_content=by_content)[1])
-        for share in sorted((one, other))
-    )
+    few, more = (Counter(hold_out(_rows(labels), share, 3)[1]) for share in sorted((one, other)))
     assert few <= more
-
-
-@pytest.mark.parametrize("more", [1, 30])
-def test_rows_that_come_later_leave_the_held_out_ones_held_out(more: int) -> None:
-    rows = _rows([index % 3 for index in range(300)])
-    later = [Example(f"late {index}", None, index % 3) for index in range(more)]
-    before, after = (
-        [set(part) for part in hold_out(some, 0.2, 0, by_content=True)]
-        for some in (rows, later[: more // 2] + rows + later[more // 2 :])
-    )
-    assert len(before[1]) == 60
-    assert len(before[0] & after[1]) <= 5  # trained on, and held out now; 30 by place
-    assert len(before[1] & after[1]) >= 55

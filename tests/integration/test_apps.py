@@ -85,9 +85,8 @@ def test_what_diverges_is_not_kept_and_says_what_would_help(tmp_path: Path) -> N
     training = replace(SETTINGS.training, learning_rate=1.0)
     device = Device(tmp_path, replace(SETTINGS, training=training))
     before, base = device.personal, device.worker.trainer.common()
-    bad = NamedTensors.from_arrays({n: a * np.float32("nan") for n, a in base.arrays().items()})
     with pytest.raises(DivergedError, match=r"round 1: .*loss nan.*smaller training.learning_rate"):
-        device.round(1, bad)
+        device.round(1, _not_finite(base))
     assert device.personal == before
     assert device.state.rounds_done == 0
 
@@ -112,9 +111,8 @@ def test_a_round_that_found_no_room_is_as_if_it_had_never_begun(
 def test_a_first_round_that_fails_leaves_a_model_that_answers(tmp_path: Path) -> None:
     device = Device(tmp_path)
     base = device.worker.trainer.common()
-    bad = NamedTensors.from_arrays({n: a * np.float32("nan") for n, a in base.arrays().items()})
     with pytest.raises(DivergedError):
-        device.round(1, bad)
+        device.round(1, _not_finite(base))
     assert device.worker.trainer.common().digest() == base.digest()
 
 
@@ -201,20 +199,23 @@ def test_what_was_learned_under_other_settings_is_not_taken_for_these(
     assert '"learning_rate": 0.01' in str(device.state.facts["settings"])
 
 
-def test_rows_that_were_trained_on_are_never_held_out_later(
+def test_where_all_was_trained_on_a_run_says_that_no_rows_can_be_held_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = _write_config(tmp_path, count=1, cohort=1)
     data = _write_data(tmp_path / "a.jsonl", 0.5)
+    device = ["--data", str(data), "--scheme", "none", "--state-dir", str(tmp_path / "a")]
     with _coordinator(config) as address:
-        run = ["run", "--coordinator", address, "--data", str(data), "--scheme", "none"]
-        run += ["--state-dir", str(tmp_path / "a")]
+        run = ["run", "--coordinator", address, *device]
         assert cli.main([*run, "--held-out", "0"]) == 0
         assert "accuracy" not in capsys.readouterr().out
-        assert cli.main([*run, "--held-out", "0.3"]) == 1
-        assert "held_out: is 0.3, and 0.0 when this device" in capsys.readouterr().err
-        assert cli.main(run) == 0
-        assert "accuracy" not in capsys.readouterr().out
+        assert cli.main([*run, "--held-out", "0.3"]) == 0
+        said = capsys.readouterr().out
+        assert "no rows can be held out: all are trained on, or were before\n" in said
+        assert "20 rows, 0 of them held out" in said
+        assert "accuracy" not in said
+    assert cli.main(["evaluate", *device, "--held-out", "0.3"]) == 1
+    assert "no rows to evaluate on: hold some out, or pass some" in capsys.readouterr().err
 
 
 def test_what_a_device_holds_out_stays_held_out(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_what_a_device_holds_out_stays_held_out(tmp_path: Path) -> None:
             return {row.text for row in rows}
 
     device = Device(tmp_path, split=(0.5, 3))
-    kept = {row.text for row in device.worker.held_out_rows}
+    kept = _texts(device.worker.held_out_rows)
     personal = device.personal
     # Before any training another choice is another beginning.
     with opened(held_out=0.2, seed=4) as client:
@@ -241,17 +242,60 @@ def test_what_a_device_holds_out_stays_held_out(tmp_path: Path) -> None:
     assert device.personal == personal
     device.round(1)
     assert held() == held(held_out=0.5) == held(seed=3) == kept
-    with pytest.raises(ConfigurationError, match=r"^held_out: is 0.6, and 0.5 when .*; use 0.5 at"):
-        opened(held_out=0.6)
-    with pytest.raises(ConfigurationError, match=r"^seed: is 4, and this .* trained with 3, .*use"):
+    assert held(held_out=0.6) == kept  # there are no more
+    with pytest.raises(ConfigurationError, match=r"^seed: is 4, and this .* trained with 3; use 3"):
         opened(seed=4)
     fewer = held(held_out=0.2)
     assert fewer < kept
     assert held() == kept  # looking at fewer changed nothing
     Device(tmp_path, split=(0.2, None)).round(2)
-    assert held() == fewer
-    with pytest.raises(ConfigurationError, match=r"held_out: is 0\.5, and 0\.2"):
-        opened(held_out=0.5)
+    assert held() == held(held_out=0.5) == fewer
+
+
+def test_no_row_is_held_out_that_was_trained_on_from_any_file(tmp_path: Path) -> None:
+    more = [{"text": f"a play {n}", "label": ("bad", "good")[n % 2]} for n in range(10)]
+    trained: set[str] = set()
+    for number, rows in enumerate((ROWS, ROWS + more, more, ROWS[:5] + more[5:], ROWS), 1):
+        device = Device(tmp_path, rows=rows)
+        division = [device.worker.training_rows, device.worker.held_out_rows]
+        trained |= _texts(division[0])
+        assert not trained & _texts(division[1])
+        # A round that fails has trained on nothing, and is made again.
+        with pytest.raises(DivergedError):
+            device.round(number, _not_finite(device.worker.trainer.common()))
+        device.round(number)
+        again = Device(tmp_path, rows=rows).worker
+        assert [again.training_rows, again.held_out_rows] == division
+    assert trained < {row["text"] for row in ROWS + more}
+    assert len(device.state.groups["trained_rows"]["digests"]) == len(trained)
+
+
+def test_a_state_of_an_earlier_version_holds_out_what_that_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = Device(tmp_path, split=(0.5, 3))
+    kept = device.worker.held_out_rows
+    device.round(1)
+    groups = {name: of for name, of in device.state.groups.items() if name != "trained_rows"}
+    device.store.save(replace(device.state, groups=groups))
+    line = "an earlier version trained this device and did not say on which rows"
+    capsys.readouterr()
+    for share in (0.5, 0.9):
+        device = Device(tmp_path, split=(share, None))
+        assert device.worker.held_out_rows == kept
+        assert line in capsys.readouterr().out
+    device.round(2)
+    capsys.readouterr()
+    assert Device(tmp_path).worker.held_out_rows == kept
+    assert line not in capsys.readouterr().out
+
+
+def _texts(rows: list[Example]) -> set[str]:
+    return {row.text for row in rows}
+
+
+def _not_finite(base: NamedTensors) -> NamedTensors:
+    return NamedTensors.from_arrays({n: a * np.float32("nan") for n, a in base.arrays().items()})
 
 
 def test_a_common_adapter_outlives_another_choice_of_rows(tmp_path: Path) -> None:
@@ -319,7 +363,9 @@ def test_what_cannot_be_foretold_is_refused(tmp_path: Path, texts: Any, reason: 
         client.predict(texts)
 
 
-def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
+def test_an_app_and_the_shell_have_a_text_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, rows = str(write_gpt2(tmp_path / "model")), [{"text": "The gradient So"}] * 4
     task, backbone = Task(TaskKind.CAUSAL_LM, (), 8), Backbone(model, SETTINGS.backbone.fingerprint)
     device = Device(tmp_path / "a", replace(SETTINGS, backbone=backbone, task=task), rows=rows)
@@ -333,6 +379,12 @@ def test_an_app_has_a_text_gone_on_with(tmp_path: Path) -> None:
                 client.generate(wrong)  # type: ignore[arg-type]
         with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
             client.predict(["The"])
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(f'{json.dumps(rows[0])}\n\n{{"text": "{"The " * 40}"}}\n')
+    flags = ["--data", str(asked), "--state-dir", str(tmp_path / "a"), "--scheme", "none"]
+    assert cli.main(["predict", "The", *flags, "--rows", str(asked)]) == 1
+    said = capsys.readouterr().err
+    assert f"{asked}, line 3: a prompt has 40 tokens, and the model takes 32" in said
 
 
 def test_a_backbones_folder_is_the_same_from_any_working_directory(

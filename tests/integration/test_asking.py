@@ -63,5 +63,12 @@ def test_an_app_and_the_shell_ask_about_texts_and_pairs_of_texts(
         for shares, one in zip(shell(*more), wanted, strict=True):
             assert list(shares) == ["bad", "good"]
             assert list(shares.values()) == pytest.approx(one.probabilities, rel=1e-4)
+    rows.write_text(f"text,text_pair\n{','.join(PAIR.values())}\n,a\n")
+    for more, named in (
+        ([], f'{rows}, line 3, field "text": is empty'),
+        (["\ud800"], "the texts given, line 2: holds half of a character"),
+    ):
+        assert cli.main([*flags, PAIR["text"], *more, "--rows", str(rows)]) == 1
+        assert named in capsys.readouterr().err
     assert cli.main(flags) == 1
     assert "nothing" in capsys.readouterr().err

@@ -68,8 +68,11 @@ def test_devices_learn_to_continue_and_the_app_and_peft_do(
     prompts.write_text(json.dumps({"text": PROMPT}) + '\n{"text": 7}')
     assert cli.main(["predict", *flags, "--rows", str(prompts)]) == 1
     heard = capsys.readouterr()
-    assert "the texts given, line 2: expected text, got int" in heard.err
+    assert f"{prompts}, line 2: expected text, got int" in heard.err
     assert heard.out == ""  # all are looked at before the first is gone on with
+    prompts.write_text('\n\n{"prompt": "a"}')
+    assert cli.main(["predict", PROMPT, *flags, "--rows", str(prompts)]) == 1
+    assert f'{prompts}, line 3, field "text": is missing; the row' in capsys.readouterr().err
     base = AutoModelForCausalLM.from_pretrained(STORIES)
     model: Any = PeftModel.from_pretrained(base, tmp_path / "adapter")
     tokenizer: Any = AutoTokenizer.from_pretrained(STORIES)

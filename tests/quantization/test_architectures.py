@@ -58,6 +58,7 @@ DECODERS: dict[str, tuple[dict[str, Any], int]] = {
     "BloomForCausalLM": (GPT, 2),
     "FalconForCausalLM": (SIZES, 2),
     "GPT2LMHeadModel": (GPT, 2),
+    "GPTJForCausalLM": ({**GPT, "rotary_dim": 4}, 4),
     "GPTNeoXForCausalLM": (ENCODER, 2),
     "GemmaForCausalLM": ({**DECODER, "head_dim": 8}, 4),
     "MistralForCausalLM": ({**DECODER, "sliding_window": 4}, 4),
