@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class ProjectedLoRALinear(TwoLevelLoRALinear):
 
     def _common_factors(self) -> tuple[Tensor, Tensor]:
         down, up = self._pair
-        return down @ self.P, self.Q @ up
+        # Divided here, so that a step moves the projections as little as it moves other factors.
+        return down @ self.P / math.sqrt(self.in_features), self.Q @ up / math.sqrt(len(up))
 
     def extra_repr(self) -> str:
         rank, width = self._pair[0].shape

@@ -3,9 +3,10 @@
 The common adapter is a few pairs A [r, s] and B [s, r], of one fixed width s. A layer [m, n] of any
 model runs on the pair of its slot through projections of its own, P [s, n] and Q [m, s]:
 
-    y = W0 x + scaling (Q B A P + D C) x
+    y = W0 x + scaling (Q B A P / sqrt(s n) + D C) x
 
-Slots are stretches of a model's depth, so that models of 6 and of 12 blocks share the same pairs.
+The roots let P and Q have entries of size 1, which the steps of AdamW move slowly. Slots are
+stretches of a model's depth, so that models of 6 and of 12 blocks share the same pairs.
 """
 
 from __future__ import annotations

@@ -46,14 +46,14 @@ def factor_start(shape: tuple[int, int], seed: int, layer: str, letter: str) -> 
 
 
 def projection_start(shape: tuple[int, int], seed: int, letter: str) -> NDArray[np.float32]:
-    """A projection [rows, columns]: orthogonal along its shorter side, rows of mean length 1.
+    """A projection [rows, columns]: orthogonal along its shorter side, a mean square of 1.
 
     Of the seed, the letter and the shape alone, so that layers of equal widths begin alike.
     """
     rows, columns = shape
     normal = _seeded_normal(rows * columns, seed, letter, f"{rows} x {columns}")
     longer = normal.reshape(max(shape), min(shape))
-    basis = np.linalg.qr(longer)[0] * math.sqrt(max(1.0, rows / columns))
+    basis = np.linalg.qr(longer)[0] * math.sqrt(max(shape))
     return (basis if rows >= columns else basis.T).astype(np.float32)
 
 

@@ -107,11 +107,11 @@ def test_an_adapted_layer_computes_the_formula_in_value_and_gradient() -> None:
     trained: list[Any] = [*pair, layer.P, layer.Q, layer.C, layer.D]
     with torch.no_grad():
         for one in trained:
-            one.copy_(torch.randn(one.shape) * 0.3)
+            one.copy_(torch.randn(one.shape))
     x, upstream = torch.randn(5, 24), torch.randn(5, 16)
     found = torch.autograd.grad(layer(x), trained, upstream)
     a, b, p, q, c, d = (one.detach().double().requires_grad_() for one in trained)
-    weight = q @ b @ a @ p + d @ c
+    weight = q @ b @ a @ p / (7 * 24) ** 0.5 + d @ c
     exact = layer.base(x).double() + 2.0 * x.double() @ weight.T
     wanted = torch.autograd.grad(exact, [a, b, p, q, c, d], upstream.double())
     torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
@@ -273,14 +273,13 @@ def test_a_device_that_names_no_backbone_is_told_to() -> None:
 
 
 @pytest.mark.parametrize("shape", [(48, 384), (384, 48), (48, 32), (32, 48), (8, 8)], ids=str)
-def test_a_projection_is_orthogonal_and_its_rows_have_length_one_in_the_mean(
+def test_a_projection_is_orthogonal_and_has_a_mean_square_of_one(
     shape: tuple[int, int],
 ) -> None:
     found = projection_start(shape, 1, "P").astype(np.float64)
     small = found @ found.T if shape[0] <= shape[1] else found.T @ found
-    scale = max(1.0, shape[0] / shape[1])
-    assert np.abs(small - scale * np.eye(min(shape))).max() < 1e-5
-    assert (found**2).sum(1).mean() == pytest.approx(1.0, abs=1e-5)
+    assert np.abs(small - max(shape) * np.eye(min(shape))).max() < 1e-4
+    assert (found**2).mean() == pytest.approx(1.0, abs=1e-5)
     assert (projection_start(shape, 1, "P") == found).all()
     for seed, letter in ((2, "P"), (1, "Q")):
         assert np.abs(projection_start(shape, seed, letter) - found).max() > 0.1
