@@ -83,23 +83,22 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
                 half = {"seed": 0, "split": "dev", "rounds": TASK.rounds // 2}
                 cells += [{**cell, **half, "learning_rate": r} for r in TASK.learning_rates]
                 continue
-            rate = options.learning_rate or _best_rate(mix, method)
+            rate = options.learning_rate or _best_rate(cell)
             whole = {"split": options.split, "rounds": options.rounds, "learning_rate": rate}
             cells += [{**cell, **whole, "seed": seed} for seed in options.seeds]
     return cells
 
 
-def _best_rate(mix: str, method: str) -> float:
+def _best_rate(cell: Cell) -> float:
     """The rate of the best mean accuracy on the rows for choices."""
     found = {
         record["cell"]["learning_rate"]: np.mean([d["accuracy"] for d in record["personal"]])
         for record in _finished()
-        if (record["cell"]["mix"], record["cell"]["method"]) == (mix, method)
+        if all(record["cell"][name] == cell[name] for name in ("mix", "method", "set"))
         and record["cell"]["split"] == "dev"
-        and not record["cell"]["set"]
     }
     if set(TASK.learning_rates) - set(found):
-        raise SystemExit(f"{mix} {method}: run --search first, or give --learning-rate")
+        raise SystemExit(f"{cell}: run --search first, or give --learning-rate")
     return max(TASK.learning_rates, key=lambda rate: found[rate])
 
 

@@ -281,13 +281,13 @@ def inject(
     }
     layers: dict[str, TwoLevelLoRALinear] = {}
     in_order = [name for name, _ in model.named_modules() if name in targets]
-    for name in targets:
+    for place, name in enumerate(in_order):
         base = model.get_submodule(name)
         if shared is None:
             layers[name] = TwoLevelLoRALinear(base, rank=rank, name=name, **settings)
         else:
-            place = in_order.index(name)
             layers[name] = shared.layer(base, place, len(in_order), name=name, **settings)
+    layers = dict(sorted(layers.items()))
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)

@@ -139,7 +139,7 @@ class PFedLoRA:
     NAME: ClassVar[str] = "pfedlora"
     mu: Annotated[float, Real(0.001, 0.5)] = 0.5
     shared_width: Annotated[int, Integer(1, limits.SHARED_WIDTH_MAX)] = 64
-    slots: Annotated[int, Integer(1, limits.SLOTS_MAX)] = 1
+    slots: Annotated[int, Integer(1, limits.SLOTS_MAX)] = 4
 
 
 Algorithm = (

@@ -31,7 +31,7 @@ from tests.integration.test_federation import (
 )
 from tests.quantization.tiny import write_bert
 
-SHARED = set(shared_shapes(2, 24, 1))
+SHARED = set(shared_shapes(2, 24, 4))
 
 
 @pytest.fixture(scope="module")
