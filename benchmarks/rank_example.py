@@ -140,6 +140,9 @@ class Regression:
             self.factor(up, vectors)[:] = slope @ self.factor(down).T
         return Gradients(float((errors**2).sum(1).mean() / 2), *vectors)
 
+    def local_gradients(self, batch: object) -> Gradients:
+        raise NotImplementedError
+
     def mixed_product(self, batch: object, vector: Array) -> Array:
         raise NotImplementedError
 

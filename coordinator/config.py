@@ -30,6 +30,7 @@ from protocol.link import is_loopback
 from protocol.schema import (
     Integer,
     Kind,
+    Maybe,
     Real,
     Record,
     SchemaError,
@@ -262,12 +263,18 @@ def _take_shared(
 
 def _federation(path: Path, table: dict[str, Any], start_path: Path) -> Federation:
     fingerprint, made_for, start = read_start(start_path, path)
-    backbone = table.setdefault("backbone", {})
+    backbone = table.get("backbone")
     if isinstance(backbone, dict):
+        if not fingerprint:
+            raise ConfigurationError(
+                "backbone",
+                f"{start_path} was made without one, for a method whose devices have each their "
+                f"own: leave it out, or: pf2lora-client prepare {path}",
+            )
         backbone.setdefault("fingerprint", fingerprint)
     settings: FederationSettings = _from_table(record_of(FederationSettings), table, "")
-    found = settings.backbone.fingerprint
-    if found != fingerprint:
+    found = settings.fingerprint
+    if found and found != fingerprint:
         raise ConfigurationError(
             "backbone.fingerprint",
             f"is {found}, but {start_path} was made for {fingerprint}: "
@@ -297,6 +304,8 @@ def _check_names(files: Sequence[Path], federations: Sequence[Federation]) -> No
 def _collect(prefix: str, record: Record, found: dict[str, Kind]) -> None:
     for name, kind in record.kinds:
         key = f"{prefix}.{name}" if prefix else name
+        if isinstance(kind, Maybe):
+            kind = kind.kind
         if isinstance(kind, Record):
             _collect(key, kind, found)
         elif isinstance(kind, Tagged):

@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from safetensors.numpy import save
 
@@ -23,7 +23,7 @@ from coordinator.store import views
 from coordinator.store.sql import SqlStore
 from coordinator.watch_commands import named
 from protocol.federation import FederationSettings, TaskKind
-from protocol.methods import FedSALoRA, FFALoRA, LocalOnly
+from protocol.methods import FedSALoRA, FFALoRA, LocalOnly, PFedLoRA
 from protocol.peft_layout import (
     CONFIGURATION_FILE,
     METADATA,
@@ -98,6 +98,7 @@ def _save(options: argparse.Namespace) -> int:
         base = kept_base(store, name, number, "--after")
     adapter = common_adapter(settings, base, frozen)
     kind, backbone = settings.task.kind, settings.backbone
+    assert backbone is not None  # noqa: S101 - `_frozen` refuses the method that has none
     facts = {
         "federation": name,
         "rounds": str(number),
@@ -121,6 +122,13 @@ def _save(options: argparse.Namespace) -> int:
     return 0
 
 
+_NO_WHOLE_LORA: Final[Mapping[type, str]] = {
+    LocalOnly: "nothing is common",
+    FedSALoRA: "only A is common",
+    PFedLoRA: "what is common fits a backbone through its device's projections alone",
+}
+
+
 def _frozen(settings: FederationSettings, start: Path | None) -> dict[str, Array]:
     """The factors that are not in the store, where the method has any.
 
@@ -128,11 +136,11 @@ def _frozen(settings: FederationSettings, start: Path | None) -> dict[str, Array
         ConfigurationError: the method has no whole LoRA in common, or the start file is missing.
     """
     method = settings.algorithm
-    if isinstance(method, LocalOnly | FedSALoRA):
-        what = "nothing" if isinstance(method, LocalOnly) else "only A"
+    if type(method) in _NO_WHOLE_LORA:
+        what = _NO_WHOLE_LORA[type(method)]
         raise ConfigurationError(
             "--name",
-            f"{settings.name!r} is of {method.NAME}, where {what} is common: its devices have the "
+            f"{settings.name!r} is of {method.NAME}, where {what}: its devices have the "
             "adapters, and `pf2lora-client save` writes one's",
         )
     if not isinstance(method, FFALoRA):

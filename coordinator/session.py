@@ -189,8 +189,8 @@ class DeviceSession:
         await self._send(Joined(settings))
 
     async def _check_in(self, message: CheckIn) -> None:
-        wanted = self._service.settings.backbone.fingerprint
-        if message.fingerprint != wanted:
+        wanted = self._service.settings.fingerprint
+        if wanted and message.fingerprint != wanted:
             raise RefusedError(
                 ErrorCode.FINGERPRINT,
                 f"the device's backbone is {message.fingerprint}, the federation's is {wanted}: "

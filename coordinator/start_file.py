@@ -21,6 +21,8 @@ from protocol.tensors import Array, NamedTensors, Payload
 def read_start(start: Path, config: Path) -> tuple[str, dict[str, object], NamedTensors]:
     """The backbone's fingerprint, the settings it was made for, the first common adapter.
 
+    The fingerprint is empty where each device has a backbone of its own.
+
     Raises:
         ConfigurationError: there is no such file, or it is damaged; `config` is what it is made of.
     """
@@ -42,7 +44,7 @@ def read_frozen(start: Path, key: str, settings: FederationSettings) -> dict[str
         wanted = {
             **start_settings(settings),
             "seed": str(settings.seed),
-            "backbone.fingerprint": settings.backbone.fingerprint,
+            "backbone.fingerprint": settings.fingerprint,
         }
         made_for = {
             **file.made_for,

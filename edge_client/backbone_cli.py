@@ -10,8 +10,15 @@ from typing import Any
 
 from edge_client.artifact_export import Use, export
 from edge_client.errors import ConfigurationError
-from edge_client.federation_file import checked_settings, read_federation, write_start
+from edge_client.federation_file import (
+    checked_settings,
+    has_own_backbones,
+    read_federation,
+    settings_in,
+    write_start,
+)
 from edge_client.preflight import preflight
+from edge_client.shared_adapter import shared_start
 from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import Scheme
@@ -85,10 +92,15 @@ def say(options: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    table, start = read_federation(options.config)
+    if has_own_backbones(table):
+        federation = settings_in(table)
+        write_start(start, shared_start(federation), federation)
+        print(f"wrote {start}")
+        return
     from edge_client.backends.torch_backend import load_trainer
 
-    settings, start = read_federation(options.config)
-    federation = checked_settings(settings, str(settings["backbone"]["name"]))
+    federation = checked_settings(table, str(table["backbone"]["name"]))
     trainer = load_trainer(federation, backbone=None, scheme="none", device="cpu", personal_seed=0)
     write_start(start, trainer.common().arrays(), federation, trainer.frozen())
     print(f"wrote {start}")
@@ -130,7 +142,11 @@ def _use(options: argparse.Namespace) -> Use:
     if any(getattr(options, name) is not None for name in given):
         problem = "has task, labels and target modules, and flags have them too"
         raise ConfigurationError("--config", problem, "one of the two")
-    settings = checked_settings(read_federation(options.config)[0], options.backbone)
+    table, _ = read_federation(options.config)
+    if has_own_backbones(table):
+        problem = f"{options.config}: pfedlora trains on torch alone"
+        raise ConfigurationError("--config", problem, "a federation of another method")
+    settings = checked_settings(table, options.backbone)
     return Use(settings.task.kind.value, len(settings.task.labels), settings.adapter.target_modules)
 
 

@@ -28,7 +28,7 @@ from edge_client.backends.base import (
     RankReport,
     Trainer,
 )
-from edge_client.backends.loading import choose, load_trainer
+from edge_client.backends.loading import choose, load_trainer, shared_name
 from edge_client.data import FieldNames, check_asked, check_source, placed
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
@@ -257,10 +257,11 @@ class EdgeClient:
         """
         self._check_open()
         with self._worker.ready():
-            name = self._worker.settings.backbone.name
-            if self._backbone and not is_quantized(Path(self._backbone)):  # which PEFT cannot load
-                name = self._backbone
-            return self._worker.save_pretrained(Path(folder), name, rank, energy)
+            shared, own = self._worker.settings.backbone, self._backbone
+            # A quantised folder PEFT cannot load.
+            if own is None or (shared is not None and is_quantized(Path(own))):
+                own = shared_name(self._worker.settings)
+            return self._worker.save_pretrained(Path(folder), own, rank, energy)
 
     @property
     def device(self) -> str:

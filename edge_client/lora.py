@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Any, Final, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,9 @@ class TwoLevelLoRALinear(nn.Module):
         self.out_features, self.in_features = shape
         self.scaling = scaling
         self.level = Level.PERSONAL
+        self.without_common = False
+        # Factors to run on in place of its own, for a look at them.
+        self.instead: tuple[Tensor, Tensor] | None = None
         device = next(base.parameters()).device
         self._add("A", "B", rank, (common_seed, name), device)
         self._add("C", "D", personal_rank, (personal_seed, name), device)
@@ -102,7 +105,7 @@ class TwoLevelLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., n] to [..., m] in the dtype that the base gives."""
         y: Tensor = self.base(x)
-        factors = self.factors(self.level)
+        factors = self.instead or self.factors(self.level)
         if factors is None:
             return y
         down, up = factors
@@ -112,15 +115,19 @@ class TwoLevelLoRALinear(nn.Module):
 
     def factors(self, level: Level) -> tuple[Tensor, Tensor] | None:
         """Return `[A; C]` [k, n] and `[B D]` [m, k] of the levels up to `level`; None if k = 0."""
-        downs: list[Tensor] = [f for f in (self.A, self.C)[: level.value] if f is not None]
-        ups: list[Tensor] = [f for f in (self.B, self.D)[: level.value] if f is not None]
-        match downs, ups:
-            case [], []:
+        common = None if self.without_common else self._common_factors()
+        personal = None if self.C is None or self.D is None else (self.C, self.D)
+        match [pair for pair in (common, personal)[: level.value] if pair is not None]:
+            case []:
                 return None
-            case [down], [up]:
-                return down, up
-            case _:
+            case [pair]:
+                return pair
+            case pairs:
+                downs, ups = zip(*pairs, strict=True)
                 return torch.cat(downs), torch.cat(ups, dim=1)
+
+    def _common_factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.A is None or self.B is None else (self.A, self.B)
 
     def arrays(self, level: Level = Level.PERSONAL) -> tuple[Factor, Factor] | None:
         """`factors` in NumPy."""
@@ -129,18 +136,6 @@ class TwoLevelLoRALinear(nn.Module):
             return None
         down, up = (factor.detach().cpu().numpy() for factor in pair)
         return down, up
-
-    def put_factors(self, down: Tensor, up: Tensor) -> None:
-        """Take over `[A; C]` [k, n] and `[B D]` [m, k], zeros behind them."""
-        at = 0
-        with torch.no_grad():
-            for below, above in ((self.A, self.B), (self.C, self.D)):
-                if below is None or above is None:
-                    continue
-                size = min(below.shape[0], down.shape[0] - at)
-                below.zero_()[:size] = down[at : at + size]
-                above.zero_()[:, :size] = up[:, at : at + size]
-                at += size
 
     @property
     def weight(self) -> Tensor:
@@ -173,15 +168,37 @@ def active_level(model: nn.Module, level: Level) -> Iterator[None]:
 
     A trained head is one set of parameters and stays as it is at every level.
     """
+    with _all_layers(model, "level", level):
+        yield
+
+
+@contextmanager
+def without_common(model: nn.Module) -> Iterator[None]:
+    """Within the block, run the adapted layers of `model` without their common level."""
+    with _all_layers(model, "without_common", True):
+        yield
+
+
+@contextmanager
+def _all_layers(model: nn.Module, attribute: str, value: object) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, TwoLevelLoRALinear)]
-    before = [layer.level for layer in layers]
+    before = [getattr(layer, attribute) for layer in layers]
     for layer in layers:
-        layer.level = level
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
         for layer, previous in zip(layers, before, strict=True):
-            layer.level = previous
+            setattr(layer, attribute, previous)
+
+
+class SharedFactors(Protocol):
+    """A common level that all layers have together: projected_lora.py."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def layer(self, base: nn.Module, place: int, count: int, **settings: Any) -> TwoLevelLoRALinear:
+        """The adapted layer at a place among so many, counted from the model's input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +252,7 @@ def inject(
     head: Group | str = Group.COMMON,
     common_factors: str = "AB",
     personal_factors: str = "CD",
+    shared: SharedFactors | None = None,
 ) -> TwoLevelAdapter:
     """Freeze `model` and wrap its target layers in place.
 
@@ -244,6 +262,7 @@ def inject(
     `modules_to_train`, a task's head, are trained themselves, in float32, in the group `head`
     ("common" or "personal"). Both levels are scaled by `alpha / rank`, or `alpha / personal_rank`
     where `rank` is 0. Factors in neither `common_factors` nor `personal_factors` stay frozen.
+    With `shared` the common level is that, and `rank` its own.
 
     Raises:
         AdapterError: no such target, not a linear layer, a rank that does not fit, or an adapter
@@ -254,18 +273,21 @@ def inject(
         raise AdapterError(f"no group {head!r} for the head: common or personal")
     heads = {name: _submodule(model, name) for name in modules_to_train}
     targets = select_targets(model, target_modules, (*exclude, *heads))
-    layers = {
-        name: TwoLevelLoRALinear(
-            model.get_submodule(name),
-            rank=rank,
-            personal_rank=personal_rank,
-            scaling=scaling,
-            name=name,
-            common_seed=common_seed,
-            personal_seed=personal_seed,
-        )
-        for name in targets
+    settings: dict[str, Any] = {
+        "personal_rank": personal_rank,
+        "scaling": scaling,
+        "common_seed": common_seed,
+        "personal_seed": personal_seed,
     }
+    layers: dict[str, TwoLevelLoRALinear] = {}
+    in_order = [name for name, _ in model.named_modules() if name in targets]
+    for place, name in enumerate(in_order):
+        base = model.get_submodule(name)
+        if shared is None:
+            layers[name] = TwoLevelLoRALinear(base, rank=rank, name=name, **settings)
+        else:
+            layers[name] = shared.layer(base, place, len(in_order), name=name, **settings)
+    layers = dict(sorted(layers.items()))
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -274,6 +296,8 @@ def inject(
         Group.PERSONAL: _parameters(layers, personal_factors),
     }
     groups[Group(head)] |= _thaw(heads)
+    if shared is not None:
+        groups[Group.COMMON] |= shared.parameters
     for layer in layers.values():
         for letter, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(letter in common_factors + personal_factors)

@@ -14,7 +14,7 @@ from typing import Annotated, Final
 from protocol import limits
 from protocol.aggregation import Aggregation, Average, Mean, MultiKrum, ServerStep
 from protocol.compression import quantized_size, topk_size
-from protocol.methods import Algorithm, FedDPA, HetLoRA, LearningRate, PF2LoRA
+from protocol.methods import Algorithm, FedDPA, HetLoRA, LearningRate, PF2LoRA, PFedLoRA
 from protocol.schema import Integer, Items, Real, SchemaError, Text, record_of
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -239,10 +239,13 @@ class DownloadDtype(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FederationSettings:
-    """One shared adapter and everything that a device must know to train it."""
+    """One shared adapter and everything that a device must know to train it.
+
+    The devices of pfedlora have each their own backbone, and the federation none.
+    """
 
     name: Name
-    backbone: Backbone
+    backbone: Backbone | None
     task: Task
     adapter: Adapter = field(default_factory=Adapter)
     training: Training = field(default_factory=Training)
@@ -254,8 +257,14 @@ class FederationSettings:
     download_dtype: DownloadDtype = DownloadDtype.FLOAT32
     seed: Seed = 0
 
+    @property
+    def fingerprint(self) -> str:
+        """The backbone's; empty where each device has its own."""
+        return self.backbone.fingerprint if self.backbone else ""
+
     def __post_init__(self) -> None:
-        two_level = isinstance(self.algorithm, PF2LoRA | FedDPA)
+        _check_backbones(self)
+        two_level = isinstance(self.algorithm, PF2LoRA | FedDPA | PFedLoRA)
         if two_level and self.adapter.personal_rank == 0:
             name = self.algorithm.NAME
             raise SchemaError("adapter.personal_rank", f"{name} needs a personal rank of 1 or more")
@@ -287,6 +296,26 @@ class FederationSettings:
             raise SchemaError("algorithm.rank_min", f"is over the rank of {self.adapter.rank}")
 
 
+def _check_backbones(settings: FederationSettings) -> None:
+    """That there is one backbone, or that nothing asks for one."""
+    algorithm, adapter = settings.algorithm, settings.adapter
+    if not isinstance(algorithm, PFedLoRA):
+        if settings.backbone is None:
+            raise SchemaError("backbone", "is missing; of the methods pfedlora alone does without")
+        return
+    if settings.backbone is not None:
+        problem = "must be left out: each device of pfedlora has its own, and says --backbone"
+        raise SchemaError("backbone", problem)
+    if adapter.head is not Group.PERSONAL:
+        problem = "must be 'personal': the heads of different backbones do not fit each other"
+        raise SchemaError("adapter.head", problem)
+    if algorithm.shared_width < adapter.rank:
+        raise SchemaError("algorithm.shared_width", f"is under the rank of {adapter.rank}")
+    if settings.training.local_steps < 2:
+        problem = "must be 2 or more: pfedlora trains the device's own part, then the common one"
+        raise SchemaError("training.local_steps", problem)
+
+
 # Of the file that holds the first common adapter: `prepare` writes it, the coordinator reads it.
 START_FORMAT: Final = "pf2lora-start-2"
 
@@ -301,8 +330,14 @@ def start_settings(settings: FederationSettings) -> dict[str, object]:
         "adapter.target_modules",
         "adapter.head",
         "algorithm.name",
+        "algorithm.shared_width",
+        "algorithm.slots",
     )
-    chosen = {name: table[name.split(".")[0]][name.split(".")[1]] for name in names}
+    chosen = {}
+    for name in names:
+        section, key = name.split(".")
+        if key in table[section]:  # not every method has every key
+            chosen[name] = table[section][key]
     return dict(json.loads(json.dumps(chosen)))
 
 

@@ -126,4 +126,22 @@ class FedDPA:
     NAME: ClassVar[str] = "feddpa"
 
 
-Algorithm = PF2LoRA | HomLoRA | LocalOnly | PerFedAvg | HetLoRA | FFALoRA | FedSALoRA | FedDPA
+@dataclass(frozen=True, slots=True)
+class PFedLoRA:
+    """pFedLoRA: devices whose backbones differ share one adapter, each through projections.
+
+    The common adapter is A [rank, shared_width] and B [shared_width, rank], whatever the backbones'
+    widths; `slots` is how many such pairs there are, over the relative depth of a model. While a
+    device trains its own part, the loss with the common adapter counts `mu`, and without it the
+    rest.
+    """
+
+    NAME: ClassVar[str] = "pfedlora"
+    mu: Annotated[float, Real(0.001, 0.5)] = 0.5
+    shared_width: Annotated[int, Integer(1, limits.SHARED_WIDTH_MAX)] = 64
+    slots: Annotated[int, Integer(1, limits.SLOTS_MAX)] = 4
+
+
+Algorithm = (
+    PF2LoRA | HomLoRA | LocalOnly | PerFedAvg | HetLoRA | FFALoRA | FedSALoRA | FedDPA | PFedLoRA
+)

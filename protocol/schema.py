@@ -201,6 +201,19 @@ class _TextOrMany:
 
 
 @dataclass(frozen=True, slots=True)
+class Maybe:
+    """A kind, or nothing: `X | None`. What is left out of a table is nothing."""
+
+    kind: Kind
+
+    def encode(self, value: Any, path: str) -> Any:
+        return None if value is None else self.kind.encode(value, path)
+
+    def decode(self, plain: Any, path: str) -> Any:
+        return None if plain is None else self.kind.decode(plain, path)
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A dataclass, as the array of its fields in order."""
 
@@ -245,6 +258,8 @@ class Record:
                 values.append(field.default)
             elif field.default_factory is not MISSING:
                 values.append(field.default_factory())
+            elif isinstance(known[field.name], Maybe):
+                values.append(None)
             else:
                 raise SchemaError(where, "is missing")
         return self.build(path, *values)
@@ -316,12 +331,16 @@ def unknown_name(name: str, known: typing.Iterable[str]) -> str:
 
 
 def _to_plain(kind: Kind, value: Any, path: str) -> Any:
+    if isinstance(kind, Maybe):
+        return None if value is None else _to_plain(kind.kind, value, path)
     if isinstance(kind, Record | Tagged):
         return kind.to_mapping(value)
     return kind.encode(value, path)
 
 
 def _from_plain(kind: Kind, value: Any, path: str) -> Any:
+    if isinstance(kind, Maybe):
+        return None if value is None else _from_plain(kind.kind, value, path)
     if isinstance(kind, Record | Tagged):
         return kind.from_mapping(value, path)
     return kind.decode(value, path)
@@ -392,6 +411,9 @@ def kind_of(annotation: Any) -> Kind:
 
 
 def _union_kind(options: tuple[Any, ...]) -> Kind:
+    if options[-1] is types.NoneType:
+        (option,) = options[:-1]
+        return Maybe(kind_of(option))
     if all(isinstance(option, type) and is_dataclass(option) for option in options):
         return Tagged(tuple((option.NAME, record_of(option)) for option in options))
     kinds = [kind_of(option) for option in options]

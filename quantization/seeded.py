@@ -45,6 +45,18 @@ def factor_start(shape: tuple[int, int], seed: int, layer: str, letter: str) -> 
     return start.reshape(shape)
 
 
+def projection_start(shape: tuple[int, int], seed: int, letter: str) -> NDArray[np.float32]:
+    """A projection [rows, columns]: orthogonal along its shorter side, a mean square of 1.
+
+    Of the seed, the letter and the shape alone, so that layers of equal widths begin alike.
+    """
+    rows, columns = shape
+    normal = _seeded_normal(rows * columns, seed, letter, f"{rows} x {columns}")
+    longer = normal.reshape(max(shape), min(shape))
+    basis = np.linalg.qr(longer)[0] * math.sqrt(max(shape))
+    return (basis if rows >= columns else basis.T).astype(np.float32)
+
+
 def _seeded_normal(count: int, seed: int, *labels: str) -> NDArray[np.float64]:
     """Standard normal numbers by the method of Box and Muller."""
     radius = np.sqrt(-2.0 * np.log1p(-seeded_uniform(count, seed, *labels, "radius")))

@@ -26,6 +26,8 @@ from coordinator.store.schema import (
 from protocol.federation import FederationSettings, settings_from_json
 
 PAGE_MAX: Final = 1000
+# Said where a federation has no backbone.
+OWN_BACKBONES: Final = "the devices' own backbones"
 # The columns that a list of devices can be ordered by.
 DEVICE_ORDERS: Final = tuple(column.name for column in sightings.columns)[1:]
 
@@ -218,7 +220,7 @@ def _federation(db: sa.Connection, row: sa.Row[Any]) -> FederationView:
     return FederationView(
         row.name,
         settings.algorithm.NAME,
-        settings.backbone.name,
+        settings.backbone.name if settings.backbone else OWN_BACKBONES,
         row.rounds_done,
         settings.rounds.count,
         Wish(row.wish),

@@ -11,6 +11,7 @@ from edge_client.algorithms.homlora import HomLoRAStep
 from edge_client.algorithms.local import LocalOnlyStep
 from edge_client.algorithms.perfedavg import PerFedAvgStep
 from edge_client.algorithms.pf2lora import PF2LoRAStep
+from edge_client.algorithms.pfedlora import PFedLoRAStep
 from edge_client.splits import seeded
 from protocol.federation import FederationSettings
 from protocol.methods import (
@@ -22,6 +23,7 @@ from protocol.methods import (
     LocalOnly,
     PerFedAvg,
     PF2LoRA,
+    PFedLoRA,
 )
 
 
@@ -48,3 +50,5 @@ def algorithm_for(settings: FederationSettings, device_seed: int) -> Algorithm:
             return FedSALoRAStep()
         case FedDPA():
             return FedDPAStep()
+        case PFedLoRA() as pfedlora:
+            return PFedLoRAStep(pfedlora)

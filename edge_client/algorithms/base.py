@@ -47,6 +47,13 @@ class GradientOracle(Protocol):
     def gradients(self, batch: Batch) -> Gradients:
         """Loss and gradients at the present parameters."""
 
+    def local_gradients(self, batch: Batch) -> Gradients:
+        """The same with the common level switched off; the common gradient is zero.
+
+        Raises:
+            ConfigurationError: this backend cannot.
+        """
+
     def mixed_product(self, batch: Batch, vector: Vector) -> Vector:
         """`[d2 loss / d common d personal] vector`, [P_c], at the present parameters.
 
@@ -78,7 +85,8 @@ class Layout:
     """The ranks of both levels, the head's group, and which factors are trained in which group.
 
     Of the factors A, B (common rank) and C, D (personal rank) those named in neither `common` nor
-    `personal` stay as they were drawn.
+    `personal` stay as they were drawn. With a `shared_width` layers have A and B together, one pair
+    a slot, and projections P, Q of their own.
     """
 
     common_rank: int
@@ -86,6 +94,8 @@ class Layout:
     head: Group
     common: str = "AB"
     personal: str = "CD"
+    shared_width: int = 0
+    slots: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,18 @@ def choose(
     return OrtChoice(Path(artifact), artifact_digest)
 
 
+def shared_name(settings: FederationSettings) -> str:
+    """The federation's name for its backbone.
+
+    Raises:
+        ConfigurationError: it has none.
+    """
+    if settings.backbone is None:
+        problem = f"is not given, and in {settings.name!r} each device has its own"
+        raise ConfigurationError("backbone", problem, "a folder, a name, or package:NAME/folder")
+    return settings.backbone.name
+
+
 def load_trainer(
     choice: TorchChoice | OrtChoice, settings: FederationSettings, personal_seed: int
 ) -> Trainer:
@@ -96,7 +108,7 @@ def load_trainer(
     match choice:
         case TorchChoice(backbone, scheme, device, compute_dtype):
             if backbone is None:
-                check_shared(settings.backbone.name)
+                check_shared(shared_name(settings))
             try:
                 from edge_client.backends import torch_backend
             except ModuleNotFoundError as error:

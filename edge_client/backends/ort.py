@@ -9,7 +9,7 @@ Gradients are of first order only.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from edge_client.factors import Factor
 from edge_client.tasks.base import Score, cross_entropy
 from protocol.federation import FederationSettings, Group
 from protocol.fingerprints import difference
-from protocol.methods import Hypergradient, PF2LoRA
+from protocol.methods import Hypergradient, PF2LoRA, PFedLoRA
 from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
 from quantization.tasks import IGNORED
@@ -98,6 +98,11 @@ class OrtTrainer(FlatTrainer):
         common[:], personal[:] = sums
         return Gradients(total, common, personal)
 
+    def local_gradients(self, batch: Batch) -> Gradients:  # noqa: ARG002
+        raise ConfigurationError(
+            "backend", "ort has no gradients without the common level", "torch"
+        )
+
     def mixed_product(self, batch: Batch, vector: Vector) -> Vector:  # noqa: ARG002
         raise ConfigurationError(
             "algorithm.hypergradient", "the ort backend has no second derivatives", _FIRST_ORDER
@@ -141,6 +146,7 @@ class OrtTrainer(FlatTrainer):
         return np.concatenate([a, c]), np.concatenate([b, d], axis=1)
 
     def _put_factors(self, layer: str, down: Factor, up: Factor) -> None:
+        """Take over factors; what lies beyond their rank is zero."""
         a, b, c, d = (self._arrays[f"{layer}.{letter}"] for letter in "ABCD")
         at = 0
         for below, above in ((a, b), (c, d)):
@@ -148,6 +154,17 @@ class OrtTrainer(FlatTrainer):
             below[:size], above[:, :size] = down[at : at + size], up[:, at : at + size]
             below[size:], above[:, size:] = 0.0, 0.0
             at += size
+
+    @contextlib.contextmanager
+    def _running_on(self, pairs: Mapping[str, tuple[Factor, Factor]]) -> Iterator[None]:
+        kept = {layer: self._factors(layer) for layer in pairs}
+        try:
+            for layer, (down, up) in pairs.items():
+                self._put_factors(layer, down, up)
+            yield
+        finally:
+            for layer, (down, up) in kept.items():
+                self._put_factors(layer, down, up)
 
     @contextlib.contextmanager
     def _running_at(self, level: Level) -> Iterator[None]:
@@ -182,7 +199,7 @@ def load_trainer(
 
     Raises:
         ArtifactError: it is damaged, another, or holds what must not be in one.
-        ConfigurationError: it is not this federation's, or the method needs second derivatives.
+        ConfigurationError: it is not this federation's, or the method is not for this backend.
         MissingExtraError: onnxruntime or tokenizers is not installed.
     """
     algorithm = settings.algorithm
@@ -192,10 +209,13 @@ def load_trainer(
             "exact needs second derivatives, which the ort backend does not have",
             f"{_FIRST_ORDER} in the federation, or a torch device",
         )
+    if isinstance(algorithm, PFedLoRA):
+        problem = "ort does not do pfedlora: a compiled layer has no projections"
+        raise ConfigurationError("backend", problem, "torch")
     loaded = load_artifact(artifact, digest)
     # Before the graph: reading it leaves memory that the graph then uses.
     tokenizer = tokenizer_of(loaded)
-    found, wanted = _fingerprint(loaded, tokenizer), settings.backbone.fingerprint
+    found, wanted = _fingerprint(loaded, tokenizer), settings.fingerprint
     if found != wanted:
         raise _not_of(f"backbone: {found}", f"{wanted}: {difference(found, wanted)}")
     _check(settings, loaded.manifest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -20,10 +20,12 @@ from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Level
 from edge_client.backends.encoding import Batch, Window, check_ids, window_of
 from edge_client.backends.flat import FlatGroup
+from edge_client.backends.loading import shared_name
 from edge_client.backends.trainer import FlatTrainer, Shape
 from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
-from edge_client.lora import AdapterError, active_level, inject
+from edge_client.lora import AdapterError, active_level, inject, without_common
+from edge_client.projected_lora import SharedPairs
 from edge_client.tasks.base import Score
 from protocol.federation import FederationSettings
 from protocol.methods import Hypergradient, PF2LoRA
@@ -111,6 +113,15 @@ class TorchTrainer(FlatTrainer):
     ) -> None:
         layout = algorithm_for(settings, personal_seed).layout(settings.adapter)
         self._model: nn.Module = backbone.model
+        shared = None
+        if layout.shared_width:
+            shared = SharedPairs(
+                rank=layout.common_rank,
+                width=layout.shared_width,
+                slots=layout.slots,
+                seed=settings.seed,
+                device=backbone.device,
+            )
         self._adapter = inject(
             backbone.model,
             target_modules=settings.adapter.target_modules,
@@ -123,6 +134,7 @@ class TorchTrainer(FlatTrainer):
             head=layout.head,
             common_factors=layout.common,
             personal_factors=layout.personal,
+            shared=shared,
         )
         _prove(backbone, settings.task.max_length)
         if settings.training.gradient_checkpointing:
@@ -155,6 +167,10 @@ class TorchTrainer(FlatTrainer):
             give_rooms_back()
             total += float(loss.detach())
         return Gradients(total, self._common.gradients, self._personal.gradients)
+
+    def local_gradients(self, batch: Batch) -> Gradients:
+        with without_common(self._model):
+            return self.gradients(batch)
 
     def mixed_product(self, batch: Batch, vector: Tensor) -> Tensor:
         """`[d2 loss / d common d personal] vector`, [P_c], by double backward."""
@@ -195,8 +211,16 @@ class TorchTrainer(FlatTrainer):
         assert pair is not None  # noqa: S101 - the constructor refuses a layer without ranks
         return pair
 
-    def _put_factors(self, layer: str, down: Factor, up: Factor) -> None:
-        self._adapter.layers[layer].put_factors(torch.from_numpy(down), torch.from_numpy(up))
+    @contextlib.contextmanager
+    def _running_on(self, pairs: Mapping[str, tuple[Factor, Factor]]) -> Iterator[None]:
+        layers = self._adapter.layers
+        try:
+            for name, (down, up) in pairs.items():
+                layers[name].instead = (self._placed(down), self._placed(up))
+            yield
+        finally:
+            for name in pairs:
+                layers[name].instead = None
 
     def _running_at(self, level: Level) -> contextlib.AbstractContextManager[None]:
         return active_level(self._model, level)
@@ -277,7 +301,7 @@ def load_trainer(
     twice = isinstance(algorithm, PF2LoRA) and algorithm.hypergradient is Hypergradient.EXACT
     with _LOADING:
         loaded = load_backbone(
-            backbone or settings.backbone.name,
+            backbone or shared_name(settings),
             scheme=scheme,
             device=device,
             task=settings.task.kind.value,

@@ -42,7 +42,7 @@ from protocol.federation import FederationSettings, OptimizerState, WireDtype
 from protocol.methods import HetLoRA
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
-from quantization.seeded import factor_start, head_start
+from quantization.seeded import factor_start, head_start, projection_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,8 @@ def start_of(
     if letter in "BD":
         return np.zeros(shape, np.float32)
     rank, inputs = shape
+    if letter in "PQ":
+        return projection_start((rank, inputs), common_seed, letter)
     return factor_start(
         (rank, inputs), common_seed if letter == "A" else personal_seed, layer, letter
     )
@@ -129,6 +131,14 @@ class FlatTrainer(abc.ABC):
         """Mean loss of a batch, worked through in parts if the federation says so; gradients."""
 
     @abc.abstractmethod
+    def local_gradients(self, batch: Batch) -> Gradients:
+        """`gradients` without the common level.
+
+        Raises:
+            ConfigurationError: this backend cannot.
+        """
+
+    @abc.abstractmethod
     def mixed_product(self, batch: Batch, vector: Vector) -> Vector:
         """`[d2 loss / d common d personal] vector`, [P_c].
 
@@ -149,8 +159,10 @@ class FlatTrainer(abc.ABC):
         """`[A; C]` [k, n] and `[B D]` [m, k] of a layer."""
 
     @abc.abstractmethod
-    def _put_factors(self, layer: str, down: Factor, up: Factor) -> None:
-        """Take over factors of rank k, up to r + r2; what lies beyond is zero."""
+    def _running_on(
+        self, pairs: Mapping[str, tuple[Factor, Factor]]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Within the block layers run on other factors, of ranks up to r + r2."""
 
     @abc.abstractmethod
     def _running_at(self, level: Level) -> contextlib.AbstractContextManager[None]:
@@ -285,7 +297,7 @@ class FlatTrainer(abc.ABC):
             )
             after = full
             if rows and smaller:
-                with self._factors_in_place(smaller):
+                with self._running_on(smaller):
                     after = self._evaluate(rows)
         return Export({n: len(down) for n, (down, _) in written.factors.items()}, full, after)
 
@@ -301,18 +313,6 @@ class FlatTrainer(abc.ABC):
             shape.scaling,
             shape.fan_in_fan_out,
         )
-
-    @contextlib.contextmanager
-    def _factors_in_place(self, pairs: Mapping[str, tuple[Factor, Factor]]) -> Iterator[None]:
-        """Within the block layers run on other factors."""
-        kept = {layer: tuple(np.array(f) for f in self._factors(layer)) for layer in pairs}
-        try:
-            for layer, (down, up) in pairs.items():
-                self._put_factors(layer, down, up)
-            yield
-        finally:
-            for layer, (down, up) in kept.items():
-                self._put_factors(layer, down, up)
 
     def _encoded(
         self, specs: Sequence[TensorSpec], flat: np.ndarray[Any, Any], dtype: WireDtype
@@ -391,6 +391,7 @@ class Oracle:
         self.personal = personal
         self.personal_head = personal_head
         self.gradients = trainer.gradients
+        self.local_gradients = trainer.local_gradients
         self.mixed_product = trainer.mixed_product
         self.factors = trainer.factors
         self.personal_factors = trainer.personal_factors

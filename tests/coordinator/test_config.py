@@ -6,6 +6,7 @@ import contextlib
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -13,8 +14,8 @@ from coordinator import cli, config
 from coordinator.errors import ConfigurationError
 from coordinator.store.sql import SqlStore
 from edge_client.federation_file import write_start
-from protocol.federation import Weighting
-from protocol.methods import HomLoRA, PF2LoRA
+from protocol.federation import FederationSettings, Task, TaskKind, Weighting
+from protocol.methods import HomLoRA, PF2LoRA, PFedLoRA
 from tests.coordinator.federation_file import FINGERPRINT, TOML, write_federation
 
 
@@ -31,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_file_gives_settings_defaults_and_the_start_in_its_order(path: Path) -> None:
     loaded = config.load(path, {}, {})
     assert _only(loaded).settings.rounds.cohort == 3
-    assert _only(loaded).settings.backbone.fingerprint == FINGERPRINT
+    assert _only(loaded).settings.fingerprint == FINGERPRINT
     assert isinstance(_only(loaded).settings.algorithm, PF2LoRA)
     assert [spec.name for spec in _only(loaded).start.specs] == ["z.A", "a.A"]
     assert loaded.server.store == f"sqlite:///{path.parent.resolve()}/pf2lora.sqlite"
@@ -128,6 +129,28 @@ def test_a_start_that_was_made_for_another_method_is_refused(path: Path) -> None
         config.load(path, {"algorithm.name": "ffa-lora"}, {})
     with pytest.raises(ConfigurationError, match=r"adapter\.rank: is 3, .* made for 8"):
         config.load(path, {"adapter.rank": "3"}, {})
+
+
+def test_a_federation_without_a_backbone_has_a_start_without_one(path: Path) -> None:
+    own = TOML.replace('[backbone]\nname = "tiny"\n', '[algorithm]\nname = "pfedlora"\n')
+    for_one = path.with_name("one.toml")
+    for_one.write_text(own + '\n[server]\nstart = "own.safetensors"')
+    task = Task(TaskKind.SEQUENCE_CLASSIFICATION, ("no", "yes"))
+    settings = FederationSettings("demo", None, task, algorithm=PFedLoRA())
+    start = {"shared.0.A": np.ones((8, 64), np.float32)}
+    write_start(path.parent / "own.safetensors", start, settings)
+    loaded = _only(config.load(for_one, {}, {}))
+    assert loaded.settings.backbone is None
+    assert [spec.name for spec in loaded.start.specs] == ["shared.0.A"]
+    with pytest.raises(ConfigurationError, match=r"shared_width: is 32, .* made for 64"):
+        config.load(for_one, {"algorithm.shared_width": "32"}, {})
+    with pytest.raises(ConfigurationError, match=r"backbone: .*made without one, .*leave it out"):
+        config.load(path, {"server.start": "own.safetensors"}, {})
+    # One that a backbone was there for is another method's.
+    made = _only(config.load(path, {}, {})).settings
+    write_start(path.parent / "own.safetensors", start, made)
+    with pytest.raises(ConfigurationError, match=r"algorithm\.name: is 'pfedlora', .*'pf2lora'"):
+        config.load(for_one, {}, {})
 
 
 @pytest.mark.parametrize(

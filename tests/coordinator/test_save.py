@@ -17,7 +17,7 @@ from coordinator import cli
 from coordinator.store.base import RoundRecord
 from coordinator.store.sql import SqlStore
 from protocol.federation import Adapter, FederationSettings, Group, start_settings
-from protocol.methods import Algorithm, FedSALoRA, FFALoRA, LocalOnly
+from protocol.methods import Algorithm, FedSALoRA, FFALoRA, LocalOnly, PFedLoRA
 from protocol.tensors import NamedTensors
 from tests.coordinator.small_disk import files_of_at_most
 from tests.protocol.samples import FINGERPRINT, SETTINGS
@@ -35,6 +35,8 @@ HEAD = {"score.bias": FLOATS(2, np.float32), "score.dense.weight": FLOATS((2, 5)
 def _settings(name: str, method: Algorithm | None = None) -> FederationSettings:
     adapter = Adapter(rank=2, personal_rank=1, alpha=6.0, head=Group.COMMON)
     settings = replace(SETTINGS, name=name, adapter=adapter)
+    if isinstance(method, PFedLoRA):
+        settings = replace(settings, backbone=None, adapter=Adapter(), algorithm=method)
     return replace(settings, algorithm=method) if method else settings
 
 
@@ -145,7 +147,12 @@ def test_of_several_federations_one_must_be_named(
 
 
 @pytest.mark.parametrize(
-    ("method", "what"), [(LocalOnly(), "nothing is common"), (FedSALoRA(), "only A is common")]
+    ("method", "what"),
+    [
+        (LocalOnly(), "nothing is common"),
+        (FedSALoRA(), "only A is common"),
+        (PFedLoRA(), "what is common fits a backbone through its device's projections alone"),
+    ],
 )
 def test_methods_whose_adapters_are_the_devices_are_refused(
     saving: Saving, capsys: pytest.CaptureFixture[str], method: Algorithm, what: str
@@ -164,7 +171,7 @@ def _write_start(path: Path, settings: FederationSettings, /, **changes: str) ->
     names = {end: [name for name in FACTORS if name.endswith(end)] for end in (".A", ".B")}
     metadata = {
         "format": "pf2lora-start-2",
-        "fingerprint": settings.backbone.fingerprint,
+        "fingerprint": settings.fingerprint,
         "settings": json.dumps(start_settings(settings)),
         "names": json.dumps(names[".B"]),
         "frozen": json.dumps(names[".A"]),

@@ -12,12 +12,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coordinator import cli
 from coordinator.log import FederationLog, JsonLines
 from coordinator.store.schema import federations
 from coordinator.store.sql import SqlStore
+from protocol.federation import FederationSettings, Task, TaskKind
+from protocol.methods import PFedLoRA
+from protocol.tensors import NamedTensors
 from tests.coordinator.busy_store import fill_store
 
 
@@ -41,6 +45,17 @@ def test_status_tells_where_federations_stand(url: str, capsys: pytest.CaptureFi
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert (found["name"], found["open_round"]["reports"], found["wish"]) == ("reviews", 13, "run")
+
+
+def test_status_says_so_where_there_is_no_one_backbone(
+    store: SqlStore, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = Task(TaskKind.SEQUENCE_CLASSIFICATION, ("no", "yes"))
+    settings = FederationSettings("mixed", None, task, algorithm=PFedLoRA())
+    start = NamedTensors.from_arrays({"shared.0.A": np.ones((8, 64), np.float32)})
+    store.create(settings, start)
+    assert cli.main(["status", "--store", url, "--name", "mixed"]) == 0
+    assert "mixed: pfedlora on the devices' own backbones\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["status", "watch"])

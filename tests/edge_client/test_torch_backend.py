@@ -12,6 +12,7 @@ import torch
 
 from edge_client.backends.base import Level, Prediction
 from edge_client.backends.encoding import Batch
+from edge_client.backends.loading import shared_name
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
 from edge_client.errors import DataError, StateError
@@ -51,7 +52,7 @@ def _trainer(
     settings: FederationSettings, scheme: str = "none", seed: int = 1, **holding: Any
 ) -> TorchTrainer:
     backbone = load_backbone(
-        settings.backbone.name,
+        shared_name(settings),
         scheme=scheme,
         task=settings.task.kind.value,
         label_count=len(settings.task.labels),

@@ -367,7 +367,7 @@ def test_an_app_and_the_shell_have_a_text_gone_on_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, rows = str(write_gpt2(tmp_path / "model")), [{"text": "The gradient So"}] * 4
-    task, backbone = Task(TaskKind.CAUSAL_LM, (), 8), Backbone(model, SETTINGS.backbone.fingerprint)
+    task, backbone = Task(TaskKind.CAUSAL_LM, (), 8), Backbone(model, SETTINGS.fingerprint)
     device = Device(tmp_path / "a", replace(SETTINGS, backbone=backbone, task=task), rows=rows)
     device.round(1)
     with EdgeClient("localhost:1", rows, tmp_path / "a", scheme="none") as client:
@@ -401,7 +401,7 @@ def test_a_backbones_folder_is_the_same_from_any_working_directory(
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
     # A federation's own name for it is for devices elsewhere.
     monkeypatch.chdir(tmp_path)
-    relative = replace(SETTINGS, backbone=replace(SETTINGS.backbone, name="model"))
+    relative = replace(SETTINGS, backbone=Backbone("model", SETTINGS.fingerprint))
     said = rf"'model': a relative path, here {tmp_path}/model; each device would"
     with pytest.raises(BackboneError, match=said):
         loading.load_trainer(loading.TorchChoice(None, "none"), relative, 0)

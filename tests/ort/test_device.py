@@ -20,8 +20,8 @@ from edge_client.backends import ort
 from edge_client.backends.base import Level
 from edge_client.client import EdgeClient
 from edge_client.errors import ConfigurationError
-from protocol.federation import Task, TaskKind
-from protocol.methods import Hypergradient, PF2LoRA
+from protocol.federation import Adapter, Backbone, Task, TaskKind, Training
+from protocol.methods import Hypergradient, PF2LoRA, PFedLoRA
 from quantization.artifact import load_artifact, write_manifest
 from quantization.errors import ArtifactError
 from tests.integration.test_federation import _coordinator, _run_all, _write_data
@@ -167,10 +167,22 @@ def test_arguments_that_do_not_go_together_are_refused_by_name(
     assert not (tmp_path / "state").exists()
 
 
+def test_a_method_that_projects_a_shared_adapter_is_refused(artifacts: Path) -> None:
+    settings = replace(
+        CASES["minilm"].settings,
+        backbone=None,
+        adapter=Adapter(),
+        training=Training(),
+        algorithm=PFedLoRA(),
+    )
+    with pytest.raises(ConfigurationError, match=r"backend: ort does not do pfedlora.*use torch"):
+        ort.load_trainer(settings, artifact=artifacts / "minilm-none", personal_seed=1)
+
+
 def test_an_artifact_of_another_federation_is_refused(artifacts: Path) -> None:
     manifest = load_artifact(artifacts / "minilm-none").manifest
     settings = CASES["minilm"].settings
-    backbone = replace(settings.backbone, fingerprint=manifest.fingerprint)
+    backbone = Backbone("package:", manifest.fingerprint)
     settings = replace(settings, backbone=backbone)
     folder = artifacts / "minilm-none"
     assert ort.load_trainer(settings, artifact=folder, personal_seed=PERSONAL_SEED)

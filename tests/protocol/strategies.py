@@ -13,7 +13,9 @@ from protocol import schema
 from protocol.aggregation import Mean, MultiKrum
 from protocol.federation import (
     Adapter,
+    Backbone,
     FederationSettings,
+    Group,
     Mode,
     Rounds,
     Task,
@@ -21,7 +23,7 @@ from protocol.federation import (
     WireDtype,
 )
 from protocol.messages import Message
-from protocol.methods import HetLoRA, LowerOptimizer, PF2LoRA
+from protocol.methods import HetLoRA, LowerOptimizer, PF2LoRA, PFedLoRA
 from protocol.tensors import Payload, TensorSpec
 
 MESSAGES = typing.get_args(Message)
@@ -44,6 +46,8 @@ def of_kind(kind: schema.Kind) -> st.SearchStrategy[Any]:
             return st.booleans()
         case schema.Blob(bytes_max, bytes_min):
             return st.binary(min_size=bytes_min, max_size=min(bytes_max, 200))
+        case schema.Maybe(one):
+            return st.none() | of_kind(one)
         case schema.Record(cls):
             return of_class(cls)
         case schema.Tagged(records):
@@ -85,7 +89,15 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         adam = values[1] is LowerOptimizer.ADAM
         values = (*values[:2], values[2] or 0.1, 0.0 if adam else values[3], *values[4:])
     if cls is FederationSettings:
-        adapter, algorithm, rounds = values[3], values[5], values[6]
+        backbone, adapter, training, algorithm, rounds = values[1], *values[3:7]
+        if isinstance(algorithm, PFedLoRA):
+            backbone = None
+            adapter = replace(adapter, head=Group.PERSONAL)
+            training = replace(training, local_steps=max(2, training.local_steps))
+            width = max(algorithm.shared_width, adapter.rank)
+            algorithm = replace(algorithm, shared_width=width)
+        elif backbone is None:
+            backbone = Backbone("any", "sha256:" + "0" * 64)
         plain = isinstance(algorithm, HetLoRA) or rounds.minimum_reports < 5
         aggregation = Mean() if plain else values[7]
         if isinstance(aggregation, MultiKrum):
@@ -99,7 +111,8 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
         if isinstance(algorithm, HetLoRA) and not update_dtype.is_plain:
             update_dtype = WireDtype.FLOAT32
         dtypes = update_dtype, download_dtype
-        values = (*values[:5], algorithm, rounds, aggregation, *rest, *dtypes, seed)
+        kept = values[0], backbone, values[2], adapter, training
+        values = (*kept, algorithm, rounds, aggregation, *rest, *dtypes, seed)
     return cls(*values)
 
 

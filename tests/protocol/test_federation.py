@@ -15,8 +15,10 @@ from protocol.federation import (
 )
 from protocol.methods import PF2LoRA
 from protocol.schema import SchemaError
-from tests.protocol.samples import SETTINGS
+from tests.protocol.samples import FINGERPRINT, SETTINGS
 from tests.protocol.strategies import of_class
+
+PFEDLORA = {"backbone": None, "algorithm": {"name": "pfedlora"}}
 
 
 @settings(derandomize=True, deadline=None)
@@ -31,6 +33,15 @@ def test_settings_that_the_writer_did_not_know_take_their_defaults() -> None:
     read = settings_from_json(json.dumps(table))
     assert read == SETTINGS
     assert (read.rounds, read.algorithm) == (Rounds(), PF2LoRA())
+
+
+def test_a_federation_whose_devices_have_their_own_backbones_has_none() -> None:
+    table = json.loads(settings_to_json(SETTINGS)) | PFEDLORA
+    read = settings_from_json(json.dumps(table))
+    assert (read.backbone, read.fingerprint) == (None, "")
+    del table["backbone"]  # as in a federation.toml
+    assert settings_from_json(json.dumps(table)) == read
+    assert SETTINGS.fingerprint == FINGERPRINT
 
 
 @pytest.mark.parametrize(
@@ -66,6 +77,20 @@ def test_settings_that_the_writer_did_not_know_take_their_defaults() -> None:
             {"rounds": {"cohort": 4, "report_goal": 2, "minimum_reports": 3}},
             r"minimum_reports: is over the report goal of 2",
         ),
+        ({"backbone": None}, r"backbone: is missing; of the methods pfedlora alone does without"),
+        (
+            {"algorithm": {"name": "pfedlora"}},
+            r"backbone: must be left out: each device of pfedlora has its own",
+        ),
+        (PFEDLORA | {"algorithm": {"name": "pfedlora", "mu": 0.6}}, r"mu: expected 0\.001 to 0\.5"),
+        (PFEDLORA | {"algorithm": {"name": "pfedlora", "mu": 0}}, r"mu: expected 0\.001 to 0\.5"),
+        (
+            PFEDLORA | {"algorithm": {"name": "pfedlora", "shared_width": 4}},
+            r"algorithm\.shared_width: is under the rank of 8",
+        ),
+        (PFEDLORA | {"adapter": {"head": "common"}}, r"adapter\.head: must be 'personal'"),
+        (PFEDLORA | {"adapter": {"personal_rank": 0}}, r"personal_rank: pfedlora needs"),
+        (PFEDLORA | {"training": {"local_steps": 1}}, r"training\.local_steps: must be 2 or more"),
     ],
 )
 def test_what_is_wrong_is_named(wrong: dict[str, object], said: str) -> None:

