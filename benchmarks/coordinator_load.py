@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.federation_file import write_start
 from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
+from edge_client.start_file import write_start
 from edge_client.transport import websocket_dial
 from protocol.federation import Backbone, FederationSettings, Task, TaskKind
 from protocol.messages import Assignment, Receipt, ReceiptStatus
