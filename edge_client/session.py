@@ -141,7 +141,8 @@ def _unwatched(error: Exception) -> None:
 class Session:
     """Takes part in a federation until its rounds are over.
 
-    `troubled` is told of everything that ends a connection early, before the pause after it.
+    `troubled` is told of everything that ends a connection early, before the pause after it;
+    `collect` makes what takes in a download.
     """
 
     def __init__(
@@ -157,9 +158,11 @@ class Session:
         first_contact_patience_s: float | None = None,
         reply_timeout_s: float = REPLY_TIMEOUT_S,
         troubled: Callable[[Exception], None] = _unwatched,
+        collect: Callable[[Payload], Receiver] = Receiver,
     ) -> None:
         self._dial = dial
         self._troubled = troubled
+        self._collect = collect
         self._worker = worker
         self._federation = federation
         self._identity = identity
@@ -244,7 +247,7 @@ class Session:
         if held is not None:
             return held
         if self._receiver is None or self._receiver.payload != payload:
-            self._receiver = Receiver(payload)
+            self._receiver = self._collect(payload)
         receiver = self._receiver
         chunk = await line.ask(Fetch(payload.digest, receiver.offset), Chunk)
         receiver.accept(chunk)

@@ -230,7 +230,7 @@ def _setting(text: str) -> tuple[str, str]:
 
 def _teller(files: Files | None) -> Callable[[Mapping[str, float]], None]:
     """Writes a row of the history down, and now and then a line."""
-    told_at = 0.0
+    told_at = -PROGRESS_EVERY_S
 
     def tell(row: Mapping[str, float]) -> None:
         nonlocal told_at

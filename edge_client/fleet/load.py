@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from edge_client.errors import RefusedError, UnreachableError
 from edge_client.fleet.device import EnoughError, SimulatedDevice, kind_of
+from edge_client.fleet.download import CheckedDownload
 from edge_client.fleet.figures import Figures
 from edge_client.fleet.plan import Plan
 from edge_client.fleet.updates import Aside, MadeUpUpdates
@@ -100,6 +101,7 @@ class Fleet:
             token=self._tokens[number] if self._tokens else "",
             first_contact_patience_s=patience_s,
             troubled=device.troubled,
+            collect=CheckedDownload,
         )
         try:
             await session.run()

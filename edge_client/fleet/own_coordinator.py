@@ -28,6 +28,7 @@ _LABELS: Final = ("a", "b")
 _TAKEN: Final = ("name", "backbone", "task", "adapter", "admin")
 _TAKEN_KEYS: Final = ("server.host", "server.port", "server.store", "server.start")
 _LINES_KEPT: Final = 5
+_USAGE: Final = 2  # the coordinator's exit code for settings that it does not take
 _STOP_TIMEOUT_S: Final = 20.0
 _TOML: Final = f"""
 name = "{NAME}"
@@ -119,7 +120,7 @@ class OwnCoordinator:
         `settings` are further settings of the coordinator, by dotted key.
 
         Raises:
-            ConfigurationError: a setting is not to be chosen.
+            ConfigurationError: a setting is not to be chosen, or not to be had.
             CoordinatorEndedError: it did not start; the text says why.
         """
         check_settings(settings)
@@ -160,7 +161,10 @@ class OwnCoordinator:
         await self._process.wait()
         if self._reading:
             await self._reading
-        raise CoordinatorEndedError("the coordinator has ended: " + " / ".join(self._lines))
+        code = self._process.returncode
+        raise CoordinatorEndedError(
+            f"the coordinator has ended with {code}: {' / '.join(self._lines)}"
+        )
 
     def cpu_s(self) -> float | None:
         """CPU that it has used, user and system."""
@@ -206,7 +210,10 @@ class OwnCoordinator:
                 self._reading = asyncio.create_task(self._read(log))
                 return
             self._lines.append(line.decode(errors="replace").strip())
-        raise CoordinatorEndedError("the coordinator did not start: " + " / ".join(self._lines))
+        said = self._lines[-1] if self._lines else "nothing"
+        if await self._process.wait() == _USAGE:
+            raise ConfigurationError("--set", said)
+        raise CoordinatorEndedError(f"the coordinator did not start, and said {said}")
 
     async def _read(self, stream: asyncio.StreamReader) -> None:
         async for line in stream:

@@ -89,8 +89,8 @@ def training_time(text: str) -> Between | Lognormal:
         if not re.fullmatch(r"\d(\.\d+)?", sigma):
             raise ValueError(f"{text!r}: lognormal:MEDIAN:SIGMA, as in lognormal:2s:0.5")
         return Lognormal(duration_s(median), float(sigma))
-    low, _, high = text.partition("-")
-    between = Between(duration_s(low), duration_s(high or low))
+    low, dash, high = text.partition("-")
+    between = Between(duration_s(low), duration_s(high if dash else low))
     if between.low_s > between.high_s:
         raise ValueError(f"{text!r} ends before it begins")
     return between

@@ -41,13 +41,15 @@ class Threshold:
         """What was found, if it is not good enough; a value without a sample is not."""
         found = values.get(self.name)
         if found is None:
-            return f"{self.text}: nothing was measured"
+            return f"{self.text}, and nothing was measured"
         if self.is_share:
             tried = sum(values.get(name) or 0 for name in ("errors", "accepted", "late"))
             found = found / tried if tried else 0.0
         if not (found < self.bound if self.is_under else found > self.bound):
             return None
-        return f"{self.text}: {100 * found:.2f}%" if self.is_share else f"{self.text}: {found:.4g}"
+        unit = " s" if self.name in TIMES else ""
+        shown = f"{100 * found:.2f}%" if self.is_share else f"{found:.4g}{unit}"
+        return f"{self.text}, and it was {shown}"
 
 
 def read_threshold(text: str, *, own: bool) -> Threshold:
