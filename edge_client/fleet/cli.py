@@ -67,29 +67,55 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--devices", type=_as(reading.count), default=100, help="default 100")
-    add("--spawn-rate", type=_as(reading.rate), default=100.0, help="default 100/s")
-    add("--run-time", type=_as(reading.duration_s), help="default 30s, if --rounds is not given")
-    add("--rounds", type=_as(reading.count), help="end when so many are closed")
+    add("--devices", metavar="N", type=_as(reading.count), default=100, help="default 100")
+    add(
+        "--spawn-rate",
+        metavar="RATE",
+        type=_as(reading.rate),
+        default=100.0,
+        help="how many begin a second; default 100/s",
+    )
+    add(
+        "--run-time",
+        metavar="TIME",
+        type=_as(reading.duration_s),
+        help="default 30s, if --rounds is not given",
+    )
+    add("--rounds", metavar="N", type=_as(reading.count), help="end when so many are closed")
     add(
         "--training-time",
+        metavar="TIME",
         type=_as(reading.training_time),
         default=reading.training_time("0s"),
         help="between assignment and report: 2s, 1s-5s or lognormal:2s:0.5; default 0s",
     )
-    add("--seed", default="", help="any text, from which keys and chance follow; default a new one")
+    add(
+        "--seed",
+        metavar="TEXT",
+        default="",
+        help="keys and chance follow from it; default a new one, which the report tells",
+    )
     faults = parser.add_argument_group("faults")
     faults.add_argument(
         "--dropout",
+        metavar="SHARE",
         type=_as(reading.share),
         default=0.0,
         help="share of assignments in which a device cuts its connection and comes back",
     )
     faults.add_argument(
-        "--stragglers", type=_as(reading.share), default=0.0, help="share that takes long"
+        "--stragglers",
+        metavar="SHARE",
+        type=_as(reading.share),
+        default=0.0,
+        help="share of assignments that take --straggler-time",
     )
     faults.add_argument(
-        "--straggler-time", type=_as(reading.duration_s), default=30.0, help="default 30s"
+        "--straggler-time",
+        metavar="TIME",
+        type=_as(reading.duration_s),
+        default=30.0,
+        help="instead of --training-time; default 30s",
     )
     _add_targets(parser)
     report = parser.add_argument_group("report")
@@ -109,9 +135,15 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     theirs.add_argument(
         "--spoil-federation", metavar="NAME", help="its very name; its adapter will be noise"
     )
-    theirs.add_argument("--ca-file", type=Path, help="PEM file of the authorities to trust for wss")
+    theirs.add_argument(
+        "--ca-file",
+        metavar="FILE",
+        type=Path,
+        help="PEM file of the authorities to trust for wss",
+    )
     theirs.add_argument(
         "--token-file",
+        metavar="FILE",
         type=Path,
         help="what `pf2lora-coordinator devices token --count N` printed: a token a device",
     )
@@ -123,7 +155,7 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     ):
         default = getattr(Shape(), name)
         help_text = f"{about}; default {default}"
-        own.add_argument(f"--{name}", type=_as(reading.count), help=help_text)
+        own.add_argument(f"--{name}", metavar="N", type=_as(reading.count), help=help_text)
     own.add_argument(
         "--set",
         action="append",
