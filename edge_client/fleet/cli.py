@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A line for each device would say no more than the report's counts do.
     logging.getLogger("pf2lora.client").setLevel(logging.CRITICAL)
     try:
-        return _run(options)
+        exit_code = _run(options)
+        if sys.stdout is not None:  # as where it was closed, with `>&-`
+            sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
     except ConfigurationError as error:

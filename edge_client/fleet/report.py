@@ -79,8 +79,8 @@ def table(values: Values, figures: Figures, notes: Sequence[str]) -> str:
         f"rounds    {v['rounds']:.0f}",
         f"reports   {v['accepted']:.0f} accepted, {v['late']:.0f} late, "
         f"{v['rejected']:.0f} rejected; {v['updates_per_second']:.1f} updates/s",
-        f"bytes     {v['sent_bytes'] / MIB:.1f} MiB sent, "
-        f"{v['received_bytes'] / MIB:.1f} MiB received",
+        f"bytes     {v['sent_bytes'] / MIB:.4g} MiB sent, "
+        f"{v['received_bytes'] / MIB:.4g} MiB received",
         f"faults    {v['dropouts']:.0f} dropouts, {v['stragglers']:.0f} stragglers; "
         f"{v['resumed']:.0f} times a device came back after trouble",
         "",
