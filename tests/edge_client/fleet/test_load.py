@@ -21,6 +21,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.federation import Mode, WireDtype
 from protocol.link import Link
 from protocol.messages import Chunk
+from protocol.methods import PFedLoRA
 from protocol.tensors import NamedTensors
 from protocol.transfer import chunks
 from protocol.virtual_time import at_once, simulate
@@ -120,6 +121,13 @@ def test_asynchronous_rounds_are_counted_by_base_versions() -> None:
 @pytest.mark.parametrize("dtype", list(WireDtype))
 def test_updates_are_of_the_federations_type(dtype: WireDtype) -> None:
     figures, _ = _run(_plan(), World(replace(settings(**ALL), update_dtype=dtype)))
+    assert figures.accepted == ROUNDS * DEVICES
+    assert figures.errors == {}
+
+
+def test_devices_whose_backbones_differ_are_simulated_too() -> None:
+    rules = replace(settings(**ALL), backbone=None, algorithm=PFedLoRA())
+    figures, _ = _run(_plan(), World(rules))
     assert figures.accepted == ROUNDS * DEVICES
     assert figures.errors == {}
 
