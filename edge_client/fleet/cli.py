@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,10 +45,9 @@ PROGRESS_EVERY_S: Final = 5.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a load test; the exit code."""
     options = _parser().parse_args(arguments)
-    # A line for each device would say no more than the report's counts do.
-    logging.getLogger("pf2lora.client").setLevel(logging.CRITICAL)
     try:
-        exit_code = _run(options)
+        with _devices_unheard():
+            exit_code = _run(options)
         if sys.stdout is not None:  # as where it was closed, with `>&-`
             sys.stdout.flush()
         return exit_code
@@ -63,6 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgeClientError as error:
         print(f"pf2lora-loadtest: {error}", file=sys.stderr)
         return FAILED
+
+
+@contextlib.contextmanager
+def _devices_unheard() -> Iterator[None]:
+    """Without their log: a line for each would say no more than the report's counts do."""
+    log = logging.getLogger("pf2lora.client")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _parser() -> argparse.ArgumentParser:
