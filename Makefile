@@ -36,10 +36,11 @@ $(CORE)/.installed: pyproject.toml constraints.txt
 	$(CORE)/bin/python -m pip install --quiet --constraint constraints.txt '.[test]'
 	touch $@
 
-test-core: $(CORE)/.installed  ## the coordinator's tests where torch is not installed
+test-core: $(CORE)/.installed  ## the coordinator's and load test's tests, where torch is not
 	! $(CORE)/bin/python -c 'import torch' 2>/dev/null
 	cd / && $(abspath $(CORE))/bin/pf2lora-coordinator --help >/dev/null  # the installed one
-	$(CORE)/bin/python -m pytest -q tests/protocol tests/coordinator tests/simulation
+	$(CORE)/bin/python -m pytest -q tests/protocol tests/coordinator tests/simulation \
+		tests/edge_client/fleet
 
 # Where backbones are compiled for devices without torch: its onnxruntime is the training one, which
 # is the same files as a device's. It has no wheels after Python 3.12.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -19,15 +18,11 @@ from pathlib import Path
 
 from websockets.asyncio.client import ClientConnection, connect
 
-from benchmarks.coordinator_load import (
-    PreparedDevice,
-    adapter,
-    folder_on_disk,
-    started,
-    write_federation,
-)
+from benchmarks.coordinator_load import folder_on_disk
+from edge_client.fleet.load import Fleet
+from edge_client.fleet.own_coordinator import NAME, OwnCoordinator, Shape
+from edge_client.fleet.plan import Plan
 from edge_client.identity import Identity
-from edge_client.session import Session
 from edge_client.transport import websocket_dial
 from protocol import codec, limits
 from protocol.connection import default_hello
@@ -36,23 +31,8 @@ from protocol.signing import UNSIGNED, join_statement
 
 AT_ONCE = 200  # being opened
 SPARE = 200  # descriptors for all else
-DEVICES = 8
-TOML = f"""
-name = "load"
-[backbone]
-name = "none"
-[task]
-kind = "sequence-classification"
-labels = ["a", "b"]
-[rounds]
-count = 3
-cohort = {DEVICES}
-minimum_reports = {DEVICES}
-deadline_s = 3600.0
-[server]
-port = 0
-connections_max = 15000
-"""
+PLAN = Plan(devices=8, seed="idle", rounds=3)
+SETTINGS = {"server.connections_max": "15000", "server.newcomers_max": "15000"}
 
 
 async def silent(port: int, number: int, opening: asyncio.Semaphore) -> ClientConnection:
@@ -66,7 +46,7 @@ async def silent(port: int, number: int, opening: asyncio.Semaphore) -> ClientCo
         challenge = codec.decode(await socket.recv(decode=False))
         assert isinstance(challenge, Challenge)
         identity = Identity.named(f"silent-{number}")
-        join = Join("load", identity.key, b"", "", UNSIGNED)
+        join = Join(NAME, identity.key, b"", "", UNSIGNED)
         statement = join_statement(join, challenge.nonce, max(limits.PROTOCOL_VERSIONS))
         signed = replace(join, signature=identity.sign(statement))
         await socket.send(codec.encode(signed))
@@ -74,25 +54,14 @@ async def silent(port: int, number: int, opening: asyncio.Semaphore) -> ClientCo
     return socket
 
 
-async def federation_s(port: int) -> float:
+async def federation_s(address: str) -> float:
     """How long a small federation takes, all its rounds."""
-    update = adapter(0.001)
-    joined, go = asyncio.Semaphore(0), asyncio.Event()
-    go.set()
-    devices = [PreparedDevice(f"device-{n}", update, joined, go) for n in range(DEVICES)]
+    fleet = Fleet(PLAN, websocket_dial(address), NAME)
     began_s = time.perf_counter()
-    await asyncio.gather(
-        *(
-            Session(
-                websocket_dial(f"ws://127.0.0.1:{port}"),
-                device,
-                federation="load",
-                identity=Identity.named(device.name),
-                rng=random.Random(device.name),
-            ).run()
-            for device in devices
-        )
-    )
+    await fleet.run()
+    wanted = PLAN.devices * (PLAN.rounds or 0)
+    if fleet.figures.accepted != wanted:
+        raise RuntimeError(f"{fleet.figures.accepted} of {wanted} reports: {fleet.figures.errors}")
     return time.perf_counter() - began_s
 
 
@@ -113,21 +82,20 @@ async def measure(wished: int, folder: Path) -> Idle:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     count = min(wished, hard - SPARE)
-    daemon = await started(write_federation(folder, TOML))
+    own = await OwnCoordinator.started(folder, PLAN, Shape(), SETTINGS)
     try:
-        idle_bytes = daemon.resident_bytes()
+        idle_bytes, idle_cpu_s = own.resident_bytes() or 0, own.cpu_s() or 0.0
         opening = asyncio.Semaphore(AT_ONCE)
-        began_s, cpu_s = time.perf_counter(), daemon.cpu_s()
-        sockets = await asyncio.gather(*(silent(daemon.port, n, opening) for n in range(count)))
-        opened_s, opened_cpu_s = time.perf_counter() - began_s, daemon.cpu_s() - cpu_s
-        each_bytes = (daemon.resident_bytes() - idle_bytes) / count
-        took_s = await federation_s(daemon.port)
+        began_s = time.perf_counter()
+        sockets = await asyncio.gather(*(silent(own.port, n, opening) for n in range(count)))
+        opened_s, opened_cpu_s = time.perf_counter() - began_s, (own.cpu_s() or 0.0) - idle_cpu_s
+        each_bytes = ((own.resident_bytes() or 0) - idle_bytes) / count
+        took_s = await federation_s(own.address)
         open_still = sum(socket.close_code is None for socket in sockets)
         for socket in sockets:
             socket.transport.abort()
     finally:
-        daemon.process.kill()
-        await daemon.process.communicate()
+        await own.stop()
     return Idle(count, opened_s, opened_cpu_s / count, each_bytes, open_still, took_s)
 
 
@@ -142,7 +110,7 @@ def main() -> None:
         f"{found.count} connections opened in {found.opened_s:.0f} s, "
         f"{1e3 * found.cpu_s:.2f} ms of the daemon's CPU and "
         f"{found.memory_bytes / 1024:.0f} KiB each; {found.open_still} still open after a "
-        f"federation of {DEVICES} devices and 3 rounds beside them, which took "
+        f"federation of {PLAN.devices} devices and {PLAN.rounds} rounds beside them, which took "
         f"{found.federation_s:.1f} s"
     )
 

@@ -221,8 +221,9 @@ class DeviceSession:
         await self._gate.keep(self._admitted)
         reply = await self._service.offer(self.device, report)
         if isinstance(reply, Resume):
-            # Also what the socket has read ahead.
-            size_bytes = report.payload.size_bytes + 2 * self._connection.chunk_bytes
+            # Also what the socket has read ahead, which is no more than all there is to come.
+            size_bytes = report.payload.size_bytes
+            size_bytes += min(size_bytes, 2 * self._connection.chunk_bytes)
             async with self._roster.uploads.place(size_bytes) as place:
                 if self._expelled:
                     raise self._expelled

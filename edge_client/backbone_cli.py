@@ -15,10 +15,10 @@ from edge_client.federation_file import (
     has_own_backbones,
     read_federation,
     settings_in,
-    write_start,
 )
 from edge_client.preflight import preflight
 from edge_client.shared_adapter import shared_start
+from edge_client.start_file import write_start
 from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import Scheme

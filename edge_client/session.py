@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar, cast, overload
 
@@ -130,8 +130,20 @@ class ComeBackError(LinkClosedError):
         self.retry_after_s = retry_after_s
 
 
+class NoAnswerError(LinkClosedError):
+    """The link is there, and nothing came over it for too long."""
+
+
+def _unwatched(error: Exception) -> None:
+    pass
+
+
 class Session:
-    """Takes part in a federation until its rounds are over."""
+    """Takes part in a federation until its rounds are over.
+
+    `troubled` is told of everything that ends a connection early, before the pause after it;
+    `collect` makes what takes in a download.
+    """
 
     def __init__(
         self,
@@ -145,8 +157,12 @@ class Session:
         patience_s: float = PATIENCE_S,
         first_contact_patience_s: float | None = None,
         reply_timeout_s: float = REPLY_TIMEOUT_S,
+        troubled: Callable[[Exception], None] = _unwatched,
+        collect: Callable[[Payload], Receiver] = Receiver,
     ) -> None:
         self._dial = dial
+        self._troubled = troubled
+        self._collect = collect
         self._worker = worker
         self._federation = federation
         self._identity = identity
@@ -175,6 +191,7 @@ class Session:
             except (LinkClosedError, ProtocolError, TimeoutError) as error:
                 if isinstance(error, RemoteProtocolError) and not error.code.retryable:
                     raise RefusedError(error.code.value, str(error)) from error
+                self._troubled(error)
                 await self._pause(error)
 
     async def _one_connection(self) -> bool:
@@ -208,8 +225,8 @@ class Session:
             self._progressed()
             match answer:
                 case Assignment():
-                    base = await self._payload(line, answer.payload)
-                    await self._worker.train(answer, base)
+                    # Without a name here, so that who trains may let the base version go.
+                    await self._worker.train(answer, await self._payload(line, answer.payload))
                 case RetryWindow(after_s, spread_s, reason):
                     log.info("told to come back later: %s", reason)
                     await line.send(Goodbye(""))
@@ -230,7 +247,7 @@ class Session:
         if held is not None:
             return held
         if self._receiver is None or self._receiver.payload != payload:
-            self._receiver = Receiver(payload)
+            self._receiver = self._collect(payload)
         receiver = self._receiver
         chunk = await line.ask(Fetch(payload.digest, receiver.offset), Chunk)
         receiver.accept(chunk)
@@ -346,4 +363,4 @@ class _Line:
             async with asyncio.timeout(self._reply_timeout_s):
                 return await doing
         except TimeoutError:
-            raise LinkClosedError(f"no answer for {self._reply_timeout_s:g} s") from None
+            raise NoAnswerError(f"no answer for {self._reply_timeout_s:g} s") from None

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from coordinator import cli, config
 from coordinator.errors import ConfigurationError
 from coordinator.store.sql import SqlStore
-from edge_client.federation_file import write_start
+from edge_client.start_file import write_start
 from protocol.federation import FederationSettings, Task, TaskKind, Weighting
 from protocol.methods import HomLoRA, PF2LoRA, PFedLoRA
 from tests.coordinator.federation_file import FINGERPRINT, TOML, write_federation

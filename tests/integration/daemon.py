@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_client.federation_file import write_start
 from edge_client.session import Session
+from edge_client.start_file import write_start
 from edge_client.transport import websocket_dial
 from protocol.tensors import NamedTensors
 from tests.simulation.world import START, FakeDevice, settings

@@ -160,6 +160,17 @@ def test_many_uploads_share_little_memory_and_all_get_through(
     assert len({device.final.digest() for device in devices if device.final}) == 1
 
 
+def test_small_updates_wait_for_no_memory_that_they_cannot_fill() -> None:
+    count = 100
+    world = World(settings(count=1, cohort=count, minimum_reports=count, deadline_s=1e5))
+    world.uploads_bytes_max = limits.MIB
+    world.writing_s = 2.0  # so that nothing is soon given back
+    devices = [FakeDevice(f"device-{number}", training_s=1.0) for number in range(count)]
+    _run(world, devices)
+    assert world.refusals[ErrorCode.BUSY] == 0
+    assert all(device.trained == [1] for device in devices)
+
+
 def test_a_busy_coordinator_is_left_alone_for_as_long_as_it_says() -> None:
     times: list[float] = []
 
