@@ -19,8 +19,19 @@ WAIT_S: Final = 30.0
 TURN_S: Final = 20.0
 
 
+# For the next try of who has found none; the more were before it, the later, and not all at once.
+RETRY_AFTER_S: Final = 5.0
+RETRY_AFTER_MAX_S: Final = 600.0
+# Devices spread what they are told over as long again.
+_TOLD: Final = 2 / 3
+
+
 class NoRoomError(Exception):
-    """Nothing became free for as long as one waits."""
+    """Nothing became free for as long as one waits; `retry_after_s` is when something should."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("too many transfers")
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,7 @@ class Room:
         self._bytes_max = bytes_max
         self._used_bytes = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._let_in_count = 0
 
     @property
     def used_bytes(self) -> int:
@@ -73,6 +85,7 @@ class Room:
             self._used_bytes += wanted
             return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ahead, let_in_before = len(self._waiting), self._let_in_count
         self._waiting.append((wanted, turn))
         try:
             async with asyncio.timeout(WAIT_S):
@@ -81,10 +94,13 @@ class Room:
             if turn.done() and not turn.cancelled():  # given and given up in the same moment
                 self._leave(wanted)
             else:
-                self._waiting.remove((wanted, turn))
+                with contextlib.suppress(ValueError):  # it has been passed over already
+                    self._waiting.remove((wanted, turn))
                 self._let_in()
             if isinstance(error, TimeoutError):
-                raise NoRoomError from None
+                raise NoRoomError(
+                    _retry_after_s(ahead, self._let_in_count - let_in_before)
+                ) from None
             raise
         return True
 
@@ -93,7 +109,21 @@ class Room:
         self._let_in()
 
     def _let_in(self) -> None:
-        while self._waiting and self._used_bytes + self._waiting[0][0] <= self._bytes_max:
-            wanted, turn = self._waiting.popleft()
-            self._used_bytes += wanted
-            turn.set_result(None)
+        while self._waiting:
+            wanted, turn = self._waiting[0]
+            if not turn.cancelled():  # as where it gives up in this very moment
+                if self._used_bytes + wanted > self._bytes_max:
+                    return
+                self._used_bytes += wanted
+                self._let_in_count += 1
+                turn.set_result(None)
+            self._waiting.popleft()
+
+
+def _retry_after_s(ahead: int, let_in: int) -> float:
+    """When one that had so many ahead is to come back, as so many were let in while it waited.
+
+    The others of them are sent away too, and come back before it.
+    """
+    wait_s = (ahead - let_in) * WAIT_S / max(1, let_in)
+    return RETRY_AFTER_S + min(_TOLD * wait_s, RETRY_AFTER_MAX_S)

@@ -51,7 +51,6 @@ SEND_TIMEOUT_S: Final = 60.0
 SILENCE_GRACE_S: Final = 600.0
 RETRY_AFTER_S: Final = 1.0
 HANG_UP_S: Final = 1.0
-BUSY_RETRY_AFTER_S: Final = 5.0
 
 Result = TypeVar("Result")
 
@@ -95,8 +94,8 @@ class DeviceSession:
             await self._refuse(error.code, str(error))
         except RefusedError as error:
             await self._refuse(error.code, str(error), error.retry_after_s)
-        except NoRoomError:
-            await self._refuse(ErrorCode.BUSY, "too many transfers", BUSY_RETRY_AFTER_S)
+        except NoRoomError as error:
+            await self._refuse(ErrorCode.BUSY, str(error), error.retry_after_s)
         except LinkClosedError:
             pass
         except ConnectionError as error:

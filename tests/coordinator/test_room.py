@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from coordinator.room import TURN_S, WAIT_S, NoRoomError, Room
+from coordinator.room import RETRY_AFTER_S, TURN_S, WAIT_S, NoRoomError, Room
 from protocol.virtual_time import simulate
 
 
@@ -53,6 +53,40 @@ def test_nobody_waits_for_ever_and_who_gives_up_takes_nothing_along() -> None:
         return now
 
     assert simulate(scenario) == pytest.approx(1 + WAIT_S)
+
+
+def test_a_crowd_that_finds_no_room_comes_back_no_faster_than_there_is() -> None:
+    """One a second gets in: so come back, in turn, those that had to be sent away."""
+
+    async def scenario() -> list[float]:
+        room, told = Room(100), []
+
+        async def transfer() -> None:
+            try:
+                async with room.place(100):
+                    await asyncio.sleep(1)
+            except NoRoomError as error:
+                told.append(error.retry_after_s)
+
+        await asyncio.gather(*(transfer() for _ in range(331)))
+        return told
+
+    told = sorted(simulate(scenario))
+    assert len(told) == pytest.approx(300, abs=2)
+    # A device waits up to as long again: half as long again in the mean.
+    assert 1.5 * (told[-1] - told[0]) == pytest.approx(300, rel=0.1)
+    assert 1.5 * (told[150] - told[0]) == pytest.approx(150, rel=0.1)
+
+
+def test_who_waited_behind_nobody_comes_back_soon() -> None:
+    async def scenario() -> float:
+        room = Room(100)
+        async with room.place(100):
+            with pytest.raises(NoRoomError) as found:
+                await _entered(room)
+        return found.value.retry_after_s
+
+    assert simulate(scenario) == RETRY_AFTER_S
 
 
 def test_a_turn_ends_only_while_others_wait() -> None:
