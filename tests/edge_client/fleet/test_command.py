@@ -142,25 +142,27 @@ def test_nobody_is_let_in_under_another_name(tmp_path: Path) -> None:
     assert found["notes"] == ["no device was let in"]
 
 
-def _started(*flags: str) -> subprocess.Popen[str]:
+def _started(folder: Path, *flags: str) -> subprocess.Popen[str]:
     """A load test that would go on for long, once its devices have begun to report."""
     process = subprocess.Popen(
         [*COMMAND, *SMALL, "--devices", "3", "--run-time", "1h", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "TMPDIR": str(folder)},
     )
     assert process.stderr is not None
     assert "3 connected" in process.stderr.readline()
     return process
 
 
-def test_an_interrupt_ends_it_with_its_report() -> None:
-    process = _started("--fail-if", "rounds<1")
+def test_an_interrupt_ends_it_with_its_report(tmp_path: Path) -> None:
+    process = _started(tmp_path, "--fail-if", "rounds<1")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "devices   3 of 3 joined" in out
+    assert not list(tmp_path.iterdir())  # its coordinator's store is gone
     assert "Traceback" not in err
 
 
@@ -170,8 +172,8 @@ def _child_of(process: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_its_coordinator_does_not_outlive_it() -> None:
-    process = _started()
+def test_its_coordinator_does_not_outlive_it(tmp_path: Path) -> None:
+    process = _started(tmp_path)
     watched = os.pidfd_open(_child_of(process))
     process.kill()
     process.communicate()
@@ -180,8 +182,8 @@ def test_its_coordinator_does_not_outlive_it() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_it_says_so_when_its_coordinator_ends_in_the_middle() -> None:
-    process = _started()
+def test_it_says_so_when_its_coordinator_ends_in_the_middle(tmp_path: Path) -> None:
+    process = _started(tmp_path)
     os.kill(_child_of(process), signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == cli.FAILED == 1
