@@ -89,8 +89,9 @@ async def _run(plan: Plan, target: Theirs, own: OwnCoordinator | None, tell: Tel
     noting.cancel()
     values = {"devices": plan.devices} | fleet.figures.values() | meter.values(plan.devices)
     values |= cost.values(fleet.figures.accepted)
-    busy = saturation(values["load_cpu_share"] or 0.0, fleet.figures)
-    notes = tuple(filter(None, (busy, _why_nothing(fleet.figures))))
+    # Either there are times that its own limits may have spoilt, or none to speak of.
+    note = _why_nothing(fleet.figures) or saturation(values["load_cpu_share"] or 0.0, fleet.figures)
+    notes = (note,) if note else ()
     return Outcome(values, fleet.figures, notes, failure)
 
 
