@@ -27,19 +27,8 @@ from protocol import limits
 from protocol.federation import FederationSettings, start_settings
 from protocol.fingerprints import difference
 from protocol.link import is_loopback
-from protocol.schema import (
-    Integer,
-    Kind,
-    Maybe,
-    Real,
-    Record,
-    SchemaError,
-    Tagged,
-    Text,
-    from_text,
-    record_of,
-    unknown_name,
-)
+from protocol.scalars import Integer, Kind, Real, SchemaError, Text
+from protocol.schema import Maybe, Record, Tagged, from_text, record_of, unknown_name
 from protocol.tensors import NamedTensors
 
 ENVIRONMENT: Final = "PF2LORA_"

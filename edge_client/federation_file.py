@@ -13,7 +13,8 @@ from edge_client.errors import ConfigurationError
 from protocol.federation import FederationSettings
 from protocol.fingerprints import difference
 from protocol.methods import PFedLoRA
-from protocol.schema import SchemaError, record_of
+from protocol.scalars import SchemaError
+from protocol.schema import record_of
 from quantization.fingerprint import check_shared, fingerprint, resolve_backbone
 
 

@@ -15,7 +15,7 @@ from edge_client.private_store import DeviceState, Fact
 from edge_client.session import FinishedReport
 from protocol.federation import FederationSettings, settings_from_json, settings_to_json
 from protocol.messages import Metric
-from protocol.schema import SchemaError
+from protocol.scalars import SchemaError
 from protocol.tensors import NamedTensors, TensorSpec
 
 # Settings that give what a device has learned its meaning.

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from protocol import limits
 from protocol.methods import LearningRate
-from protocol.schema import Integer, Real
+from protocol.scalars import Integer, Real
 
 
 @dataclass(frozen=True, slots=True)

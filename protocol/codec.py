@@ -15,7 +15,8 @@ import msgpack
 from protocol import limits
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.messages import Message
-from protocol.schema import Record, SchemaError, record_of
+from protocol.scalars import SchemaError
+from protocol.schema import Record, record_of
 
 _RECORDS: Final[dict[int, Record]] = {cls.CODE: record_of(cls) for cls in typing.get_args(Message)}
 

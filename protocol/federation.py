@@ -15,7 +15,8 @@ from protocol import limits
 from protocol.aggregation import Aggregation, Average, Mean, MultiKrum, ServerStep
 from protocol.compression import quantized_size, topk_size
 from protocol.methods import Algorithm, FedDPA, HetLoRA, LearningRate, PF2LoRA, PFedLoRA
-from protocol.schema import Integer, Items, Real, SchemaError, Text, record_of
+from protocol.scalars import Integer, Real, SchemaError, Text
+from protocol.schema import Items, record_of
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Name = Annotated[str, Text(limits.NAME_BYTES_MAX, 1, NAME_PATTERN)]

@@ -23,7 +23,8 @@ from typing import Annotated, ClassVar
 from protocol import limits
 from protocol.errors import ErrorCode
 from protocol.federation import NAME_PATTERN, FederationSettings, Fingerprint, Name, Seconds
-from protocol.schema import Blob, Integer, Items, Real, Text
+from protocol.scalars import Blob, Integer, Real, Text
+from protocol.schema import Items
 from protocol.tensors import Digest, Payload
 
 NameOrNone = Annotated[str, Text(limits.NAME_BYTES_MAX, 0, NAME_PATTERN + "|")]

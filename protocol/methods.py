@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Annotated, ClassVar
 
 from protocol import limits
-from protocol.schema import Integer, Real, SchemaError
+from protocol.scalars import Integer, Real, SchemaError
 
 LearningRate = Annotated[float, Real(1e-9, 100.0)]
 

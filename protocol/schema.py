@@ -9,131 +9,15 @@ and both raise `SchemaError` with the path of the field, what was wrong and what
 
 from __future__ import annotations
 
-import math
-import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
-
-class SchemaError(ValueError):
-    """A value that its declared kind does not admit."""
-
-    def __init__(self, path: str, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
-        self.path = path
-        self.problem = problem
-
-
-class Kind(Protocol):
-    """How one field looks on the wire, and what it may hold."""
-
-    def encode(self, value: Any, path: str) -> Any: ...
-
-    def decode(self, plain: Any, path: str) -> Any: ...
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _Checked:
-    """A kind whose plain form is the value itself."""
-
-    def check(self, value: Any, path: str) -> Any:
-        raise NotImplementedError
-
-    def encode(self, value: Any, path: str) -> Any:
-        return self.check(value, path)
-
-    def decode(self, plain: Any, path: str) -> Any:
-        return self.check(plain, path)
-
-
-@dataclass(frozen=True, slots=True)
-class Text(_Checked):
-    """UTF-8 text of at most `bytes_max` bytes, and of the form `pattern` where one is given."""
-
-    bytes_max: int
-    bytes_min: int = 0
-    pattern: str | None = None
-
-    def check(self, value: Any, path: str) -> str:
-        if not isinstance(value, str):
-            raise SchemaError(path, f"expected text, got {_shown(value)}")
-        try:
-            size = len(value.encode())
-        except UnicodeEncodeError:
-            raise SchemaError(path, "the text is not valid Unicode") from None
-        if not self.bytes_min <= size <= self.bytes_max:
-            raise SchemaError(
-                path, f"expected {self.bytes_min} to {self.bytes_max} bytes of text, got {size}"
-            )
-        if self.pattern is not None and re.fullmatch(self.pattern, value) is None:
-            raise SchemaError(path, f"{_shown(value)} does not match {self.pattern}")
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class Integer(_Checked):
-    """A whole number in [low, high]."""
-
-    low: int
-    high: int
-
-    def check(self, value: Any, path: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise SchemaError(path, f"expected a whole number, got {_shown(value)}")
-        if not self.low <= value <= self.high:
-            raise SchemaError(path, f"expected {self.low} to {self.high}, got {value}")
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class Real(_Checked):
-    """A finite number in [low, high]; a whole number is taken as one."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-    def check(self, value: Any, path: str) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise SchemaError(path, f"expected a number, got {_shown(value)}")
-        number = float(value)
-        if not math.isfinite(number) or not self.low <= number <= self.high:
-            raise SchemaError(path, f"expected {self.low:g} to {self.high:g}, got {number:g}")
-        return number
-
-
-@dataclass(frozen=True, slots=True)
-class Flag(_Checked):
-    """true or false."""
-
-    def check(self, value: Any, path: str) -> bool:
-        if not isinstance(value, bool):
-            raise SchemaError(path, f"expected true or false, got {_shown(value)}")
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class Blob(_Checked):
-    """Between `bytes_min` and `bytes_max` bytes."""
-
-    bytes_max: int
-    bytes_min: int = 0
-
-    def check(self, value: Any, path: str) -> bytes:
-        if not isinstance(value, bytes | memoryview):
-            raise SchemaError(path, f"expected bytes, got {_shown(value)}")
-        size = len(value)
-        if not self.bytes_min <= size <= self.bytes_max:
-            raise SchemaError(path, f"expected {self.bytes_min} to {self.bytes_max} bytes: {size}")
-        return value  # type: ignore[return-value]  # a view is packed as bytes, without a copy
+from protocol.scalars import Checked, Flag, Integer, Kind, Real, SchemaError, Text, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +44,7 @@ class _Many:
 
     def _sized(self, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
-            raise SchemaError(path, f"expected a list, got {_shown(value)}")
+            raise SchemaError(path, f"expected a list, got {shown(value)}")
         if not self.size.count_min <= len(value) <= self.size.count_max:
             raise SchemaError(
                 path,
@@ -175,7 +59,7 @@ class _Choice:
 
     def encode(self, value: Any, path: str) -> Any:
         if not isinstance(value, self.enum):
-            raise SchemaError(path, f"expected a {self.enum.__name__}, got {_shown(value)}")
+            raise SchemaError(path, f"expected a {self.enum.__name__}, got {shown(value)}")
         return value.value
 
     def decode(self, plain: Any, path: str) -> Enum:
@@ -183,7 +67,7 @@ class _Choice:
             if type(plain) is type(member.value) and plain == member.value:
                 return member
         choices = ", ".join(repr(member.value) for member in self.enum)
-        raise SchemaError(path, f"expected one of {choices}, got {_shown(plain)}")
+        raise SchemaError(path, f"expected one of {choices}, got {shown(plain)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +106,7 @@ class Record:
 
     def encode(self, value: Any, path: str) -> list[Any]:
         if type(value) is not self.cls:
-            raise SchemaError(path, f"expected a {self.cls.__name__}, got {_shown(value)}")
+            raise SchemaError(path, f"expected a {self.cls.__name__}, got {shown(value)}")
         return [kind.encode(getattr(value, name), f"{path}.{name}") for name, kind in self.kinds]
 
     def decode(self, plain: Any, path: str) -> Any:
@@ -244,7 +128,7 @@ class Record:
     def from_mapping(self, table: Mapping[str, Any], path: str) -> Any:
         """The dataclass from a table of names (a TOML section); missing names take defaults."""
         if not isinstance(table, Mapping):
-            raise SchemaError(path, f"expected a table, got {_shown(table)}")
+            raise SchemaError(path, f"expected a table, got {shown(table)}")
         known = dict(self.kinds)
         for name in table:
             if name not in known:
@@ -279,7 +163,7 @@ class Tagged:
         for name, record in self.records:
             if type(value) is record.cls:
                 return [name, record.encode(value, path)]
-        raise SchemaError(path, f"expected {self._names()}, got {_shown(value)}")
+        raise SchemaError(path, f"expected {self._names()}, got {shown(value)}")
 
     def decode(self, plain: Any, path: str) -> Any:
         if not isinstance(plain, list) or len(plain) != 2:
@@ -289,7 +173,7 @@ class Tagged:
     def from_mapping(self, table: Mapping[str, Any], path: str) -> Any:
         """The dataclass that the table's `name` tells, from its other entries."""
         if not isinstance(table, Mapping):
-            raise SchemaError(path, f"expected a table, got {_shown(table)}")
+            raise SchemaError(path, f"expected a table, got {shown(table)}")
         where = _joined(path, "name")
         if "name" not in table:
             raise SchemaError(where, f"is missing; expected {self._names()}")
@@ -312,7 +196,7 @@ class Tagged:
         for known, record in self.records:
             if name == known:
                 return record
-        raise SchemaError(path, f"expected {self._names()}, got {_shown(name)}")
+        raise SchemaError(path, f"expected {self._names()}, got {shown(name)}")
 
     def _names(self) -> str:
         return "one of " + ", ".join(repr(name) for name, _ in self.records)
@@ -364,7 +248,7 @@ def _plain_of(kind: Kind, text: str, path: str) -> Any:
                 return int(text) if isinstance(kind, Integer) else float(text)
             except ValueError:
                 whole = "whole " if isinstance(kind, Integer) else ""
-                raise SchemaError(path, f"expected a {whole}number, got {_shown(text)}") from None
+                raise SchemaError(path, f"expected a {whole}number, got {shown(text)}") from None
         case Flag():
             return {"true": True, "false": False}.get(text.lower(), text)
         case _Many():
@@ -393,7 +277,7 @@ def kind_of(annotation: Any) -> Kind:
         annotation, *rest = typing.get_args(annotation)
         marks = tuple(rest)
     for mark in marks:
-        if isinstance(mark, _Checked):
+        if isinstance(mark, Checked):
             return mark
     if annotation is bool:
         return Flag()

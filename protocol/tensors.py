@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from protocol import compression, limits
 from protocol.federation import WireDtype
-from protocol.schema import Blob, Integer, Items, SchemaError, Text
+from protocol.scalars import Blob, Integer, SchemaError, Text
+from protocol.schema import Items
 
 Array = NDArray[np.float32]
 Buffer = bytes | bytearray | memoryview

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from coordinator.errors import ConfigurationError
 from protocol import limits
 from protocol.link import is_loopback
-from protocol.schema import Integer, Text
+from protocol.scalars import Integer, Text
 
 TOKEN_VARIABLE: Final = "PF2LORA_ADMIN_TOKEN"  # noqa: S105 - its name, not a token
 TOKEN_BYTES_MIN: Final = 16

@@ -17,7 +17,7 @@ from alembic.util import CommandError
 
 from coordinator.errors import StorageFullError, StoreError
 from protocol.errors import ProtocolError
-from protocol.schema import SchemaError
+from protocol.scalars import SchemaError
 
 SQLITE: Final = "sqlite:///"
 # Updates are large: large pages make them cheaper to write and to read parts of.

@@ -8,7 +8,7 @@ from coordinator.store.base import ReportRecord
 from protocol import codec
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.messages import Assignment, Report
-from protocol.schema import SchemaError
+from protocol.scalars import SchemaError
 from protocol.tensors import NamedTensors, Payload
 
 

@@ -40,7 +40,7 @@ from protocol.federation import (
     WireDtype,
 )
 from protocol.methods import HetLoRA
-from protocol.schema import SchemaError
+from protocol.scalars import SchemaError
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
 from tests.coordinator.test_store import _report, _round

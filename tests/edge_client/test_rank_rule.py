@@ -17,7 +17,7 @@ from edge_client.algorithms.base import AlgorithmState, Gradients, train
 from edge_client.algorithms.schedule import plans
 from protocol.federation import Adapter, Rounds, Training
 from protocol.methods import PF2LoRA
-from protocol.schema import SchemaError
+from protocol.scalars import SchemaError
 from tests.protocol.samples import SETTINGS
 
 OUTPUTS, INPUTS, HIGHEST = 10, 8, 5

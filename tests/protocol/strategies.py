@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from protocol import schema
+from protocol import scalars, schema
 from protocol.aggregation import Mean, MultiKrum
 from protocol.federation import (
     Adapter,
@@ -29,22 +29,22 @@ from protocol.tensors import Payload, TensorSpec
 MESSAGES = typing.get_args(Message)
 
 
-def of_kind(kind: schema.Kind) -> st.SearchStrategy[Any]:
+def of_kind(kind: scalars.Kind) -> st.SearchStrategy[Any]:
     match kind:
-        case schema.Text(bytes_max, bytes_min, pattern):
+        case scalars.Text(bytes_max, bytes_min, pattern):
             if pattern is not None:
                 return st.from_regex(pattern, fullmatch=True).filter(
                     lambda text: bytes_min <= len(text.encode()) <= bytes_max
                 )
             text = st.text(min_size=bytes_min, max_size=20)
             return text.filter(lambda text: len(text.encode()) <= bytes_max)
-        case schema.Integer(low, high):
+        case scalars.Integer(low, high):
             return st.integers(low, high)
-        case schema.Real(low, high):
+        case scalars.Real(low, high):
             return st.floats(low, high, allow_nan=False, allow_infinity=False)
-        case schema.Flag():
+        case scalars.Flag():
             return st.booleans()
-        case schema.Blob(bytes_max, bytes_min):
+        case scalars.Blob(bytes_max, bytes_min):
             return st.binary(min_size=bytes_min, max_size=min(bytes_max, 200))
         case schema.Maybe(one):
             return st.none() | of_kind(one)

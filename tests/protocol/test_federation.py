@@ -14,7 +14,7 @@ from protocol.federation import (
     settings_to_json,
 )
 from protocol.methods import PF2LoRA
-from protocol.schema import SchemaError
+from protocol.scalars import SchemaError
 from tests.protocol.samples import FINGERPRINT, SETTINGS
 from tests.protocol.strategies import of_class
 

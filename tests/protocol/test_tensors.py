@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from protocol.federation import WireDtype
-from protocol.schema import SchemaError
+from protocol.scalars import SchemaError
 from protocol.tensors import NamedTensors, Payload, TensorSpec
 
 steady = settings(derandomize=True, deadline=None, max_examples=150)
