@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import matrix
+from benchmarks.matrix import Cell
 from benchmarks.report import write_report
 from benchmarks.simulation import Clock, SimulatedDevice, labels_in, run_federation, scores
 from benchmarks.tasks import TASKS, DeviceRows, Task, deal, labels_of
-from coordinator.config import leaves
 from edge_client.backends.torch_backend import load_trainer
 from edge_client.splits import seeded
 from protocol.federation import FederationSettings
-from protocol.schema import from_text, record_of
 from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint
 
@@ -58,16 +56,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "feddpa": {"name": "feddpa"},
     "centralised": {"name": "homlora"},
 }
-# What a cell is; the same values are the same cell.
-Cell = dict[str, Any]
 
 
 def main() -> None:
     options = _parser().parse_args()
     if options.cell:
-        _append(run_cell(json.loads(options.cell)))
+        matrix.append(RESULTS, run_cell(json.loads(options.cell)))
     elif options.report:
-        write_report(_finished(), list(METHODS), RESULTS.parent)
+        write_report(matrix.finished(RESULTS), list(METHODS), RESULTS.parent)
     else:
         _run_matrix(_cells(options), options.jobs, again=options.again)
 
@@ -107,7 +103,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     common = {"scheme": options.scheme, "device": options.device, "rows": options.rows}
     if options.devices:
         common["devices"] = options.devices
-    cells = []
+    cells, records = [], matrix.finished(RESULTS)
     for task in options.tasks:
         for method in options.methods:
             rounds = options.rounds or TASKS[task].rounds
@@ -116,7 +112,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
                 half = {"seed": 0, "split": "dev", "rounds": rounds // 2, "every": rounds // 2}
                 cells += [{**cell, **half, "learning_rate": rate} for rate in _rates(task, method)]
                 continue
-            rate = options.learning_rate or best_learning_rate(_finished(), task, method)
+            rate = options.learning_rate or best_learning_rate(records, task, method)
             whole = {
                 "split": options.split,
                 "rounds": rounds,
@@ -157,21 +153,10 @@ def _goodness(task: Task, point: dict[str, float]) -> float:
 
 
 def _run_matrix(cells: list[Cell], jobs: int, *, again: bool) -> None:
-    recorded = {_key(record["cell"]): record for record in _finished()}
-    waiting = [cell for cell in cells if again or _key(cell) not in recorded]
+    recorded = {matrix.key_of(record["cell"]): record for record in matrix.finished(RESULTS)}
+    waiting = [cell for cell in cells if again or matrix.key_of(cell) not in recorded]
     print(f"{len(cells)} cells, {len(waiting)} to run, {jobs} at a time", flush=True)
-    running: list[subprocess.Popen[bytes]] = []
-    total, failed = len(waiting), 0
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            command = [sys.executable, "-m", "benchmarks.accuracy", "--cell", _key(waiting.pop(0))]
-            threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            running.append(subprocess.Popen(command, env={**os.environ, **threads}))
-        os.wait()
-        ended = [process for process in running if process.poll() is not None]
-        failed += sum(process.returncode != 0 for process in ended)
-        running = [process for process in running if process.poll() is None]
-        print(f"[{total - len(waiting) - len(running)}/{total}]", flush=True)
+    failed = matrix.run("benchmarks.accuracy", waiting, jobs)
     if again:
         _compare(cells, recorded)
     if failed:
@@ -180,9 +165,9 @@ def _run_matrix(cells: list[Cell], jobs: int, *, again: bool) -> None:
 
 def _compare(cells: list[Cell], recorded: dict[str, dict[str, Any]]) -> None:
     """Say whether what was run again came out as it was."""
-    fresh = {_key(record["cell"]): record for record in _finished()}
+    fresh = {matrix.key_of(record["cell"]): record for record in matrix.finished(RESULTS)}
     for cell in cells:
-        before, now = recorded.get(_key(cell)), fresh[_key(cell)]
+        before, now = recorded.get(matrix.key_of(cell)), fresh[matrix.key_of(cell)]
         name = f"{cell['task']} {cell['method']} seed {cell['seed']}"
         if before is None:
             print(f"{name}: first run")
@@ -196,29 +181,6 @@ def _scores(record: dict[str, Any]) -> list[dict[str, float]]:
     """The curve without times, which no two runs share, and bytes, which follow the protocol."""
     left_out = ("training_s", "sent_bytes", "received_bytes")
     return [{k: v for k, v in at.items() if k not in left_out} for at in record["curve"]]
-
-
-def _key(cell: Cell) -> str:
-    return json.dumps(cell, sort_keys=True)
-
-
-def _finished() -> list[dict[str, Any]]:
-    """Records of finished cells; of one that was run again, the last."""
-    if not RESULTS.exists():
-        return []
-    records = map(json.loads, RESULTS.read_text().splitlines())
-    return list({_key(record["cell"]): record for record in records}.values())
-
-
-def _append(record: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    line = (json.dumps(record) + "\n").encode()
-    # One write of one line: cells in other processes append to the same file.
-    descriptor = os.open(RESULTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
 
 
 # --- a cell ---------------------------------------------------------------------------------------
@@ -252,15 +214,7 @@ def settings_of(cell: Cell, devices: int, labels: tuple[str, ...]) -> Federation
         },
         "seed": cell["seed"],
     }
-    for assignment in cell["set"]:
-        key, _, text = assignment.partition("=")
-        *sections, leaf = key.split(".")
-        at = table
-        for section in sections:
-            at = at.setdefault(section, {})
-        at[leaf] = from_text(leaves()[key], text, key)
-    settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
-    return settings
+    return matrix.settings_from(table, cell["set"])
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:

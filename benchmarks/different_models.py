@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from benchmarks import matrix
+from benchmarks.matrix import Cell
 from benchmarks.simulation import Clock, SimulatedDevice, run_federation
 from benchmarks.tasks import STORIES, TASKS, deal, labels_of
-from coordinator.config import leaves
 from edge_client.backends.torch_backend import load_trainer
 from protocol.federation import FederationSettings
-from protocol.schema import from_text, record_of
 from quantization.fingerprint import fingerprint, resolve_backbone
 
 RESULTS = Path(__file__).parent / "results" / "different_models.jsonl"
@@ -38,23 +36,21 @@ TASK = TASKS["sst2-s0.5"]
 MINILM = TASK.backbone
 METHODS = ("pfedlora", "local")
 MIXES = ("depths", "families")
-Cell = dict[str, Any]
 
 
 def main() -> None:
     options = _parser().parse_args()
+    if options.cell:
+        matrix.append(RESULTS, run_cell(json.loads(options.cell)))
+        return
     if options.report:
         _report()
         return
-    done = [json.dumps(record["cell"], sort_keys=True) for record in _finished()]
-    waiting = [cell for cell in _cells(options) if json.dumps(cell, sort_keys=True) not in done]
+    done = [matrix.key_of(record["cell"]) for record in matrix.finished(RESULTS)]
+    waiting = [cell for cell in _cells(options) if matrix.key_of(cell) not in done]
     print(f"{len(waiting)} cells to run, {options.jobs} at a time", flush=True)
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for record in pool.map(run_cell, waiting):
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(json.dumps(record), flush=True)
+    if failed := matrix.run("benchmarks.different_models", waiting, options.jobs):
+        raise SystemExit(f"{failed} cells failed")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--search", action="store_true", help="the cells that find learning rates")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser
 
 
@@ -93,7 +90,7 @@ def _best_rate(cell: Cell) -> float:
     """The rate of the best mean accuracy on the rows for choices."""
     found = {
         record["cell"]["learning_rate"]: np.mean([d["accuracy"] for d in record["personal"]])
-        for record in _finished()
+        for record in matrix.finished(RESULTS)
         if all(record["cell"][name] == cell[name] for name in ("mix", "method", "set"))
         and record["cell"]["split"] == "dev"
     }
@@ -158,12 +155,7 @@ def settings_of(cell: Cell, devices: int, labels: tuple[str, ...]) -> Federation
     }
     if cell["method"] == "local":
         table["backbone"] = {"name": MINILM, "fingerprint": fingerprint(resolve_backbone(MINILM))}
-    for assignment in cell["set"]:
-        key, _, text = assignment.partition("=")
-        section, _, leaf = key.partition(".")
-        table.setdefault(section, {})[leaf] = from_text(leaves()[key], text, key)
-    settings: FederationSettings = record_of(FederationSettings).from_mapping(table, "")
-    return settings
+    return matrix.settings_from(table, cell["set"])
 
 
 def cut(folder: Path) -> Path:
@@ -187,16 +179,12 @@ def cut(folder: Path) -> Path:
     return folder
 
 
-def _finished() -> list[dict[str, Any]]:
-    return list(map(json.loads, RESULTS.read_text().splitlines())) if RESULTS.exists() else []
-
-
 def _report() -> None:
     """Means over devices and seeds, for each half of the devices and for all."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for record in _finished():
+    for record in matrix.finished(RESULTS):
         cell = {name: value for name, value in record["cell"].items() if name != "seed"}
-        groups.setdefault(json.dumps(cell, sort_keys=True), []).append(record)
+        groups.setdefault(matrix.key_of(cell), []).append(record)
     for key, records in sorted(groups.items()):
         cell = json.loads(key)
         print(*(cell[n] for n in ("mix", "method", "split", "rounds", "learning_rate", "set")))

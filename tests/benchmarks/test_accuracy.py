@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import accuracy
-from benchmarks.accuracy import METHODS, _key, best_learning_rate, run_cell, settings_of
+from benchmarks import accuracy, matrix
+from benchmarks.accuracy import METHODS, best_learning_rate, run_cell, settings_of
+from benchmarks.matrix import key_of
 from benchmarks.simulation import scores
 from benchmarks.tasks import DATA, TASKS, DeviceRows, deal
 from protocol.methods import PF2LoRA
@@ -128,7 +129,7 @@ def test_finished_cells_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results" / "accuracy.jsonl")
-    accuracy._append({"cell": CELL, "curve": []})
+    matrix.append(accuracy.RESULTS, {"cell": CELL, "curve": []})
     accuracy._run_matrix([CELL], 1, again=False)
     assert "1 cells, 0 to run" in capsys.readouterr().out
     assert len(accuracy.RESULTS.read_text().splitlines()) == 1
@@ -143,4 +144,4 @@ def test_the_rate_is_the_best_on_the_rows_for_choices_and_all_must_be_tried() ->
     assert best_learning_rate(tried, "sst2-s0.5", "pf2lora") == 2e-3
     with pytest.raises(SystemExit, match="run --search first"):
         best_learning_rate(tried[:1], "sst2-s0.5", "pf2lora")
-    assert json.loads(_key(CELL)) == CELL
+    assert json.loads(key_of(CELL)) == CELL
