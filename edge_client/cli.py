@@ -18,6 +18,7 @@ from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, COMPUTE_DTYPES, SCHEMES
 from edge_client.backends.base import FoundAnswer, Level, Prediction, RankReport
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
+from edge_client.command_end import exit_code_of
 from edge_client.data import Place, RawRow, check_asked, placed, raw_rows
 from edge_client.errors import ConfigurationError, DataError, EdgeClientError
 from edge_client.rank_plot import check_drawing, draw_ranks
@@ -31,20 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
+
+    def run() -> int:
         options.command(options)
-        if sys.stdout is not None:  # as where it was closed, with `>&-`
-            sys.stdout.flush()
-    except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
+        return 0
+
+    try:
+        return exit_code_of(run)
     except Exception as error:
         if not _is_ours(error):
             raise
         print(f"pf2lora-client: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _is_ours(error: Exception) -> bool:

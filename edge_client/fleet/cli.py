@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from edge_client.command_end import exit_code_of
 from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.fleet import plan as reading
 from edge_client.fleet.loadtest import Outcome, Own, Theirs, run_load_test
@@ -47,15 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _devices_unheard():
-            exit_code = _run(options)
-        if sys.stdout is not None:  # as where it was closed, with `>&-`
-            sys.stdout.flush()
-        return exit_code
-    except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
+            return exit_code_of(lambda: _run(options))
     except ConfigurationError as error:
         print(f"pf2lora-loadtest: {error}", file=sys.stderr)
         return USAGE
