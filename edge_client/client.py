@@ -39,6 +39,9 @@ from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
 from protocol.federation import FederationSettings
+from protocol.messages import NameOrNone, Token
+from protocol.scalars import SchemaError
+from protocol.schema import kind_of
 from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
 
@@ -148,6 +151,10 @@ class EdgeClient:
             check_share(held_out)
         if not isinstance(fields, FieldNames | None):
             raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
+        _check_joining("federation", federation, NameOrNone, "the name in its federation.toml")
+        _check_joining(
+            "token", token, Token, "what `devices token` printed, without spaces or line end"
+        )
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
         self._federation = federation
@@ -203,7 +210,7 @@ class EdgeClient:
 
     def evaluate(self, data: DataSource | None = None, level: Level = Level.PERSONAL) -> Evaluation:
         """Loss and scores at a level, on `data` or on the device's held-out rows."""
-        self._check_open()
+        self._check_asked(level)
         with self._worker.ready():
             rows = self._worker.held_out_rows if data is None else self._worker.read(data)
             return self._worker.evaluate(rows, level)
@@ -222,7 +229,7 @@ class EdgeClient:
         Classification gives a `Prediction` for a text, or for a row that may have a `text_pair`;
         question answering a `FoundAnswer` for a row `{"question": ..., "context": ...}`.
         """
-        self._check_open()
+        self._check_asked(level)
         asked = placed(rows)
         check_asked(asked)
         with self._worker.ready():
@@ -230,7 +237,7 @@ class EdgeClient:
 
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
-        self._check_open()
+        self._check_asked(level)
         check_asked(placed([prompt]), prompts=True)
         with self._worker.ready() as trainer:
             return trainer.generate(prompt, new_tokens_max, level)
@@ -305,6 +312,14 @@ class EdgeClient:
         if self._is_closed:
             raise ConfigurationError("client", "is closed", "a new EdgeClient")
 
+    def _check_asked(self, level: Level) -> None:
+        self._check_open()
+        if not isinstance(level, Level):
+            known = ", ".join(map(str, Level))
+            raise ConfigurationError(
+                "level", f"{level!r} is none", f"{known} of {Level.__module__}"
+            )
+
     def __enter__(self) -> EdgeClient:
         return self
 
@@ -342,6 +357,14 @@ class EdgeClient:
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
         return load_trainer(self._choice, settings, self._worker.split.seed)
+
+
+def _check_joining(field: str, text: str, kind: Any, right: str) -> None:
+    """Look at what a Join will say, without repeating it: a token is a secret."""
+    try:
+        kind_of(kind).encode(text, field)
+    except SchemaError:
+        raise ConfigurationError(field, "is none", right) from None
 
 
 def _has_event_loop() -> bool:

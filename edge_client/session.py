@@ -183,12 +183,13 @@ class Session:
         Raises:
             RefusedError: the coordinator will not have this device, for a reason that stays.
             UnreachableError: no coordinator answered for as long as patience lasts.
+            LocalProtocolError: a bug here, which no other connection would mend.
         """
         while True:
             try:
                 if await self._one_connection():
                     return
-            except (LinkClosedError, ProtocolError, TimeoutError) as error:
+            except (LinkClosedError, RemoteProtocolError, TimeoutError) as error:
                 if isinstance(error, RemoteProtocolError) and not error.code.retryable:
                     raise RefusedError(error.code.value, str(error)) from error
                 self._troubled(error)
