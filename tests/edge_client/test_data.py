@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,9 @@ def test_an_answer_that_is_not_there_is_refused_by_line_and_field(
     lines = [json.dumps(SQUAD_ROW), json.dumps(SQUAD_ROW | changes)]
     with pytest.raises(DataError, match=problem):
         read_rows(_file(tmp_path, "d.jsonl", "\n".join(lines)), QUESTIONS)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl: is a pipe"):
+        read_rows(tmp_path / "rows.jsonl", LABELS)
