@@ -33,15 +33,12 @@ from edge_client.data import FieldNames, check_asked, check_source, placed
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
-from edge_client.session import Session, Traffic
+from edge_client.session import Session, Traffic, check_joining
 from edge_client.splits import check_share
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
 from protocol.federation import FederationSettings
-from protocol.messages import NameOrNone, Token
-from protocol.scalars import SchemaError
-from protocol.schema import kind_of
 from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
 
@@ -151,10 +148,7 @@ class EdgeClient:
             check_share(held_out)
         if not isinstance(fields, FieldNames | None):
             raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
-        _check_joining("federation", federation, NameOrNone, "the name in its federation.toml")
-        _check_joining(
-            "token", token, Token, "what `devices token` printed, without spaces or line end"
-        )
+        check_joining(federation, token)
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
         self._federation = federation
@@ -357,14 +351,6 @@ class EdgeClient:
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
         return load_trainer(self._choice, settings, self._worker.split.seed)
-
-
-def _check_joining(field: str, text: str, kind: Any, right: str) -> None:
-    """Look at what a Join will say, without repeating it: a token is a secret."""
-    try:
-        kind_of(kind).encode(text, field)
-    except SchemaError:
-        raise ConfigurationError(field, "is none", right) from None
 
 
 def _has_event_loop() -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar, cast, overload
 
-from edge_client.errors import RefusedError, UnreachableError
+from edge_client.errors import ConfigurationError, RefusedError, UnreachableError
 from edge_client.identity import Identity
 from edge_client.transport import Dial, UntrustedError
 from protocol.connection import Connection, Role, default_hello
@@ -38,12 +38,16 @@ from protocol.messages import (
     Joined,
     Message,
     Metric,
+    NameOrNone,
     Receipt,
     Refusal,
     Report,
     Resume,
     RetryWindow,
+    Token,
 )
+from protocol.scalars import SchemaError
+from protocol.schema import kind_of
 from protocol.signing import UNSIGNED, join_statement, report_statement
 from protocol.tensors import NamedTensors, Payload
 from protocol.transfer import Receiver, chunks
@@ -136,6 +140,23 @@ class NoAnswerError(LinkClosedError):
 
 def _unwatched(error: Exception) -> None:
     pass
+
+
+def check_joining(federation: str, token: str) -> None:
+    """Look at what a Join will say, before anybody is asked.
+
+    Raises:
+        ConfigurationError: it is no name of a federation, or no token; a token is a secret, and not
+            repeated.
+    """
+    for field, text, kind, right in (
+        ("federation", federation, NameOrNone, "the name in its federation.toml"),
+        ("token", token, Token, "what `devices token` printed, without spaces or line end"),
+    ):
+        try:
+            kind_of(kind).encode(text, field)
+        except SchemaError:
+            raise ConfigurationError(field, "is none", right) from None
 
 
 class Session:
