@@ -34,7 +34,7 @@ from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, Traffic, check_joining
-from edge_client.splits import check_share
+from edge_client.splits import check_share, whole_seed
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
@@ -146,6 +146,8 @@ class EdgeClient:
             raise DataError(f"expected rows that can be read again, got {kind}", path="data")
         if held_out is not None:
             check_share(held_out)
+        if seed is not None:
+            seed = whole_seed(seed)
         if not isinstance(fields, FieldNames | None):
             raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
         check_joining(federation, token)

@@ -309,6 +309,17 @@ def test_a_common_adapter_outlives_another_choice_of_rows(tmp_path: Path) -> Non
         assert client.worker.trainer.common().digest() == found.digest()
 
 
+def test_a_seed_of_numpys_is_the_same_after_a_restart(tmp_path: Path) -> None:
+    def texts(seed: Any) -> tuple[set[str], set[str]]:
+        with EdgeClient("localhost:1", ROWS, tmp_path, scheme="none", seed=seed) as client:
+            client.evaluate()
+            return _texts(client.worker.training_rows), _texts(client.worker.held_out_rows)
+
+    device = Device(tmp_path, split=(None, 7))
+    device.round(1)
+    assert texts(np.int64(7)) == texts(7) == texts(None)
+
+
 def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
     key = tmp_path / "device.key"
     key.write_text("no key")
@@ -332,6 +343,8 @@ def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
         ({"held_out": 1.0}, ConfigurationError, "held_out: 1.0 is no share"),
         ({"held_out": "0.2"}, ConfigurationError, "held_out: '0.2' is no share"),
         ({"fields": {"text": "t"}}, ConfigurationError, "fields: .*FieldNames"),
+        ({"seed": 1.5}, ConfigurationError, "seed: 1.5 is none; use a whole number"),
+        ({"seed": "a"}, ConfigurationError, "seed: 'a' is none; use a whole number"),
         ({"federation": "my reviews"}, ConfigurationError, "federation: is none; use the name in"),
         ({"token": "s3cret\n"}, ConfigurationError, "token: is none; use what .* without"),
         ({"token": 5}, ConfigurationError, "token: is none"),
