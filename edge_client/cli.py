@@ -142,6 +142,9 @@ _TLS_FLAGS = ("ca_file", "client_certificate", "client_key")
 
 def _client(options: argparse.Namespace, coordinator: str | None = None) -> EdgeClient:
     """A device that takes part, or without a coordinator one that is only asked."""
+    if coordinator is None and not options.state_dir.is_dir():  # asking makes no device
+        problem = f"there is no folder {options.state_dir}"
+        raise ConfigurationError("state_dir", problem, "one that a run has trained")
 
     def progress(line: str) -> None:
         if coordinator is not None:

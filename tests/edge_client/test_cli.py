@@ -131,6 +131,10 @@ def test_looking_at_a_device_that_never_ran_says_so(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(ROWS)
     assert main(["evaluate", *_device(tmp_path)]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()  # a name mistyped makes no device
+    (tmp_path / "state").mkdir()
+    assert main(["evaluate", *_device(tmp_path)]) == 1
     assert "holds no trained state" in capsys.readouterr().err
 
 
