@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -148,7 +149,8 @@ def _client(options: argparse.Namespace, coordinator: str | None = None) -> Edge
 
     def progress(line: str) -> None:
         if coordinator is not None:
-            say(options, {"progress": line}, line)
+            with contextlib.suppress(BrokenPipeError):  # the rounds go on, whoever reads of them
+                say(options, {"progress": line}, line)
         else:  # what is asked for has the output to itself
             print(line, file=sys.stderr)
 
