@@ -311,8 +311,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         problem = f"{path}: {error.strerror}; expected a federation.toml"
         raise ConfigurationError("--config", problem) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # TOML's own, of bytes that are no text, of endless numbers
         raise ConfigurationError("--config", f"{path} is not TOML: {error}") from error
+    except RecursionError:
+        raise ConfigurationError("--config", f"{path} is nested too deeply") from None
 
 
 def _overrides(flags: Mapping[str, str], environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -358,7 +360,7 @@ def _from_table(record: Record, table: Mapping[str, Any], path: str) -> Any:
     try:
         return record.from_mapping(table, path)
     except SchemaError as error:
-        raise ConfigurationError(error.path.lstrip("."), error.problem) from None
+        raise ConfigurationError(error.path, error.problem) from None
 
 
 def _beside(path: Path, store: str) -> str:
@@ -374,4 +376,7 @@ def _beside(path: Path, store: str) -> str:
         raise ConfigurationError(
             "server.store", f"is {str(url)!r}; use a SQLite file, such as sqlite:///pf2lora.sqlite"
         )
-    return f"{SQLITE}{(path.parent / str(url.database)).resolve()}"
+    try:
+        return f"{SQLITE}{(path.parent / str(url.database)).resolve()}"
+    except ValueError:
+        raise ConfigurationError("server.store", f"is {str(url)!r}, which is no path") from None

@@ -50,6 +50,7 @@ TURNED_AWAY_MAX: Final = 256
 TURNED_AWAY_RETRY_S: Final = 30.0
 # Descriptors beside those of connections: store, log, the listening socket.
 DESCRIPTORS_SPARE: Final = 64
+OPEN_MAX: Final = 10_240  # macOS takes no more where it says "unlimited" (setrlimit(2) there)
 # What an address or connection may do at once is what it may do in so many seconds.
 CONNECTIONS_BURST_S: Final = 100.0
 MESSAGES_BURST_S: Final = 5.0
@@ -322,19 +323,21 @@ def _buckets(rate_s: float, burst_s: float) -> Buckets:
 
 def _affordable(connections_max: int) -> int:
     """As many connections as wished, or as the system has file descriptors for."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        most = max(1, hard - TURNED_AWAY_MAX - DESCRIPTORS_SPARE)
-        if most < connections_max:
-            log.warning(
-                "server.connections_max is %d, but %d file descriptors are enough for %d",
-                connections_max,
-                hard,
-                most,
-            )
-            return most
-    return connections_max
+    descriptors, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return connections_max
+    # Where there is no hard limit, as on macOS, few are open to a process all the same.
+    descriptors = hard if hard != resource.RLIM_INFINITY else max(descriptors, OPEN_MAX)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+    most = max(1, descriptors - TURNED_AWAY_MAX - DESCRIPTORS_SPARE)
+    if most < connections_max:
+        log.warning(
+            "server.connections_max is %d, but %d file descriptors are enough for %d",
+            connections_max,
+            descriptors,
+            most,
+        )
+    return min(most, connections_max)
 
 
 async def serve(configuration: Configuration) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -142,10 +143,14 @@ _TLS_FLAGS = ("ca_file", "client_certificate", "client_key")
 
 def _client(options: argparse.Namespace, coordinator: str | None = None) -> EdgeClient:
     """A device that takes part, or without a coordinator one that is only asked."""
+    if coordinator is None and not options.state_dir.is_dir():  # asking makes no device
+        problem = f"there is no folder {options.state_dir}"
+        raise ConfigurationError("state_dir", problem, "one that a run has trained")
 
     def progress(line: str) -> None:
         if coordinator is not None:
-            say(options, {"progress": line}, line)
+            with contextlib.suppress(BrokenPipeError):  # the rounds go on, whoever reads of them
+                say(options, {"progress": line}, line)
         else:  # what is asked for has the output to itself
             print(line, file=sys.stderr)
 

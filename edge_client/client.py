@@ -33,8 +33,8 @@ from edge_client.data import FieldNames, check_asked, check_source, placed
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
 from edge_client.private_store import PrivateStore
-from edge_client.session import Session, Traffic
-from edge_client.splits import check_share
+from edge_client.session import Session, Traffic, check_joining
+from edge_client.splits import check_share, whole_seed
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
@@ -146,8 +146,11 @@ class EdgeClient:
             raise DataError(f"expected rows that can be read again, got {kind}", path="data")
         if held_out is not None:
             check_share(held_out)
+        if seed is not None:
+            seed = whole_seed(seed)
         if not isinstance(fields, FieldNames | None):
             raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
+        check_joining(federation, token)
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
         self._federation = federation
@@ -203,7 +206,7 @@ class EdgeClient:
 
     def evaluate(self, data: DataSource | None = None, level: Level = Level.PERSONAL) -> Evaluation:
         """Loss and scores at a level, on `data` or on the device's held-out rows."""
-        self._check_open()
+        self._check_asked(level)
         with self._worker.ready():
             rows = self._worker.held_out_rows if data is None else self._worker.read(data)
             return self._worker.evaluate(rows, level)
@@ -222,7 +225,7 @@ class EdgeClient:
         Classification gives a `Prediction` for a text, or for a row that may have a `text_pair`;
         question answering a `FoundAnswer` for a row `{"question": ..., "context": ...}`.
         """
-        self._check_open()
+        self._check_asked(level)
         asked = placed(rows)
         check_asked(asked)
         with self._worker.ready():
@@ -230,7 +233,7 @@ class EdgeClient:
 
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
-        self._check_open()
+        self._check_asked(level)
         check_asked(placed([prompt]), prompts=True)
         with self._worker.ready() as trainer:
             return trainer.generate(prompt, new_tokens_max, level)
@@ -304,6 +307,14 @@ class EdgeClient:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigurationError("client", "is closed", "a new EdgeClient")
+
+    def _check_asked(self, level: Level) -> None:
+        self._check_open()
+        if not isinstance(level, Level):
+            known = ", ".join(map(str, Level))
+            raise ConfigurationError(
+                "level", f"{level!r} is none", f"{known} of {Level.__module__}"
+            )
 
     def __enter__(self) -> EdgeClient:
         return self

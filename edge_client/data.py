@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,6 +172,9 @@ def check_source(source: object) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"expected a {', '.join(SUFFIXES)} file", path=str(path))
     try:
+        # Rows are read again in later runs; a pipe would also keep who opens it waiting.
+        if stat.S_ISFIFO(path.stat().st_mode):
+            raise DataError("is a pipe; expected a file that can be read again", path=str(path))
         path.open("rb").close()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path=str(path)) from error

@@ -28,8 +28,10 @@ def read_federation(path: Path) -> tuple[dict[str, Any], Path]:
     """
     try:
         table = tomllib.loads(path.read_text("utf-8-sig"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # TOML's own, of bytes that are no text, ...
         raise ConfigurationError("config", f"{path}: {error}", "a federation.toml") from error
+    except RecursionError:
+        raise ConfigurationError("config", f"{path} is nested too deeply") from None
     server = table.pop("server", {})
     table.pop("admin", None)  # the coordinator's alone
     start = path.parent / str(server.get("start", "start.safetensors"))

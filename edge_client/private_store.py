@@ -167,8 +167,18 @@ class PrivateStore:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StateError(f"{self.folder} is in use by another process") from None
-            yield
+                raise StateError(
+                    f"{self.folder} is in use by another process, or by a client of this one that "
+                    "is not closed"
+                ) from None
+            locked_by = os.getpid()
+            try:
+                yield
+            finally:
+                # A fork of this process has the same lock: that it lives on must not keep it, nor
+                # its end let it go.
+                if os.getpid() == locked_by:
+                    fcntl.flock(file, fcntl.LOCK_UN)
 
     def _write(self, name: str, data: bytes) -> None:
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"

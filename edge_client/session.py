@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar, cast, overload
 
-from edge_client.errors import RefusedError, UnreachableError
+from edge_client.errors import ConfigurationError, RefusedError, UnreachableError
 from edge_client.identity import Identity
 from edge_client.transport import Dial, UntrustedError
 from protocol.connection import Connection, Role, default_hello
@@ -38,12 +38,16 @@ from protocol.messages import (
     Joined,
     Message,
     Metric,
+    NameOrNone,
     Receipt,
     Refusal,
     Report,
     Resume,
     RetryWindow,
+    Token,
 )
+from protocol.scalars import SchemaError
+from protocol.schema import kind_of
 from protocol.signing import UNSIGNED, join_statement, report_statement
 from protocol.tensors import NamedTensors, Payload
 from protocol.transfer import Receiver, chunks
@@ -138,6 +142,23 @@ def _unwatched(error: Exception) -> None:
     pass
 
 
+def check_joining(federation: str, token: str) -> None:
+    """Look at what a Join will say, before anybody is asked.
+
+    Raises:
+        ConfigurationError: it is no name of a federation, or no token; a token is a secret, and not
+            repeated.
+    """
+    for field, text, kind, right in (
+        ("federation", federation, NameOrNone, "the name in its federation.toml"),
+        ("token", token, Token, "what `devices token` printed, without spaces or line end"),
+    ):
+        try:
+            kind_of(kind).encode(text, field)
+        except SchemaError:
+            raise ConfigurationError(field, "is none", right) from None
+
+
 class Session:
     """Takes part in a federation until its rounds are over.
 
@@ -183,12 +204,13 @@ class Session:
         Raises:
             RefusedError: the coordinator will not have this device, for a reason that stays.
             UnreachableError: no coordinator answered for as long as patience lasts.
+            LocalProtocolError: a bug here, which no other connection would mend.
         """
         while True:
             try:
                 if await self._one_connection():
                     return
-            except (LinkClosedError, ProtocolError, TimeoutError) as error:
+            except (LinkClosedError, RemoteProtocolError, TimeoutError) as error:
                 if isinstance(error, RemoteProtocolError) and not error.code.retryable:
                     raise RefusedError(error.code.value, str(error)) from error
                 self._troubled(error)

@@ -6,9 +6,10 @@ Everything here is a function of its arguments: the same seed gives the same dea
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,18 @@ def check_share(share: float) -> None:
     """
     if not isinstance(share, float | int) or not 0 <= share < 1:
         raise ConfigurationError("held_out", f"{share!r} is no share", "a number in [0, 1)")
+
+
+def whole_seed(seed: SupportsIndex) -> int:
+    """The seed as Python's own number: what follows from it would not from NumPy's, as written.
+
+    Raises:
+        ConfigurationError: it is no whole number.
+    """
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ConfigurationError("seed", f"{seed!r} is none", "a whole number") from None
 
 
 def hold_out(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from websockets.exceptions import InvalidMessage
+from websockets.exceptions import InvalidMessage, InvalidStatus
 
 from edge_client.errors import ConfigurationError
 
@@ -68,6 +68,8 @@ def explained(error: Exception, *, encrypted: bool) -> str:
             )
         case InvalidMessage():
             return "it hung up without an answer; does this coordinator want wss://?"
+        case InvalidStatus():
+            return f"{error}; is this the coordinator's own port, and not its dashboard's?"
     return str(error) or type(error).__name__
 
 

@@ -9,7 +9,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.uri import parse_uri
 
 from edge_client.errors import ConfigurationError
 from edge_client.tls import TlsFiles, client_context, explained, is_untrusted
@@ -67,7 +68,8 @@ def websocket_dial(coordinator: str, tls: TlsFiles | None = None) -> Dial:
     try:
         parts = urlsplit(address)
         complete = parts.scheme in ("ws", "wss") and parts.hostname and parts.port
-    except ValueError:
+        parse_uri(address)
+    except (ValueError, InvalidURI):
         complete = None
     if not complete:
         raise ConfigurationError(

@@ -26,7 +26,7 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.backends.encoding import EncodedRows
-from edge_client.data import Example, FieldNames, Place
+from edge_client.data import Example, FieldNames, Place, shown
 from edge_client.errors import ConfigurationError, DataError, DivergedError
 from edge_client.held_out import NO_DIGESTS, Division, choose_split, divide, split_of, with_split
 from edge_client.peft_export import cut_to
@@ -42,6 +42,7 @@ from edge_client.session import FinishedReport, Offer
 from edge_client.splits import sample
 from edge_client.tasks import read_rows, rules_for
 from protocol.federation import FederationSettings, settings_to_json
+from protocol.limits import EXAMPLES_MAX
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
 
@@ -245,6 +246,12 @@ class DeviceWorker:
             rows = self.read(self._data.source)
             self._division = divide(rows, self.split, self._state, self._progress)
             held = len(self.held_out_rows)
+            if len(self.training_rows) > EXAMPLES_MAX:
+                raise DataError(
+                    f"{len(self.training_rows)} rows to train on; a device has {EXAMPLES_MAX} at "
+                    "most",
+                    path=shown(self._data.source),
+                )
             self._progress(f"{len(rows)} rows, {held} of them held out; loading the backbone")
             self._trainer = self._make_trainer(settings)
             self._start = self._trainer.common()

@@ -92,7 +92,10 @@ class Real(Checked):
     def check(self, value: Any, path: str) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise SchemaError(path, f"expected a number, got {shown(value)}")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf if value > 0 else -math.inf
         if not math.isfinite(number) or not self.low <= number <= self.high:
             raise SchemaError(path, f"expected {self.low:g} to {self.high:g}, got {number:g}")
         return number

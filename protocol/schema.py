@@ -123,7 +123,7 @@ class Record:
         try:
             return self.cls(*values)
         except SchemaError as error:
-            raise SchemaError(f"{path}.{error.path}", error.problem) from None
+            raise SchemaError(_joined(path, error.path), error.problem) from None
 
     def from_mapping(self, table: Mapping[str, Any], path: str) -> Any:
         """The dataclass from a table of names (a TOML section); missing names take defaults."""

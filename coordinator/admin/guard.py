@@ -36,6 +36,8 @@ class Guard:
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # a device that was given this port instead of the other
+            await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return
         response: ASGIApp = self._app

@@ -10,10 +10,14 @@ from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coordinator.errors import AddressError
 
 DRAIN_S: Final = 2
+# A connection without a request is let go so soon, and at most twice so late.
+REQUEST_TIMEOUT_S: Final = 10.0
+CONNECTIONS_MAX: Final = 256
 BACKLOG: Final = 128
 
 
@@ -36,7 +40,8 @@ class AdminServer:
             lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
-            limit_concurrency=256,
+            limit_concurrency=CONNECTIONS_MAX,
+            http=_Impatient,
             h11_max_incomplete_event_size=16 * 1024,
             ssl_certfile=certificate or None,
             ssl_keyfile=key or None,
@@ -59,6 +64,27 @@ class AdminServer:
         if self._serving:
             await self._serving
         self._socket.close()
+
+
+class _Impatient(H11Protocol):
+    """Lets go of who asks for nothing, where uvicorn would wait for ever for a first request.
+
+    Silent connections count among those that there may be, and would keep health checks out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look = self.loop.call_later(REQUEST_TIMEOUT_S, self._let_go_if_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look.cancel()
+        super().connection_lost(exc)
+
+    def _let_go_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self._look = self.loop.call_later(REQUEST_TIMEOUT_S, self._let_go_if_idle)
 
 
 class _Server(uvicorn.Server):

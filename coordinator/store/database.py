@@ -53,6 +53,8 @@ class Database:
             self._engine = _engine(address, create)
             if sole:
                 self._lock = _lock(address)
+                self._path = Path(str(address.database))
+                self._identity = _identity(self._path)
 
     @property
     def is_sqlite(self) -> bool:
@@ -61,8 +63,10 @@ class Database:
     @contextlib.contextmanager
     def begin(self) -> Iterator[sa.Connection]:
         """A transaction: on the disk when it is left, or undone by an error."""
-        with self.translated(), self._engine.begin() as connection:
-            yield connection
+        with self.translated():
+            self._check_place()
+            with self._engine.begin() as connection:
+                yield connection
 
     @contextlib.contextmanager
     def plain(self) -> Iterator[sa.Connection]:
@@ -123,6 +127,11 @@ class Database:
             problem = found.splitlines()[-1]
             raise StoreError(f"{self.label}: damaged: {problem}; put a backup in its place")
 
+    def _check_place(self) -> None:
+        # SQLite would write on, into a file that has no name and goes with this process.
+        if self._lock is not None and _identity(self._path) != self._identity:
+            raise OSError("its file was removed or replaced while in use; stop first, then move it")
+
     def close(self) -> None:
         with self.translated():
             self._engine.dispose()
@@ -140,6 +149,15 @@ def address_of(url: str) -> sa.URL:
     if url.startswith(SQLITE):
         return sa.URL.create("sqlite", database=url.removeprefix(SQLITE))
     return sa.make_url(url)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path names, if any."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _lock(address: sa.URL) -> int:

@@ -25,6 +25,7 @@ from edge_client.fleet.own_coordinator import Shape, check_settings
 from edge_client.fleet.plan import Plan
 from edge_client.fleet.report import Files, as_json, progress_line, table
 from edge_client.fleet.thresholds import Threshold, read_threshold
+from edge_client.session import check_joining
 from edge_client.transport import websocket_dial
 
 FAILED, USAGE, MISSED, NOBODY = 1, 2, 3, 4
@@ -247,6 +248,8 @@ def _theirs(options: argparse.Namespace) -> Theirs:
         options.coordinator, options.spoil_federation, options.ca_file, _tokens(options)
     )
     websocket_dial(target.address)  # refuses what is no address
+    for token in target.tokens or ("",):
+        check_joining(target.federation, token)
     return target
 
 

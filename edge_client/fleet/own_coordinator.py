@@ -72,11 +72,24 @@ class Shape:
     """A common adapter: so many adapted layers, each two factors between `rank` and `width`.
 
     The defaults are rank 8 on query and value of 12 layers of width 768: 1,179,648 bytes.
+
+    Raises:
+        ConfigurationError: no federation has such an adapter.
     """
 
     layers: int = 24
     rank: int = 8
     width: int = 768
+
+    def __post_init__(self) -> None:
+        for name, most in (("layers", limits.TENSORS_MAX // 2), ("rank", limits.RANK_MAX)):
+            if getattr(self, name) > most:
+                problem = f"is {getattr(self, name)}"
+                raise ConfigurationError(f"--{name}", problem, f"{most} at most")
+        size_bytes = 2 * self.layers * self.rank * self.width * np.dtype(np.float32).itemsize
+        if size_bytes > limits.PAYLOAD_BYTES_MAX:
+            problem = f"{self.width}: an adapter of {size_bytes} bytes"
+            raise ConfigurationError("--width", problem, f"{limits.PAYLOAD_BYTES_MAX} at most")
 
     def arrays(self) -> dict[str, Array]:
         """Zeros: `[rank, width]` and `[width, rank]` a layer."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Final
+from typing import Final, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,8 @@ class Classification(TaskRules):
         raw, count = RawRow(self.fields_of(row, names), place), len(self.task.labels)
         raw.text(names.text)
         raw.optional_text(names.text_pair)
-        if row.label is None or not 0 <= row.label < count:
-            raise raw.error(f"{row.label} is not an index of the {count} labels", names.label)
+        if not _is_whole(row.label) or not 0 <= int(row.label) < count:
+            raise raw.error(f"{row.label!r} is not an index of the {count} labels", names.label)
 
     def asked(self, row: object, place: Place, names: FieldNames) -> Example:
         if isinstance(row, str):
@@ -69,14 +70,24 @@ class Classification(TaskRules):
     def _label(self, row: RawRow, name: str) -> int:
         """Its index: given by its name or, where no name is a number, as the index."""
         labels, value = self.task.labels, row.value(name)
-        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-        text = str(value) if is_whole or isinstance(value, str) else ""
+        text = str(value) if _is_whole(value) or isinstance(value, str) else ""
         if text in labels:
             return labels.index(text)
         is_index = text.isdecimal() and len(text) < _DIGITS_MAX
         if is_index and not any(map(str.isdecimal, labels)) and int(text) < len(labels):
             return int(text)
-        raise row.error(f"{value!r} is not a label of the task: {listed(labels)}", name)
+        problem = f"{value!r} is not a label of the task: {listed(labels)}"
+        form = unicodedata.normalize("NFC", text)
+        if alike := [label for label in labels if unicodedata.normalize("NFC", label) == form]:
+            problem = (
+                f"{text!a} is not a label of the task, though it looks like {alike[0]!a}: "
+                "another form of Unicode"
+            )
+        raise row.error(problem, name)
+
+
+def _is_whole(value: object) -> TypeGuard[Integral]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _softmax(logits: Logits) -> Logits:

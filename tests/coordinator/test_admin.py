@@ -176,6 +176,28 @@ def test_events_begin_with_where_the_federations_stand(admin: AdminPort) -> None
     connection.close()
 
 
+def test_who_connects_and_asks_nothing_does_not_keep_health_checks_out(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.admin.server.REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("coordinator.admin.server.CONNECTIONS_MAX", 8)
+    with admin_port(url) as admin, contextlib.ExitStack() as opened:
+        listening = http.client.HTTPConnection("127.0.0.1", admin.port, timeout=30)
+        listening.request("GET", "/api/live")
+        events = listening.getresponse()
+        silent = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", admin.port), 30))
+            for _ in range(8)
+        ]
+        for one in silent[::2]:
+            one.sendall(b"GET /livez HT")
+        assert [one.recv(1) for one in silent] == [b""] * 8
+        assert admin.get("/livez")[0] == 200
+        assert not events.isclosed()
+        assert events.readline().startswith(b"data: ")
+        listening.close()
+
+
 def test_health_tells_what_is_wrong(url: str) -> None:
     problems: list[str] = []
     with admin_port(url, problem=lambda: problems[0] if problems else None) as admin:

@@ -94,6 +94,15 @@ def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
         ("\n[server]\nstore = 'sqlite:///'", r"server\.store: is .*; use a SQLite file"),
         ("minimum_reports = 9", r"rounds\.minimum_reports: is over the cohort of 3"),
         ("\n[rounds", "is not TOML"),
+        (
+            f"\n[adapter]\nalpha = 1{'0' * 400}",
+            r"adapter\.alpha: expected 1e-06 to 1e\+06, got inf",
+        ),
+        (f"\n[adapter]\nalpha = -1{'0' * 400}", r"adapter\.alpha: expected .*, got -inf"),
+        (f"\n[adapter]\nalpha = 1{'0' * 5000}", "is not TOML"),
+        (f"\nx = {'[' * 10000}", "is nested too deeply"),
+        ("\n[server]\nstore = 'sqlite:///a\0b'", r"is not TOML"),
+        ('\n[server]\nstore = "sqlite:///a\\u0000b"', r"server\.store: is .*, which is no path"),
     ],
 )
 def test_a_wrong_key_is_named_with_what_would_be_right(

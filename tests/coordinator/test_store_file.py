@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import shutil
 import signal
 import sqlite3
 import stat
@@ -149,6 +150,24 @@ def test_a_coordinator_does_not_write_on_where_a_page_is_torn_that_it_does_not_n
     assert cli.main(["serve", "--config", str(config), "--port", "0"]) == 3
     said = capsys.readouterr().err
     assert re.search(rf"pf2lora\.sqlite: damaged: .*{page}.*; put a backup in its place", said)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_nothing_is_kept_in_a_file_that_is_the_stores_no_more(
+    tmp_path: Path, replaced: bool
+) -> None:
+    path = tmp_path / "s.sqlite"
+    _filled(path).close()
+    store = SqlStore(f"sqlite:///{path}", sole=True)
+    assert store.has_report("demo", _report("a").assignment)
+    if replaced:
+        shutil.copy(path, tmp_path / "copy.sqlite")
+        (tmp_path / "copy.sqlite").replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(StoreError, match=r"s\.sqlite: its file was removed or replaced"):
+        store.keep_reports("demo", [_report("b")])
+    store.close()
 
 
 def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:

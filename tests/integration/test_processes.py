@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from coordinator.store.sql import SqlStore
+from edge_client.private_store import PrivateStore
 from tests.integration.test_federation import _write_config, _write_data
 
 DEVICES = 2
@@ -87,3 +88,20 @@ def test_sigterm_ends_the_coordinator_in_good_order(tmp_path: Path) -> None:
     coordinator.send_signal(signal.SIGTERM)
     coordinator.communicate()
     assert coordinator.returncode == 0
+
+
+def test_a_device_that_nobody_listens_to_goes_on_to_the_end(tmp_path: Path) -> None:
+    """As under `run | head -1`, or where the system's journal is started anew."""
+    _write_data(tmp_path / "0.jsonl", 0.5)
+    port = _free_port()
+    coordinator = _coordinator(_write_config(tmp_path, cohort=1), port)
+    _until(coordinator.stderr, "listening on")
+    device = _device(tmp_path, 0, port)
+    assert device.stdout is not None
+    device.stdout.readline()
+    device.stdout.close()
+    assert device.wait() == 0
+    state = PrivateStore(tmp_path / "device-0").load()
+    _kill(coordinator)
+    assert state is not None
+    assert state.rounds_done == 2

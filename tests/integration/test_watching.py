@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import pytest
 
 from coordinator import cli
 from edge_client.client import EdgeClient
+from edge_client.transport import websocket_dial
+from protocol.link import LinkClosedError
 from tests.integration.test_federation import _run_all, _write_config, _write_data
 
 
@@ -42,6 +47,8 @@ def test_a_federation_is_watched_and_only_devices_that_choose_to_tell_do(
     daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert daemon.stderr is not None
     port, admin = _ports(json.loads(line)["message"] for line in daemon.stderr)
+    with pytest.raises(LinkClosedError, match="HTTP 403; is this the coordinator's own port"):
+        asyncio.run(cast(Any, websocket_dial(f"127.0.0.1:{admin}")()))
     clients = [
         EdgeClient(
             f"ws://127.0.0.1:{port}",

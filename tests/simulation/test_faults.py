@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.control import Control, Wish
 from edge_client.errors import RefusedError, UnreachableError
+from protocol.errors import LocalProtocolError
 from protocol.fake_link import Faults
 from protocol.federation import Mode, Selection, WireDtype
 from protocol.messages import ReceiptStatus
@@ -358,3 +359,16 @@ def test_a_clock_that_is_set_back_holds_no_round_up(restarted: bool) -> None:
         return asyncio.get_running_loop().time()
 
     assert simulate(scenario) < 10.0 + 2 * rules.rounds.deadline_s + 30.0  # held, at most
+
+
+def test_what_a_device_may_not_say_ends_its_run_and_is_not_tried_for_a_day() -> None:
+    device = FakeDevice("too-many", fingerprint="no fingerprint")
+    world = World(settings())
+
+    async def scenario() -> None:
+        await world.start()
+        with pytest.raises(LocalProtocolError, match=r"CheckIn\.fingerprint"):
+            await world.take_part(device)
+
+    simulate(scenario)
+    assert len(world.device_ends) == 1

@@ -82,6 +82,10 @@ def test_settings_of_its_own_coordinator(capsys: pytest.CaptureFixture[str]) -> 
         (["--set", "rounds"], "KEY=VALUE"),
         (["--csv", "/nowhere/at/all"], "/nowhere/at/all_stats.csv"),
         (["--devices", "100000000"], "100000064 file descriptors"),
+        (["--rank", "1025"], "--rank: is 1025; use 1024 at most"),
+        (["--layers", "4097"], "--layers: is 4097; use 4096 at most"),
+        (["--width", "699051"], "--width: 699051: an adapter of 1073742336 bytes; use 1073741824"),
+        (["--coordinator", "ws://h:1", "--spoil-federation", "a b"], "federation: is none"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(
