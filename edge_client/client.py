@@ -42,6 +42,9 @@ from protocol.federation import FederationSettings
 from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
 
+# What an app names; the errors that it may catch are in edge_client.errors.
+__all__ = ["EdgeClient", "FieldNames", "Level", "RunSummary"]
+
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
@@ -149,7 +152,7 @@ class EdgeClient:
         if seed is not None:
             seed = whole_seed(seed)
         if not isinstance(fields, FieldNames | None):
-            raise ConfigurationError("fields", f"{fields!r}", "edge_client.data.FieldNames")
+            raise ConfigurationError("fields", f"{fields!r}", f"a FieldNames of {__name__}")
         check_joining(federation, token)
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
@@ -312,9 +315,7 @@ class EdgeClient:
         self._check_open()
         if not isinstance(level, Level):
             known = ", ".join(map(str, Level))
-            raise ConfigurationError(
-                "level", f"{level!r} is none", f"{known} of {Level.__module__}"
-            )
+            raise ConfigurationError("level", f"{level!r} is none", f"{known} of {__name__}")
 
     def __enter__(self) -> EdgeClient:
         return self
