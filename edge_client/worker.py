@@ -375,17 +375,22 @@ class DeviceWorker:
 
 
 async def _aside(do: Callable[[], Result]) -> Result:
-    """Do it in a thread, and to its end where this is cancelled: the folder is not let go before.
+    """Do it in a thread, and to its end however often this is cancelled.
 
-    asyncio.run waits for a thread too, but from Python 3.12 on for five minutes alone.
+    The folder is not let go before. asyncio.run waits for a thread too, but from Python 3.12 on for
+    five minutes alone.
     """
     doing = asyncio.ensure_future(asyncio.to_thread(do))
-    try:
-        return await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        await asyncio.wait({doing})
-        doing.result()
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not doing.done():
+        try:
+            await asyncio.wait({doing})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = doing.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
 
 
 def _are_finite(*arrays: np.ndarray) -> bool:
