@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from quantization.bnb import is_below
 from quantization.errors import BackboneError, brief
+from quantization.names import is_below
 from quantization.tasks import TaskKind
 
 # Some models keep a few of their positions for themselves, such as RoBERTa's two.

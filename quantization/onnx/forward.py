@@ -6,7 +6,7 @@ of the weight. An adapted one computes
     y = W0 x + b + s [B D] [A; C] x
 
 with the stacked factors `LAYER.down` = [A; C] [k, n] and `LAYER.up` = [B D] [m, k] as inputs: the
-gradient is built for those, and levels.py stacks them and cuts their gradients apart.
+gradient is built for those, and gradient.py stacks them and cuts their gradients apart.
 
 The graph holds no weights: they are inputs until weights.py stores them, so nothing here copies a
 large model through protobuf, and no step can fold a frozen weight into something else.
@@ -30,9 +30,10 @@ from torch.nn import functional
 
 from quantization.artifact import LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone, logits_of
-from quantization.bnb import dense_weight, embeddings, is_below, is_transposed, linear_shape
+from quantization.bnb import dense_weight, embeddings, is_transposed, linear_shape
 from quantization.checkpoint import output_embeddings, stacked_weights
 from quantization.errors import ArtifactError, SchemeError
+from quantization.names import is_below
 from quantization.onnx.editing import drop_unused, fold_constants, rename
 from quantization.onnx.shapes import with_shapes
 from quantization.tasks import IGNORED, TaskKind
