@@ -201,6 +201,22 @@ def test_what_was_learned_under_other_settings_is_not_taken_for_these(
     assert '"learning_rate": 0.01' in str(device.state.facts["settings"])
 
 
+def test_settings_are_the_coordinators_whoever_asked_before(tmp_path: Path) -> None:
+    """An app's question is answered under the settings of the state, and a run goes on from it."""
+    device = Device(tmp_path)
+    device.round(1)
+    training = replace(SETTINGS.training, learning_rate=0.01)
+    with EdgeClient("localhost:1", ROWS, tmp_path, scheme="none") as client:
+        client.evaluate()
+        asyncio.run(client.worker.prepare(replace(SETTINGS, training=training)))
+        assert client.worker.settings.training == training
+        found = {name: array.tobytes() for name, array in client.worker.trainer.personal().items()}
+        assert found == device.personal
+        with pytest.raises(StateError, match="its seed had other settings"):
+            asyncio.run(client.worker.prepare(replace(SETTINGS, seed=9)))
+        client.evaluate()
+
+
 def test_where_all_was_trained_on_a_run_says_that_no_rows_can_be_held_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
