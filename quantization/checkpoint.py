@@ -201,6 +201,8 @@ def _read_config(folder: Path, kind: TaskKind, label_count: int) -> Any:
             f"{folder}: quantised by another program; give the checkpoint before that"
         )
     _switch_off_dropout(config)
+    # Every pass begins anew here, and would hold the keys and values of all layers for nothing.
+    config.use_cache = False
     if (outputs := kind.outputs(label_count)) is not None:
         config.num_labels = outputs
     return config

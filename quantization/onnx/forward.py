@@ -102,7 +102,7 @@ class _Model(nn.Module):
         scale, targets = given.pop(SCALE), given.pop(TARGETS)
         for name, layer in self._layers.items():
             layer.factors = (given.pop(f"{name}.down"), given.pop(f"{name}.up"), scale)
-        logits = logits_of(self.model(**given, **self._settings()), given["attention_mask"])
+        logits = logits_of(self.model(**given), given["attention_mask"])
         if self._is_causal:
             # Each token's logits foretell the next one. Moving the targets copies no logits.
             targets = functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
@@ -123,9 +123,6 @@ class _Model(nn.Module):
         found = torch.autograd.grad(loss, list(trained.values()))
         gradients = {name: g.numpy() for name, g in zip(trained, found, strict=True)}
         return {LOSS: loss.detach().numpy(), LOGITS: logits.detach().numpy()} | gradients
-
-    def _settings(self) -> dict[str, Any]:
-        return {"use_cache": False} if self._is_causal else {}
 
 
 def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:

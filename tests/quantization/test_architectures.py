@@ -176,6 +176,13 @@ def test_both_levels_move_all_of_them_and_not_a_byte_of_the_backbone(folders, na
             assert (array != personal[parameter]).any(), (scheme, parameter)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_no_keys_and_values_are_held_for_a_pass_that_never_comes(folders, name):
+    model = load_backbone(str(folders(name)), task="causal-lm").model
+    output = model(input_ids=torch.full((1, 4), 5))
+    assert output.get("past_key_values") is None
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS | DECODERS)
 def test_the_longest_input_is_the_longest_that_the_model_takes(folders, name):
     model = load_backbone(str(folders(name)), task="sequence-classification", label_count=2).model
