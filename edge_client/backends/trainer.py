@@ -256,9 +256,11 @@ class FlatTrainer(abc.ABC):
 
     def personalise(self, rows: Sequence[EncodedRow]) -> None:
         shared = self._common.values * 1.0
-        self._algorithm.personalise(self.oracle, self._stream(rows, 0))
-        if bool((shared != self._common.values).any()):
-            self._own_common = self._common.values * 1.0
+        try:
+            self._algorithm.personalise(self.oracle, self._stream(rows, 0))
+            if bool((shared != self._common.values).any()):
+                self._own_common = self._common.values * 1.0
+        finally:
             self._common.values[:] = shared
 
     def evaluate(self, rows: EncodedRows, level: Level) -> Evaluation:

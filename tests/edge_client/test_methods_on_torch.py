@@ -223,6 +223,23 @@ def test_per_fedavg_adapts_at_the_personal_level_and_leaves_the_common_one() -> 
     assert trainer.evaluate(rows, Level.PERSONAL).loss == common.loss
 
 
+def test_an_adaptation_that_fails_leaves_the_common_adapter(monkeypatch: Any) -> None:
+    trainer = _trainer(_settings(PerFedAvg(adaptation_steps=3)))
+    rows, base = trainer.encode(ROWS), trainer.common()
+    plain, taken = trainer.gradients, list[Any]()
+
+    def gradients(batch: Any) -> Any:
+        taken.append(batch)
+        if len(taken) == 2:
+            raise RuntimeError("out of memory")
+        return plain(batch)
+
+    monkeypatch.setattr(trainer, "gradients", gradients)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.personalise(rows)
+    assert trainer.common().digest() == base.digest()
+
+
 def test_a_hetlora_federation_of_different_ranks_learns() -> None:
     settings = _settings(HetLoRA(rank_min=1), training=Training(8, 8, 3e-3))
     trainer = _trainer(settings)
