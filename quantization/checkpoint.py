@@ -80,6 +80,7 @@ def build_model(
                 dtype=torch.float32,
                 trust_remote_code=False,
             )
+            model.tie_weights()  # which transformers 5.0 leaves out of a model without bytes
     except Exception as error:
         raise _unreadable(folder, kind, error) from error
     found = head_modules(model, kind)
