@@ -33,8 +33,7 @@ def clipped(gradient: Vector, norm_max: float) -> Vector:
 
 def through_clip(vector: Vector, gradient: Vector, norm_max: float) -> Vector:
     """`[d clipped / d gradient] vector`, symmetric: along a clipped gradient nothing is left."""
-    length = norm(gradient)
-    if norm_max == 0.0 or length <= norm_max:
+    if norm_max == 0.0 or (length := norm(gradient)) <= norm_max:
         return vector
     along = float((gradient * vector).sum()) / length**2
     return (vector - along * gradient) * (norm_max / length)
