@@ -21,11 +21,10 @@ from edge_client.shared_adapter import shared_start
 from edge_client.start_file import write_start
 from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
-from quantization.schemes import Scheme
+from quantization.schemes import COMPUTE_DTYPES, Scheme
 
 TASKS = ", ".join(kind.value for kind in TaskKind)
 SCHEMES = [scheme.value for scheme in Scheme]
-COMPUTE_DTYPES = ["float32", "bfloat16"]
 COMPUTE_DTYPE_HELP = "of the products of 4- and 8-bit layers; default float32, on CUDA bfloat16"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client import backbone_cli
-from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, COMPUTE_DTYPES, SCHEMES, say
+from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, SCHEMES, say
 from edge_client.backends.base import FoundAnswer, Level, Prediction, RankReport
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
@@ -24,6 +24,7 @@ from edge_client.data import Place, RawRow, check_asked, placed, raw_rows
 from edge_client.errors import ConfigurationError, DataError, EdgeClientError
 from edge_client.rank_plot import check_drawing, draw_ranks
 from protocol.federation import TaskKind
+from quantization.schemes import COMPUTE_DTYPES
 
 ENROLMENT_VARIABLE = "PF2LORA_CLIENT_TOKEN"
 EXIT_CODES = "exit codes: 0 done; 1 failed, and says why; 2 usage; 130 interrupted"

@@ -24,7 +24,6 @@ from torch.nn import functional
 from edge_client.backends.base import Level as Level
 from edge_client.errors import AdapterError as AdapterError
 from edge_client.factors import Factor
-from edge_client.peft_export import TrainedAdapter
 from protocol.federation import Group
 from quantization.bnb import is_transposed, linear_shape
 from quantization.names import is_below
@@ -129,9 +128,9 @@ class TwoLevelLoRALinear(nn.Module):
     def _common_factors(self) -> tuple[Tensor, Tensor] | None:
         return None if self.A is None or self.B is None else (self.A, self.B)
 
-    def arrays(self, level: Level = Level.PERSONAL) -> tuple[Factor, Factor] | None:
-        """`factors` in NumPy."""
-        pair = self.factors(level)
+    def arrays(self) -> tuple[Factor, Factor] | None:
+        """`factors` of both levels in NumPy."""
+        pair = self.factors(Level.PERSONAL)
         if pair is None:
             return None
         down, up = (factor.detach().cpu().numpy() for factor in pair)
@@ -220,23 +219,6 @@ class TwoLevelAdapter:
         """Whether the checkpoint stores weights as [n, m], as GPT-2's does."""
         return any(layer.fan_in_fan_out for layer in self.layers.values())
 
-    def trained(self, level: Level = Level.PERSONAL) -> TrainedAdapter:
-        """What is trained up to a level, for `peft_export`."""
-        pairs = {name: layer.arrays(level) for name, layer in self.layers.items()}
-        parameters = self.common | (self.personal if level is Level.PERSONAL else {})
-        return TrainedAdapter(
-            {name: pair for name, pair in pairs.items() if pair is not None},
-            {
-                name: parameter.detach().cpu().numpy()
-                for name, parameter in parameters.items()
-                if is_below(name, self.head_modules)
-            },
-            self.head_modules,
-            self.scaling,
-            self.fan_in_fan_out,
-            level,
-        )
-
 
 def inject(
     model: nn.Module,
@@ -247,9 +229,8 @@ def inject(
     alpha: float,
     common_seed: int,
     personal_seed: int,
-    exclude: Sequence[str] = (),
     modules_to_train: Sequence[str] = (),
-    head: Group | str = Group.COMMON,
+    head: Group = Group.COMMON,
     common_factors: str = "AB",
     personal_factors: str = "CD",
     shared: SharedFactors | None = None,
@@ -258,21 +239,19 @@ def inject(
 
     `target_modules` is PEFT's: a list of names, each a whole module name or its last parts; a
     regular expression for the whole name; "all-linear", without the output embeddings; or
-    "query-value". Nothing inside `exclude` or `modules_to_train` is wrapped. The modules named in
-    `modules_to_train`, a task's head, are trained themselves, in float32, in the group `head`
-    ("common" or "personal"). Both levels are scaled by `alpha / rank`, or `alpha / personal_rank`
-    where `rank` is 0. Factors in neither `common_factors` nor `personal_factors` stay frozen.
-    With `shared` the common level is that, and `rank` its own.
+    "query-value". The modules named in `modules_to_train`, a task's head, are trained themselves,
+    in float32, in the group `head`, and nothing inside them is wrapped. Both levels are scaled by
+    `alpha / rank`, or `alpha / personal_rank` where `rank` is 0. Factors in neither
+    `common_factors` nor `personal_factors` stay frozen. With `shared` the common level is that, and
+    `rank` its own.
 
     Raises:
         AdapterError: no such target, not a linear layer, a rank that does not fit, or an adapter
             is there already.
     """
     scaling = _checked_scaling(model, alpha, rank, personal_rank)
-    if head not in {*Group, *(group.value for group in Group)}:
-        raise AdapterError(f"no group {head!r} for the head: common or personal")
     heads = {name: _submodule(model, name) for name in modules_to_train}
-    targets = select_targets(model, target_modules, (*exclude, *heads))
+    targets = select_targets(model, target_modules, tuple(heads))
     settings: dict[str, Any] = {
         "personal_rank": personal_rank,
         "scaling": scaling,
@@ -295,7 +274,7 @@ def inject(
         Group.COMMON: _parameters(layers, common_factors),
         Group.PERSONAL: _parameters(layers, personal_factors),
     }
-    groups[Group(head)] |= _thaw(heads)
+    groups[head] |= _thaw(heads)
     if shared is not None:
         groups[Group.COMMON] |= shared.parameters
     for layer in layers.values():

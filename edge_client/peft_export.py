@@ -10,17 +10,14 @@ A layer may also be cut to a smaller rank. The layout itself is in protocol/peft
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from safetensors.numpy import save
 
-from edge_client.backends.base import Level, RankReport
-from edge_client.errors import AdapterError, ConfigurationError, StorageFullError
-from edge_client.factors import Factor
+from edge_client.backends.base import RankReport
+from edge_client.errors import ConfigurationError, StorageFullError
 from edge_client.private_store import FULL
-from edge_client.tasks import RULES
 from protocol.federation import TaskKind
 from protocol.peft_layout import (
     CONFIGURATION_FILE,
@@ -32,38 +29,20 @@ from protocol.peft_layout import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TrainedAdapter(PeftAdapter):
-    """A device's adapter at one level, as it is written."""
-
-    level: Level = Level.PERSONAL
-
-    def with_factors(self, others: Mapping[str, tuple[Factor, Factor]]) -> TrainedAdapter:
-        """The same with other factors, of other ranks too, for some layers."""
-        return replace(self, factors={**self.factors, **others})
-
-
 def save_pretrained(
-    adapter: TrainedAdapter, folder: Path, *, base_model_name: str, task: TaskKind | str
+    adapter: PeftAdapter, folder: Path, *, base_model_name: str, task: TaskKind
 ) -> None:
     """Write `adapter` into `folder` for `PeftModel.from_pretrained(base_model, folder)`.
 
-    At level PERSONAL the files hold what never leaves the device otherwise. The base model is the
-    unquantised checkpoint, or one quantised otherwise; its logits then differ as its backbone does.
+    The files hold what never leaves the device otherwise. The base model is the unquantised
+    checkpoint, or one quantised otherwise; its logits then differ as its backbone does.
 
     Raises:
-        AdapterError: the adapter has nothing at that level; or the task's head is not part of it,
-            and PEFT would put a random one in its place.
         ConfigurationError, StorageFullError: the folder cannot be written.
     """
-    kind, level = TaskKind(task), adapter.level.name.lower()
-    if RULES[kind].has_head and not adapter.heads:
-        raise AdapterError(f"no trained head at level {level}: {kind.value} needs one")
-    if not adapter.factors:
-        raise AdapterError(f"the adapter has no factors at level {level}")
     files = {
-        TENSORS_FILE: save(peft_tensors(adapter, kind), METADATA),
-        CONFIGURATION_FILE: peft_configuration(adapter, base_model_name, kind).encode(),
+        TENSORS_FILE: save(peft_tensors(adapter, task), METADATA),
+        CONFIGURATION_FILE: peft_configuration(adapter, base_model_name, task).encode(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

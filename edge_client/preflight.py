@@ -7,6 +7,7 @@ crashes is a line of the table.
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -114,10 +115,6 @@ def _peak_mib(device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -100,24 +100,20 @@ class DeviceWorker:
     # --- session.Worker -----------------------------------------------------------------------
 
     async def prepare(self, settings: FederationSettings) -> None:
-        """Load data and backbone for this federation, once.
+        """Load data and backbone for this federation, where that is not done.
 
         Raises:
-            StateError: the state folder belongs to another federation or backbone.
+            StateError: the state folder belongs to another federation or backbone, or what it holds
+                would mean something else under these settings.
             DataError, BackboneError, AdapterError: naming what is wrong.
         """
 
         def make_ready() -> None:
             with self._alone:
-                if self._settings is None:
+                # They may be others than those that an app's question found in the state.
+                if self._settings != settings:
                     self._set_up(settings)
                     self._progress("ready; waiting for a round")
-                elif settings != self._settings:
-                    raise ConfigurationError(
-                        "federation",
-                        f"the settings of {settings.name!r} have changed on the coordinator",
-                        "a new federation name, and a fresh state folder",
-                    )
 
         await _aside(make_ready)
 
@@ -241,7 +237,7 @@ class DeviceWorker:
     # --- inside -------------------------------------------------------------------------------
 
     def _set_up(self, settings: FederationSettings) -> None:
-        self._settings = settings
+        self._settings, self._trainer = settings, None  # two models need not fit
         try:
             rows = self.read(self._data.source)
             self._division = divide(rows, self.split, self._state, self._progress)
@@ -375,17 +371,22 @@ class DeviceWorker:
 
 
 async def _aside(do: Callable[[], Result]) -> Result:
-    """Do it in a thread, and to its end where this is cancelled: the folder is not let go before.
+    """Do it in a thread, and to its end however often this is cancelled.
 
-    asyncio.run waits for a thread too, but from Python 3.12 on for five minutes alone.
+    The folder is not let go before. asyncio.run waits for a thread too, but from Python 3.12 on for
+    five minutes alone.
     """
     doing = asyncio.ensure_future(asyncio.to_thread(do))
-    try:
-        return await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        await asyncio.wait({doing})
-        doing.result()
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not doing.done():
+        try:
+            await asyncio.wait({doing})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = doing.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
 
 
 def _are_finite(*arrays: np.ndarray) -> bool:

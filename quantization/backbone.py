@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quantization.bnb import is_below, parse_compute_dtype, quantize_embeddings, quantize_linears
+from quantization.bnb import parse_compute_dtype, quantize_embeddings, quantize_linears
 from quantization.checkpoint import (
     embedding_count_of,
     output_embeddings,
@@ -27,6 +27,7 @@ from quantization.checkpoint import (
 from quantization.errors import BackboneError, SchemeError, brief
 from quantization.fingerprint import fingerprint_of, resolve_backbone
 from quantization.folder_manifest import is_quantized
+from quantization.names import is_below
 from quantization.quantized_folder import read_quantized
 from quantization.schemes import Scheme
 from quantization.seeded import head_start

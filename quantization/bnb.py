@@ -16,7 +16,7 @@ import importlib
 import logging
 from collections.abc import Collection
 from functools import cache, partial
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,10 @@ from quantization.expand_4bit import (
     rows_together,
 )
 from quantization.layers import FrozenEmbedding8bit, FrozenLinear8bit, FrozenLinear16bit
-from quantization.names import is_below as is_below
+from quantization.names import is_below
 from quantization.product import FrozenWeight, frozen_product
-from quantization.schemes import Scheme
+from quantization.schemes import COMPUTE_DTYPES, Scheme
 
-COMPUTE_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TRANSPOSED_MARK = "pf2lora_from_conv1d"
 
 
@@ -70,13 +69,14 @@ def parse_compute_dtype(name: str | None, scheme: Scheme) -> torch.dtype | None:
         return None
     if name not in COMPUTE_DTYPES:
         raise SchemeError(f"no compute dtype {name!r}; there are: {', '.join(COMPUTE_DTYPES)}")
-    fixed = {Scheme.NONE: torch.float32, Scheme.BF16: torch.bfloat16}.get(scheme)
-    if fixed not in (None, COMPUTE_DTYPES[name]):
+    fixed = {Scheme.NONE: "float32", Scheme.BF16: "bfloat16"}.get(scheme)
+    if fixed not in (None, name):
         raise SchemeError(
-            f"compute dtype {name!r}: scheme {scheme.value} multiplies in "
-            f"{str(fixed).removeprefix('torch.')}; nf4, fp4 and int8 leave the choice"
+            f"compute dtype {name!r}: scheme {scheme.value} multiplies in {fixed}; nf4, fp4 and "
+            "int8 leave the choice"
         )
-    return COMPUTE_DTYPES[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def linears(model: nn.Module, scheme: Scheme, keep: Collection[str]) -> list[str]:
@@ -233,7 +233,9 @@ def linear_4bit(
 ) -> nn.Module:
     """A `Linear4bit` of packed codes [m n / 2, 1] and their QuantState, on the device of both."""
     library, (outputs, inputs) = _bitsandbytes(), state.shape
-    compute_dtype = compute_dtype or _default_compute_dtype(codes.device)
+    # Before Ampere too: slower there, but float16 would want its gradients scaled.
+    default = torch.bfloat16 if codes.device.type == "cuda" else torch.float32
+    compute_dtype = compute_dtype or default
     layer: nn.Module = _linear_4bit_class()(
         inputs,
         outputs,
@@ -337,12 +339,6 @@ def _pairs(quant_type: str) -> Tensor:
 def _dynamic_map(device: torch.device) -> Tensor:
     """bitsandbytes' 256 values of an 8-bit absmax, once for all layers: 1 KiB."""
     return cast(Tensor, _bitsandbytes().functional.create_dynamic_map().to(device))
-
-
-def _default_compute_dtype(device: torch.device) -> torch.dtype:
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def _bitsandbytes() -> Any:

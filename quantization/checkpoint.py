@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from quantization.bnb import is_below
 from quantization.errors import BackboneError, brief
+from quantization.names import is_below
 from quantization.tasks import TaskKind
 
 # Some models keep a few of their positions for themselves, such as RoBERTa's two.
@@ -80,6 +80,7 @@ def build_model(
                 dtype=torch.float32,
                 trust_remote_code=False,
             )
+            model.tie_weights()  # which transformers 5.0 leaves out of a model without bytes
     except Exception as error:
         raise _unreadable(folder, kind, error) from error
     found = head_modules(model, kind)
@@ -201,6 +202,8 @@ def _read_config(folder: Path, kind: TaskKind, label_count: int) -> Any:
             f"{folder}: quantised by another program; give the checkpoint before that"
         )
     _switch_off_dropout(config)
+    # Every pass begins anew here, and would hold the keys and values of all layers for nothing.
+    config.use_cache = False
     if (outputs := kind.outputs(label_count)) is not None:
         config.num_labels = outputs
     return config

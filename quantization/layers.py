@@ -106,8 +106,8 @@ class FrozenEmbedding8bit(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map `ids` [...] to [..., n]."""
-        scale = (self.absmax / 127)[ids].unsqueeze(-1)
-        return functional.embedding(ids, self.weight).float() * scale
+        rows = functional.embedding(ids, self.weight).float()
+        return rows * (self.absmax / 127)[ids].unsqueeze(-1)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -30,7 +30,6 @@ from transformers import PreTrainedModel
 
 from quantization.bnb import (
     embeddings,
-    is_below,
     linear_4bit,
     linear_shape,
     linears,
@@ -51,6 +50,7 @@ from quantization.folder_manifest import (
     read_manifest,
 )
 from quantization.layers import FrozenLinear8bit, FrozenLinear16bit
+from quantization.names import is_below
 from quantization.rooms import mapped
 from quantization.schemes import Scheme
 from quantization.tasks import TaskKind

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 from quantization.errors import SchemeError
+
+# What the layers of NF4, FP4 and INT8 can multiply in.
+COMPUTE_DTYPES: Final = ("float32", "bfloat16")
 
 
 class Scheme(Enum):

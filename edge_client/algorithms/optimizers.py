@@ -31,6 +31,14 @@ def clipped(gradient: Vector, norm_max: float) -> Vector:
     return gradient if length <= norm_max else gradient * (norm_max / length)
 
 
+def through_clip(vector: Vector, gradient: Vector, norm_max: float) -> Vector:
+    """`[d clipped / d gradient] vector`, symmetric: along a clipped gradient nothing is left."""
+    if norm_max == 0.0 or (length := norm(gradient)) <= norm_max:
+        return vector
+    along = float((gradient * vector).sum()) / length**2
+    return (vector - along * gradient) * (norm_max / length)
+
+
 def sgd_step(
     parameters: Vector,
     gradient: Vector,

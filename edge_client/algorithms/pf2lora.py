@@ -9,8 +9,9 @@ the hypergradient of the one-step unrolled objective,
     h = grad_x f(x, y+) - alpha [d2 f / dx dy](x, y) . grad_y f(x, y+).
 
 Order, optimizers and interval are the paper's; everything below is this project's reading of h.
-Write J = d y+ / d grad_y f, a diagonal (-alpha for SGD; optimizers.adam_derivative for Adam), so
-that h = grad_x f(x, y+) + [d2 f / dx dy](x, y) . v with v = J grad_y f(x, y+).
+Write J = d y+ / d grad_y f, so that h = grad_x f(x, y+) + [d2 f / dx dy](x, y) . v with
+v = J^T grad_y f(x, y+): a diagonal (-alpha for SGD; optimizers.adam_derivative for Adam), times
+what clipping does to the gradient, if anything.
 
     exact              the product with v by double backward                        2 + ~2 gradients
     finite_difference  the product as (grad_x f(x, y + e v) - grad_x f(x, y - e v)) / 2e     4
@@ -28,7 +29,7 @@ gradients, which the secant then takes for this one's. Of several lower steps, `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,7 +44,14 @@ from edge_client.algorithms.base import (
     Vector,
     descend,
 )
-from edge_client.algorithms.optimizers import adam_derivative, adamw_step, clipped, norm, sgd_step
+from edge_client.algorithms.optimizers import (
+    adam_derivative,
+    adamw_step,
+    clipped,
+    norm,
+    sgd_step,
+    through_clip,
+)
 from protocol.federation import Adapter
 from protocol.methods import Hypergradient, LowerOptimizer, PF2LoRA
 
@@ -58,10 +66,10 @@ THROUGH: Final = (Hypergradient.EXACT, Hypergradient.FINITE_DIFFERENCE)
 
 @dataclass(frozen=True, slots=True)
 class _Lower:
-    """The last lower step: where it began, and d y+ / d gradient; neither if nobody asks."""
+    """The last lower step: where it began, and the product of J^T with a vector."""
 
-    start: Vector | None
-    derivative: Vector | float
+    start: Vector
+    back: Callable[[Vector], Vector]
 
 
 class PF2LoRAStep(Algorithm):
@@ -120,22 +128,25 @@ class PF2LoRAStep(Algorithm):
 
     def _lower_step(
         self, oracle: GradientOracle, gradient: Vector, state: AlgorithmState, plan: Plan
-    ) -> _Lower:
-        settings, memory = self._settings, state.vectors
+    ) -> _Lower | None:
+        """One step down; what to differentiate through, where that is done."""
+        settings, memory, clip_norm = self._settings, state.vectors, plan.training.clip_norm
         own_rate = settings.lower_learning_rate * plan.factor
         rate: Vector | float = own_rate or LOWER_SHARE * plan.training.learning_rate
         through = settings.hypergradient in THROUGH
-        start = oracle.personal * 1.0 if through else None
-        gradient = clipped(gradient, plan.training.clip_norm)
+        start, whole = (oracle.personal * 1.0, gradient * 1.0) if through else (None, None)
+        gradient = clipped(gradient, clip_norm)
         if settings.lower_optimizer is LowerOptimizer.SGD:
             sgd_step(oracle.personal, gradient, memory, "lower", rate, settings.lower_momentum)
-            return _Lower(start, -rate)
-        # A head starts from nothing and is trained as every method trains it.
-        rate = rate + oracle.personal_head * (plan.training.learning_rate - rate)
-        adamw_step(oracle.personal, gradient, memory, "lower", rate)
+            diagonal = -rate
+        else:
+            # A head starts from nothing and is trained as every method trains it.
+            rate = rate + oracle.personal_head * (plan.training.learning_rate - rate)
+            adamw_step(oracle.personal, gradient, memory, "lower", rate)
+            diagonal = adam_derivative(gradient, memory, "lower", rate) if through else 0.0
         if not through:
-            return _Lower(None, 0.0)
-        return _Lower(start, adam_derivative(gradient, memory, "lower", rate))
+            return None
+        return _Lower(start, lambda vector: through_clip(diagonal * vector, whole, clip_norm))
 
     def _hypergradient(
         self,
@@ -143,7 +154,7 @@ class PF2LoRAStep(Algorithm):
         below: Batch,
         above: Batch,
         common_before: Vector,
-        lower: _Lower,
+        lower: _Lower | None,
     ) -> Vector:
         after = oracle.gradients(above)
         if self._settings.hypergradient is Hypergradient.FIRST_ORDER:
@@ -154,11 +165,11 @@ class PF2LoRAStep(Algorithm):
             upward -= common_before
             return upward
         direct = after.common * 1.0
-        if self._settings.hypergradient is Hypergradient.SECANT:
+        if lower is None:  # the secant over two batches
             direct += oracle.gradients(below).common
             direct -= common_before
             return direct
-        vector = lower.derivative * after.personal
+        vector = lower.back(after.personal)
         landed = oracle.personal * 1.0
         if self._settings.hypergradient is Hypergradient.EXACT:
             _move(oracle, lower.start)

@@ -11,11 +11,10 @@ from edge_client.errors import ConfigurationError, MissingExtraError
 from protocol.federation import FederationSettings
 from quantization.fingerprint import check_shared
 from quantization.folder_manifest import is_quantized, read_manifest
-from quantization.schemes import Scheme
+from quantization.schemes import COMPUTE_DTYPES, Scheme
 
 BACKENDS: Final = ("torch", "ort")
 _SCHEMES: Final = tuple(scheme.value for scheme in Scheme)
-_COMPUTE_DTYPES: Final = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +62,9 @@ def choose(
         if choice.scheme not in _SCHEMES:
             known = ", ".join(_SCHEMES)
             raise ConfigurationError("scheme", f"{choice.scheme!r} is none", known)
-        if compute_dtype not in (None, *_COMPUTE_DTYPES):
+        if compute_dtype not in (None, *COMPUTE_DTYPES):
             raise ConfigurationError(
-                "compute_dtype", f"{compute_dtype!r} is none", " or ".join(_COMPUTE_DTYPES)
+                "compute_dtype", f"{compute_dtype!r} is none", " or ".join(COMPUTE_DTYPES)
             )
         _check_scheme(backbone, choice.scheme)
         return choice

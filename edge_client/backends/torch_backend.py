@@ -31,6 +31,7 @@ from protocol.federation import FederationSettings
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import Backbone, load_backbone, logits_of
 from quantization.checkpoint import POSITIONS_KEPT, embedding_count_of, longest_input
+from quantization.lookups import CheckedLookups
 from quantization.rooms import give_rooms_back
 from quantization.tasks import IGNORED
 
@@ -261,7 +262,8 @@ def _prove(backbone: Backbone, length_max: int) -> None:
     row = torch.tensor([(ids * length)[:length]], device=backbone.device)
     model: nn.Module = backbone.model
     try:
-        model(input_ids=row, attention_mask=torch.ones_like(row))
+        with CheckedLookups():
+            model(input_ids=row, attention_mask=torch.ones_like(row))
     except Exception as error:  # whatever architectures raise
         if is_long:
             problem = f"the backbone does not take {length} tokens, with its {positions} positions"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,12 +34,13 @@ from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokeni
 from edge_client.backends.flat import FlatGroup
 from edge_client.data import Example
 from edge_client.factors import Factor
-from edge_client.peft_export import TrainedAdapter, save_pretrained
+from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
 from protocol.federation import FederationSettings, OptimizerState, WireDtype
 from protocol.methods import HetLoRA
+from protocol.peft_layout import PeftAdapter
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
 from quantization.seeded import factor_start, head_start, projection_start
@@ -255,9 +256,11 @@ class FlatTrainer(abc.ABC):
 
     def personalise(self, rows: Sequence[EncodedRow]) -> None:
         shared = self._common.values * 1.0
-        self._algorithm.personalise(self.oracle, self._stream(rows, 0))
-        if bool((shared != self._common.values).any()):
-            self._own_common = self._common.values * 1.0
+        try:
+            self._algorithm.personalise(self.oracle, self._stream(rows, 0))
+            if bool((shared != self._common.values).any()):
+                self._own_common = self._common.values * 1.0
+        finally:
             self._common.values[:] = shared
 
     def evaluate(self, rows: EncodedRows, level: Level) -> Evaluation:
@@ -291,7 +294,7 @@ class FlatTrainer(abc.ABC):
             smaller = {
                 name: factor_math.cut(*trained.factors[name], rank) for name, rank in ranks.items()
             }
-            written = trained.with_factors(smaller)
+            written = replace(trained, factors={**trained.factors, **smaller})
             save_pretrained(
                 written, folder, base_model_name=base_model, task=self._settings.task.kind
             )
@@ -303,10 +306,10 @@ class FlatTrainer(abc.ABC):
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _trained(self) -> TrainedAdapter:
+    def _trained(self) -> PeftAdapter:
         shape = self._shape
         arrays = self._common.arrays() | self._personal.arrays()
-        return TrainedAdapter(
+        return PeftAdapter(
             {name: self._factors(name) for name in shape.layers},
             {name: array for name, array in arrays.items() if is_below(name, shape.head_modules)},
             shape.head_modules,

@@ -6,7 +6,7 @@ of the weight. An adapted one computes
     y = W0 x + b + s [B D] [A; C] x
 
 with the stacked factors `LAYER.down` = [A; C] [k, n] and `LAYER.up` = [B D] [m, k] as inputs: the
-gradient is built for those, and levels.py stacks them and cuts their gradients apart.
+gradient is built for those, and gradient.py stacks them and cuts their gradients apart.
 
 The graph holds no weights: they are inputs until weights.py stores them, so nothing here copies a
 large model through protobuf, and no step can fold a frozen weight into something else.
@@ -30,9 +30,10 @@ from torch.nn import functional
 
 from quantization.artifact import LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone, logits_of
-from quantization.bnb import dense_weight, embeddings, is_below, is_transposed, linear_shape
+from quantization.bnb import dense_weight, embeddings, is_transposed, linear_shape
 from quantization.checkpoint import output_embeddings, stacked_weights
 from quantization.errors import ArtifactError, SchemeError
+from quantization.names import is_below
 from quantization.onnx.editing import drop_unused, fold_constants, rename
 from quantization.onnx.shapes import with_shapes
 from quantization.tasks import IGNORED, TaskKind
@@ -101,7 +102,7 @@ class _Model(nn.Module):
         scale, targets = given.pop(SCALE), given.pop(TARGETS)
         for name, layer in self._layers.items():
             layer.factors = (given.pop(f"{name}.down"), given.pop(f"{name}.up"), scale)
-        logits = logits_of(self.model(**given, **self._settings()), given["attention_mask"])
+        logits = logits_of(self.model(**given), given["attention_mask"])
         if self._is_causal:
             # Each token's logits foretell the next one. Moving the targets copies no logits.
             targets = functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
@@ -122,9 +123,6 @@ class _Model(nn.Module):
         found = torch.autograd.grad(loss, list(trained.values()))
         gradients = {name: g.numpy() for name, g in zip(trained, found, strict=True)}
         return {LOSS: loss.detach().numpy(), LOGITS: logits.detach().numpy()} | gradients
-
-    def _settings(self) -> dict[str, Any]:
-        return {"use_cache": False} if self._is_causal else {}
 
 
 def build_forward(backbone: Backbone, layers: Sequence[str]) -> Forward:

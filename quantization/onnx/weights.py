@@ -40,8 +40,6 @@ from quantization.onnx.forward import Forward
 
 INT4_BLOCK: Final = 32
 _INT4_MAX: Final = 7
-# Smaller tensors lie in the graphs themselves: shapes and scalars, which a runtime may want early.
-_OUTSIDE_BYTES_MIN: Final = 256
 _ALIGNMENT: Final = 64
 
 

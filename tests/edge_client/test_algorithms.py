@@ -76,16 +76,27 @@ class Quadratic:
 
 
 def _hypergradient_used(
-    oracle: Quadratic, settings: PF2LoRA, batches: tuple[float | None, ...] = (None,)
+    oracle: Quadratic,
+    settings: PF2LoRA,
+    batches: tuple[float | None, ...] = (None,),
+    plan: Plan = PLAN,
 ) -> np.ndarray:
     """What the upper AdamW step was given, read off its first moment."""
-    state = AlgorithmState()
-    PF2LoRAStep(settings).step(oracle, batches, state, PLAN)
+    state = _with_lower_moments()
+    PF2LoRAStep(settings).step(oracle, batches, state, plan)
     return state.vectors["upper.m"] / 0.1
 
 
+def _with_lower_moments() -> AlgorithmState:
+    """As after some steps: Adam's first is of the gradient's sign, and has no derivative."""
+    state, rng = AlgorithmState(), np.random.default_rng(8)
+    for _ in range(3):
+        adamw_step(np.zeros(SIZE), rng.standard_normal(SIZE), state.vectors, "lower", 0.1)
+    return state
+
+
 def _unrolled(
-    oracle: Quadratic, settings: PF2LoRA, batches: tuple[float | None, ...]
+    oracle: Quadratic, settings: PF2LoRA, batches: tuple[float | None, ...], plan: Plan
 ) -> Callable[[np.ndarray], float]:
     """x -> f(x, y+(x)): what the hypergradient is the gradient of, by the step's own code."""
 
@@ -93,7 +104,8 @@ def _unrolled(
         trial = Quadratic.__new__(Quadratic)
         trial.__dict__ = {**oracle.__dict__, "common": x.copy(), "personal": oracle.personal.copy()}
         step = PF2LoRAStep(replace(settings, hypergradient=Hypergradient.FIRST_ORDER))
-        step._lower_step(trial, trial.gradients(batches[0]).personal, AlgorithmState(), PLAN)
+        state = _with_lower_moments()
+        step._lower_step(trial, trial.gradients(batches[0]).personal, state, plan)
         return trial.gradients(batches[-1]).loss
 
     return objective
@@ -102,21 +114,25 @@ def _unrolled(
 @pytest.mark.parametrize("kind", [Hypergradient.EXACT, Hypergradient.FINITE_DIFFERENCE])
 @pytest.mark.parametrize("optimizer", list(LowerOptimizer))
 @pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.5])
 def test_the_hypergradient_is_the_gradient_of_the_unrolled_objective(
-    kind: Hypergradient, optimizer: LowerOptimizer, separate: bool
+    kind: Hypergradient, optimizer: LowerOptimizer, separate: bool, clip_norm: float
 ) -> None:
     settings = PF2LoRA(kind, optimizer, 0.3, separate_batches=separate)
     batches = (0.0, 0.7) if separate else (0.0,)
+    plan = replace(PLAN, training=replace(PLAN.training, clip_norm=clip_norm))
     oracle = Quadratic(4)
-    objective = _unrolled(oracle, settings, batches)
+    assert np.linalg.norm(oracle.gradients(0.0).personal) > clip_norm
+    objective = _unrolled(oracle, settings, batches, plan)
     slope = np.array(
         [
             (objective(oracle.common + e) - objective(oracle.common - e)) / 2e-6
             for e in 1e-6 * np.eye(SIZE)
         ]
     )
-    used = _hypergradient_used(Quadratic(4), settings, batches)
-    assert used == pytest.approx(slope, rel=1e-5, abs=1e-6)
+    wanted = clipped(slope, clip_norm)  # as the upper step's gradient is in its turn
+    used = _hypergradient_used(Quadratic(4), settings, batches, plan)
+    assert used == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -226,13 +226,13 @@ def test_a_step_moves_the_adapter_and_no_byte_else(scheme):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trained)
 
 
-@pytest.mark.parametrize("head", [Group.COMMON, "personal"])
+@pytest.mark.parametrize("head", Group)
 def test_parameters_come_by_level_and_in_the_order_of_names(head):
     model, _ = minilm()
-    adapter = put(model, exclude=["classifier"], modules_to_train=["classifier"], head=head)
+    adapter = put(model, modules_to_train=["classifier"], head=head)
     head_names = {"classifier.weight", "classifier.bias"}
-    groups = {"common": adapter.common, "personal": adapter.personal}
-    with_head = groups.pop(Group(head).value)
+    groups = {Group.COMMON: adapter.common, Group.PERSONAL: adapter.personal}
+    with_head = groups.pop(head)
     assert head_names <= set(with_head)
     assert not head_names & set(*groups.values())
     assert {name[-1] for name in set(adapter.common) - head_names} == {"A", "B"}
@@ -333,7 +333,6 @@ def test_query_and_value_of_gpt2_are_one_layer():
         ({"rank": -1}, "none negative"),
         ({"alpha": 0.0}, "must be positive"),
         ({"modules_to_train": ["score"]}, "module to train 'score'"),
-        ({"head": "shared"}, "no group 'shared'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_is_touched(changes, reason):

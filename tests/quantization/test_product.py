@@ -1,9 +1,13 @@
 """A weight that is expanded a few rows at a time is the same function as the whole one."""
 
 import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -32,22 +36,39 @@ def weight_of(layer: nn.Module) -> Tensor:
     return (layer(torch.eye(172)) - layer.bias).T
 
 
+def derivatives(
+    layer: Callable[[Tensor], Tensor], inputs: int, outputs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a layer gives for some rows, and derivatives of first and second order there."""
+    generator = torch.Generator().manual_seed(1)
+    x, direction = torch.randn(2, 3, 2, inputs, generator=generator)
+    upstream = torch.randn(3, 2, outputs, generator=generator)
+    x.requires_grad_()
+    y = layer(x)
+    (gradient,) = torch.autograd.grad((y * upstream).tanh().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((gradient * direction).sum(), x)
+    return y, gradient, second
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_blocks_of_rows_make_the_whole_weights_product(scheme, monkeypatch):
     layer = layer_of(scheme)
-    x = torch.randn(3, 2, 172, requires_grad=True)
-    upstream, direction = torch.randn(3, 2, 410), torch.randn_like(x)
-
-    def derivatives() -> tuple[Tensor, Tensor, Tensor]:
-        y = layer(x)
-        (gradient,) = torch.autograd.grad((y * upstream).tanh().sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad((gradient * direction).sum(), x)
-        return y, gradient, second
-
-    weight, whole = weight_of(layer), derivatives()
+    weight, whole = weight_of(layer), derivatives(layer, 172, 410)
     monkeypatch.setattr(product, "ROOM_BYTES", 20_000)
     assert torch.equal(weight_of(layer), weight)
-    torch.testing.assert_close(derivatives(), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(derivatives(layer, 172, 410), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme is not Scheme.INT8])
+def test_bitsandbytes_own_product_has_the_same_derivatives(scheme, dtype):
+    """It is what runs on CUDA; its gradient, too, must be one that can be differentiated."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(128, 192))
+    quantize_linears(model, scheme, CPU, keep=(), compute_dtype=dtype)
+    ours = derivatives(model[0], 128, 192)
+    theirs = derivatives(partial(Linear4bit.forward, model[0]), 128, 192)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @settings(derandomize=True, deadline=None)
