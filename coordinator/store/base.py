@@ -270,15 +270,18 @@ class StoredReports:
         return np.array([staleness_factor(one) for one in staleness], np.float32)
 
     def block(self, begin: int, end: int) -> Array:
-        if not self._dtype.is_plain:  # coordinates have no places of their own: one whole at a time
-            reports = self._store.reports(*self._round)
-            block = np.stack([report.update.flat()[begin:end] for report in reports])
-        else:
-            size = self._dtype.bytes_of(1)
-            block = np.empty((self.count, end - begin), np.float32)
-            rows = self._store.blocks(*self._round, begin * size, end * size)
-            for place, row in zip(block, rows, strict=True):
-                place[:] = decoded(row, self._dtype, end - begin)
+        block = np.empty((self.count, end - begin), np.float32)
+        for place, row in zip(block, self._rows(begin, end), strict=True):
+            place[:] = row
         if not np.all(self._factors == 1):
             block *= self._factors[:, None]
         return block
+
+    def _rows(self, begin: int, end: int) -> Iterator[Array]:
+        if self._dtype.is_plain:
+            size = self._dtype.bytes_of(1)
+            for row in self._store.blocks(*self._round, begin * size, end * size):
+                yield decoded(row, self._dtype, end - begin)
+        else:  # coordinates have no places of their own: one whole at a time
+            for report in self._store.reports(*self._round):
+                yield report.update.flat()[begin:end]
