@@ -185,6 +185,25 @@ def test_without_a_coordinator_the_device_gives_up_and_says_so() -> None:
         simulate(scenario)
 
 
+def test_a_coordinator_that_ends_with_the_last_download_keeps_no_device_waiting() -> None:
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1))
+        await world.start()
+
+        class Last(FakeDevice):
+            async def finish(self, base: NamedTensors, rounds: int) -> None:
+                await super().finish(base, rounds)
+                await world.kill()
+                await world.device_ends[-1].close()
+
+        device = Last("d")
+        async with asyncio.timeout(60.0):
+            await world.take_part(device)
+        assert device.final is not None
+
+    simulate(scenario)
+
+
 def test_a_round_ends_at_its_goal_and_the_slowest_are_late() -> None:
     devices = [FakeDevice(f"device-{i}", training_s=1.0) for i in range(4)]
     slow = FakeDevice("slow", training_s=500.0)
