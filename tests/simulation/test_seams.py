@@ -4,8 +4,10 @@ connections of one device, wishes and damage."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
@@ -16,6 +18,7 @@ from coordinator.errors import StorageFullError, StoreError
 from coordinator.happenings import Disconnected, Happening
 from coordinator.roster import Roster
 from coordinator.service import FederationService
+from coordinator.session import DeviceSession
 from coordinator.store.base import PartialUpdate
 from coordinator.store.devices import DeviceRecord, DeviceStatus
 from coordinator.store.memory import MemoryStore
@@ -24,6 +27,7 @@ from protocol.federation import FederationSettings, Mode
 from protocol.link import LinkClosedError
 from protocol.messages import (
     Assignment,
+    CheckIn,
     Joined,
     Receipt,
     ReceiptStatus,
@@ -36,7 +40,7 @@ from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import at_once, simulate
 from tests.simulation.raw_device import RawDevice
-from tests.simulation.world import START, FakeDevice, World, settings
+from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
 
 Result = TypeVar("Result")
 UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
@@ -249,3 +253,41 @@ def test_an_expulsion_is_not_counted_as_one_more_bad_report() -> None:
         assert (found.status, found.rejected, found.reason) == (DeviceStatus.REVOKED, 0, "lost")
 
     simulate(scenario)
+
+
+class SeenRoster(Roster):
+    """A roster that tells whom it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[DeviceSession] = []
+
+    def add(self, session: DeviceSession) -> None:
+        self.seen.append(session)
+        super().add(session)
+
+
+def test_a_goodbye_and_an_answer_that_meet_end_the_session_in_good_order() -> None:
+    """Whichever of the two is first: a device that waits is told to go as its round opens."""
+
+    async def scenario(steps: int) -> str:
+        failures: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, found: failures.append(found))
+        world = World(settings(count=1, cohort=2))
+        await world.start()
+        world.server.roster = roster = SeenRoster()
+        devices = [RawDevice(await world.dial(), Identity.named(name)) for name in "ab"]
+        for device in devices:
+            await device.join()
+            await device.send(CheckIn(FINGERPRINT, 10))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        roster.seen[0].stop()
+        answer = type(await devices[0].receive()).__name__
+        await asyncio.sleep(1.0)
+        gc.collect()  # what failed and was not looked at is told of
+        assert failures == []
+        return answer
+
+    answers = {simulate(partial(scenario, steps)) for steps in range(40)}
+    assert answers == {"Assignment", "Goodbye"}
