@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from coordinator.aggregation.staleness import staleness_factor
-from coordinator.control import Control
+from coordinator.control import Control, Wish
 from coordinator.store.devices import DeviceStore
 from protocol.federation import FederationSettings
 from protocol.messages import Metric
@@ -224,8 +224,11 @@ class Store(Protocol):
     def control(self, federation: str) -> Control:
         """What the operator wants."""
 
-    def set_control(self, federation: str, control: Control) -> None:
+    def set_wish(self, federation: str, wish: Wish) -> None:
         """Write down what the operator wants; a coordinator that runs will see it."""
+
+    def set_roll_back(self, federation: str, number: int | None) -> None:
+        """Ask for the base version after so many rounds, or (None) let go of that."""
 
     def bases(self, federation: str) -> list[BaseRecord]:
         """The base versions that are kept, oldest first; the last is the current one."""

@@ -204,7 +204,7 @@ def test_what_may_not_be_written_says_what_must_be(tmp_path: Path) -> None:
         with store.database.begin() as db:
             db.execute(sa.text("PRAGMA query_only = ON"))
         with pytest.raises(StoreError, match="readonly database; the file and its folder must be"):
-            store.set_control("demo", Control(Wish.PAUSE))
+            store.set_wish("demo", Wish.PAUSE)
     with pytest.raises(StoreError, match="there is no such file"):
         SqlStore(f"sqlite:///{tmp_path}", create=False)
 

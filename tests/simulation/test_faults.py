@@ -274,12 +274,12 @@ def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
         await world.start()
         everyone = asyncio.gather(*(world.take_part(device) for device in devices))
         await asyncio.sleep(4.5)
-        world.store.set_control("sim", Control(Wish.STOP))
+        world.store.set_wish("sim", Wish.STOP)
         assert world.service is not None
         await world.service.look_at_control()
         await everyone
         stopped = world.store.load("sim")
-        world.store.set_control("sim", Control(Wish.RUN))
+        world.store.set_wish("sim", Wish.RUN)
         await world.service.look_at_control()
         await asyncio.gather(*(world.take_part(device) for device in devices))
         ended = world.store.load("sim")
@@ -299,7 +299,7 @@ def test_a_federation_stopped_before_its_first_round_tells_so_too() -> None:
     async def scenario() -> None:
         world = World(settings(count=3, cohort=1))
         await world.start()
-        world.store.set_control("sim", Control(Wish.STOP))
+        world.store.set_wish("sim", Wish.STOP)
         assert world.service is not None
         await world.service.look_at_control()
         await world.take_part(device)

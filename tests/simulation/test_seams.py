@@ -206,6 +206,21 @@ def test_a_wish_to_go_back_to_a_damaged_base_version_is_let_go_of(
     )
 
 
+def test_a_pause_that_comes_as_a_wish_to_go_back_is_let_go_of_is_obeyed() -> None:
+    class PausedMeanwhile(MemoryStore):
+        def base_after(self, federation: str, number: int) -> NamedTensors | None:
+            self.set_wish(federation, Wish.PAUSE)  # the operator, in another process
+            return super().base_after(federation, number)
+
+    async def scenario() -> None:
+        world = World(settings(count=6, cohort=1), store=PausedMeanwhile())
+        await world.start()
+        await world.wish(Control(roll_back_to=3))
+        assert world.store.control("sim") == Control(Wish.PAUSE)
+
+    simulate(scenario)
+
+
 class WatchedWorld(World):
     """A world that remembers which connections ended, and whose."""
 
