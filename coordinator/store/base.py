@@ -2,7 +2,7 @@
 
 Every call is synchronous and has its effect on the disk when it returns; the service runs them in
 one thread of their own. Every call may raise StoreError: the store is damaged or cannot be written
-(StorageFullError where the disk is full), or holds nothing that the call could be about.
+(as where the disk is full), or holds nothing that the call could be about.
 """
 
 from __future__ import annotations

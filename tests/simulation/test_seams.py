@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coordinator.control import Control, Wish
-from coordinator.errors import StorageFullError, StoreError
+from coordinator.errors import StoreError
 from coordinator.happenings import Disconnected, Happening
 from coordinator.roster import Roster
 from coordinator.service import FederationService
@@ -159,7 +159,7 @@ def test_devices_are_told_that_the_store_has_failed_and_operators_why(
 ) -> None:
     class Full(MemoryStore):
         def keep_reports(self, *_: object) -> list[bool]:
-            raise StorageFullError("the store sqlite:////secret/place: no room")
+            raise StoreError("the store sqlite:////secret/place: no room")
 
     async def scenario() -> None:
         world = World(settings(count=1, cohort=1), store=Full())
@@ -168,7 +168,7 @@ def test_devices_are_told_that_the_store_has_failed_and_operators_why(
         await asyncio.sleep(10.0)
         running.cancel()
         assert world.service is not None
-        assert isinstance(world.service.failure.exception(), StorageFullError)
+        assert isinstance(world.service.failure.exception(), StoreError)
 
     simulate(scenario)
     told = [one.getMessage() for one in caplog.records if one.name == "pf2lora.client"]
