@@ -46,7 +46,7 @@ class AsynchronousMachine(Machine):
 
     def next_tick_at(self) -> float | None:
         times = [self._waiting.next_release_at()]
-        if self.phase is Phase.OPEN and any(self._waiting):
+        if self.phase is Phase.OPEN and self._waiting:
             times += [given.deadline_at for given in self._under_way.values()]
         return min((time for time in times if time is not None), default=None)
 
@@ -125,7 +125,13 @@ class AsynchronousMachine(Machine):
         if self._wish is not Wish.RUN:
             return []
         rounds = self._settings.rounds
-        able = [device for device in self._waiting if device not in self._refused_devices]
+        # Where no more may be under way, those that are may be asked anew.
+        is_full = len(self._under_way) >= rounds.cohort
+        able = [
+            device
+            for device in (self._under_way if is_full else self._waiting)
+            if device in self._waiting and device not in self._refused_devices
+        ]
         actions: list[Action] = []
         for device in in_order_of_choice(able, rounds.selection, self._last_asked, self._rng):
             others = len(self._under_way) - (device in self._under_way)

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +184,11 @@ def _control(options: argparse.Namespace) -> int:
     """Write the wish down: a daemon on this store sees it within a second, another at its start."""
     with _store(options) as store:
         name = named(store, options.name)
-        control = store.control(name)
         if options.wish == "rollback":
             kept_base(store, name, options.to, "--to")
-            control = replace(control, roll_back_to=options.to)
+            store.set_roll_back(name, options.to)
         else:
-            control = replace(control, wish=_WISHES[options.wish])
-        store.set_control(name, control)
+            store.set_wish(name, _WISHES[options.wish])
     print(f"{name}: {options.wish} is written down")
     return 0
 

@@ -2,8 +2,7 @@
 
 CoordinatorError            exit code 1
 ├── ConfigurationError      2   a key, flag or variable is wrong; named
-├── StoreError              3   the store is damaged, unwritable, or holds something else
-│   └── StorageFullError    3   the disk is full; nothing unkept was acknowledged
+├── StoreError              3   the store is damaged, full, unwritable, or holds something else
 ├── AddressError            4   the address cannot be listened on
 └── CertificateError        1   a certificate could not be made
 
@@ -41,10 +40,6 @@ class StoreError(CoordinatorError):
     """The store cannot be used as it is."""
 
     exit_code = 3
-
-
-class StorageFullError(StoreError):
-    """The disk that holds the store is full."""
 
 
 class AddressError(CoordinatorError):

@@ -7,6 +7,7 @@ or its deadline has come. A device of the cohort that has vanished is replaced b
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Final
 
 from coordinator.control import Wish
@@ -31,7 +32,8 @@ class RoundMachine(Machine):
 
     def __init__(self, snapshot: Snapshot, rng: random.Random, *, hold_s: float) -> None:
         super().__init__(snapshot, rng, hold_s=hold_s)
-        self._away: dict[str, float] = {}  # device that is expected back -> until when
+        # Device that is expected back, and so does not wait -> until when.
+        self._away: dict[str, float] = {}
         self._goal_since: float | None = None  # since when there are enough for the goal
         record = snapshot.open_round
         self._deadline_at = (record.deadline_at if record else None) or 0.0
@@ -45,7 +47,7 @@ class RoundMachine(Machine):
         times = [self._waiting.next_release_at()]
         if self.phase is Phase.OPEN:
             times.append(self._deadline_at)
-            if self._wish is Wish.RUN and self._substitutes():
+            if self._missing and self._wish is Wish.RUN and any(self._substitutes()):
                 times += [self._vanished_at(device) for device in self._missing]
         if self.phase is Phase.GATHERING and self._goal_since is not None:
             times.append(self._goal_since + GATHER_S)
@@ -130,21 +132,24 @@ class RoundMachine(Machine):
 
     def _open_if_enough(self, now: float) -> list[Action]:
         rounds = self._settings.rounds
-        if self._wish is not Wish.RUN:
-            self._goal_since = None
-            return []
-        self._away = {device: until for device, until in self._away.items() if now < until}
-        available = {*self._waiting, *self._away}
-        if len(available) < rounds.goal:
+        most = len(self._waiting) + len(self._away)  # told without looking at each
+        here = self._here(now) if self._wish is Wish.RUN and most >= rounds.goal else 0
+        if here < rounds.goal:
             self._goal_since = None
             return []
         if self._goal_since is None:
             self._goal_since = now
-        if len(available) < rounds.cohort and now < self._goal_since + GATHER_S:
+        if here < rounds.cohort and now < self._goal_since + GATHER_S:
             return []
         self._goal_since = None
+        available = [*self._waiting, *self._away]
         order = in_order_of_choice(available, rounds.selection, self._last_asked, self._rng)
         return self._open(sorted(order[: rounds.cohort]), now)
+
+    def _here(self, now: float) -> int:
+        """How many devices wait or are expected back."""
+        self._away = {device: until for device, until in self._away.items() if now < until}
+        return len(self._waiting) + len(self._away)
 
     def _open(self, chosen: list[str], now: float) -> list[Action]:
         round_ = self._begin_round()
@@ -169,8 +174,9 @@ class RoundMachine(Machine):
 
     def _is_due(self, now: float) -> bool:
         round_ = self._opened()
-        goal_reached = len(round_.kept) >= self._settings.rounds.goal
-        return goal_reached or not self.awaited() or now >= self._deadline_at
+        if len(round_.kept) >= self._settings.rounds.goal or now >= self._deadline_at:
+            return True
+        return all(map(round_.answered, self._cohort.values()))
 
     def _replace(self, now: float) -> list[Action]:
         rounds = self._settings.rounds
@@ -179,6 +185,8 @@ class RoundMachine(Machine):
         if self._wish is not Wish.RUN:
             return []
         vanished = [d for d in sorted(self._missing) if self._vanished_at(d) <= now]
+        if not vanished:
+            return []
         order = in_order_of_choice(
             self._substitutes(), rounds.selection, self._last_asked, self._rng
         )
@@ -201,8 +209,8 @@ class RoundMachine(Machine):
         grace_s = min(AWAY_GRACE_S, VANISHED_SHARE * self._settings.rounds.deadline_s)
         return self._missing[device] + grace_s
 
-    def _substitutes(self) -> list[str]:
-        return [device for device in self._waiting if device not in self._cohort]
+    def _substitutes(self) -> Iterator[str]:
+        return (device for device in self._waiting if device not in self._cohort)
 
     # --- those that wait ----------------------------------------------------------------------
 
@@ -214,6 +222,6 @@ class RoundMachine(Machine):
 
     def _why_wait(self) -> str:
         if self.phase is Phase.GATHERING:
-            here = len({*self._waiting, *self._away})
-            return f"waiting for devices: {here} of {self._settings.rounds.cohort} are here"
+            cohort = self._settings.rounds.cohort
+            return f"waiting for devices: {self._here(self._now)} of {cohort} are here"
         return f"round {self.rounds_done + 1} is under way"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import random
 import resource
@@ -57,6 +58,9 @@ MESSAGES_BURST_S: Final = 5.0
 DRAIN_S: Final = 15.0
 CONTROL_EVERY_S: Final = 1.0
 FINISH_GRACE_S: Final = 60.0
+# Sessions live long: Python would look through all of them, standing still, far too often. So many
+# collections of younger objects lie between two of the old ones.
+OLD_OBJECTS_EVERY: Final = 1000
 
 Result = TypeVar("Result")
 
@@ -346,6 +350,7 @@ async def serve(configuration: Configuration) -> None:
     Raises:
         CoordinatorError: of the kind that tells the exit code.
     """
+    gc.set_threshold(*gc.get_threshold()[:2], OLD_OBJECTS_EVERY)
     server = CoordinatorServer(configuration)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -229,11 +229,19 @@ class FederationService:
         self._ranks.pop(device, None)
 
     async def _drive(self, event: Event | Arrived) -> None:
-        # In a task of its own: a session that is cancelled must not stop a change halfway.
+        # A session that is cancelled must not stop a change halfway.
+        await asyncio.shield(self._driving(event))
+
+    def _driving(self, event: Event | Arrived) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._drive_whole(event))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        task.add_done_callback(self._driven)
+        return task
+
+    def _driven(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it is with `self.failure` already, where the server waits for it
 
     async def _drive_whole(self, event: Event | Arrived) -> None:
         if isinstance(event, Arrived):
@@ -256,6 +264,7 @@ class FederationService:
     def _fail(self, error: Exception) -> None:
         if not self.failure.done():
             self.failure.set_exception(error)
+            self.failure.exception()  # nobody waits for it yet where it is opening that failed
 
     async def _handle_next(self) -> None:
         if self._arrivals:
@@ -361,17 +370,8 @@ class FederationService:
         if at is not None and not self.failure.done():
             loop = asyncio.get_running_loop()
             # Rather late than early: a timer that came too soon would be set anew at once.
-            self._timer = loop.call_later(max(0.0, at - self._clock()) + TICK_LATE_S, self._tick)
-
-    def _tick(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._drive_whole(Ticked()))
-        self._tasks.add(task)
-        task.add_done_callback(self._ticked)
-
-    def _ticked(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # it is with `self.failure` already, where the server waits for it
+            wait_s = max(0.0, at - self._clock()) + TICK_LATE_S
+            self._timer = loop.call_later(wait_s, self._driving, Ticked())
 
 
 def _other_settings(kept: FederationSettings, given: FederationSettings) -> ConfigurationError:

@@ -310,8 +310,9 @@ class DeviceSession:
         listening = asyncio.create_task(self._listen())
         try:
             await asyncio.wait({asked, listening}, return_when=asyncio.FIRST_COMPLETED)
-            if not asked.done():
-                listening.result()
+            # It may leave, or be told to, in the moment of its answer: which it gets another time.
+            if not asked.done() or self._connection.state is not State.WAITING:
+                await listening
                 raise LinkClosedError
             return asked.result()
         finally:

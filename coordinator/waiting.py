@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
@@ -18,16 +19,19 @@ class Waiting:
 
     def __init__(self, hold_s: float) -> None:
         self._hold_s = hold_s
-        self._since: dict[str, float] = {}
+        self._since: dict[str, float] = {}  # who has waited longest comes first
 
     def __iter__(self) -> Iterator[str]:
-        """In an order that does not depend on who came first."""
-        return iter(sorted(self._since))
+        return iter(self._since)
+
+    def __len__(self) -> int:
+        return len(self._since)
 
     def __contains__(self, device: str) -> bool:
         return device in self._since
 
     def add(self, device: str, now: float) -> None:
+        self._since.pop(device, None)
         self._since[device] = now
 
     def bring_near(self, now: float) -> None:
@@ -40,7 +44,8 @@ class Waiting:
 
     def release(self, now: float, reason: str) -> list[Retry]:
         """Send away those that have been held for long enough."""
-        due = [device for device, since in self._since.items() if now >= since + self._hold_s]
+        held = itertools.takewhile(lambda one: now >= one[1] + self._hold_s, self._since.items())
+        due = [device for device, _ in held]
         # The more are sent away, the wider they are spread over time when they come back.
         spread_s = max(RETRY_SPREAD_S, len(due) / 100)
         for device in due:
@@ -48,7 +53,8 @@ class Waiting:
         return [Retry(device, RETRY_AFTER_S, spread_s, reason) for device in due]
 
     def next_release_at(self) -> float | None:
-        return min((since + self._hold_s for since in self._since.values()), default=None)
+        longest_since = next(iter(self._since.values()), None)
+        return None if longest_since is None else longest_since + self._hold_s
 
 
 def in_order_of_choice(

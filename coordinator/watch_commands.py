@@ -116,7 +116,9 @@ def _round_text(federation: FederationView, *, countdown: bool = True) -> str:
         if federation.rounds_done >= federation.rounds:
             return "all are done"
         return {"pause": "paused", "stop": "stopped"}.get(federation.wish.value, "waiting")
-    text = f"round {open_round.round} has {open_round.reports} of {open_round.cohort} reports"
+    # A buffer, which has no deadline, takes reports of devices that were asked before it.
+    wanted = open_round.goal if open_round.deadline_at is None else open_round.cohort
+    text = f"round {open_round.round} has {open_round.reports} of {wanted} reports"
     return text + (_left(open_round) if countdown else "")
 
 

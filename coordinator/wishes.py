@@ -39,7 +39,7 @@ class Wishes:
         else:
             # Let go of before anything has changed: the rounds go on, now and after a restart.
             self._log.error("cannot roll back to round %d: %s", control.roll_back_to, problem)
-            await self._call(self._store.set_control, Control(control.wish))
+            await self._call(self._store.set_roll_back, None)
 
     async def _obstacle(self, number: int) -> str | None:
         try:

@@ -256,7 +256,8 @@ class Session:
                     return False
                 case Finished(rounds, _, payload):
                     await self._worker.finish(await self._payload(line, payload), rounds)
-                    await line.send(Goodbye("finished"))
+                    with contextlib.suppress(LinkClosedError):  # all is done without it
+                        await line.send(Goodbye("finished"))
                     return True
 
     def _join(self, line: _Line, challenge: Challenge) -> Join:

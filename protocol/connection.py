@@ -115,7 +115,8 @@ class Connection:
         """Bytes to put on the wire.
 
         Raises:
-            LocalProtocolError: this may not be said now, or is larger than the other side takes.
+            LocalProtocolError: this may not be said now.
+            RemoteProtocolError: the other side takes less than this conversation needs.
         """
         after = self._after(self.role, message)
         if after is None:
@@ -124,9 +125,10 @@ class Connection:
             )
         data = codec.encode(message)
         if self._peer is not None and len(data) > self._peer.message_bytes:
-            raise LocalProtocolError(
+            raise RemoteProtocolError(
                 f"a {type(message).__name__} of {len(data)} bytes; "
-                f"the other side takes {self._peer.message_bytes}"
+                f"the other side takes {self._peer.message_bytes}",
+                ErrorCode.LIMIT,
             )
         self.state = after
         return data

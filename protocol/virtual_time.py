@@ -37,9 +37,22 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def simulate(scenario: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run a scenario to its end on a virtual clock."""
+    """Run a scenario to its end on a virtual clock.
+
+    Raises:
+        ExceptionGroup: of tasks that failed and that nobody has looked at.
+    """
+    unseen: list[Exception] = []
+
+    def take(_: asyncio.AbstractEventLoop, told: dict[str, Any]) -> None:
+        unseen.append(told.get("exception") or RuntimeError(told["message"]))
+
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(scenario())
+        runner.get_loop().set_exception_handler(take)
+        result = runner.run(scenario())
+    if unseen:
+        raise ExceptionGroup("nobody has looked at these", unseen)
+    return result
 
 
 async def at_once(call: Callable[[], Result]) -> Result:

@@ -2,7 +2,7 @@
 
 Every call is synchronous and has its effect on the disk when it returns; the service runs them in
 one thread of their own. Every call may raise StoreError: the store is damaged or cannot be written
-(StorageFullError where the disk is full), or holds nothing that the call could be about.
+(as where the disk is full), or holds nothing that the call could be about.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from coordinator.aggregation.staleness import staleness_factor
-from coordinator.control import Control
+from coordinator.control import Control, Wish
 from coordinator.store.devices import DeviceStore
 from protocol.federation import FederationSettings
 from protocol.messages import Metric
@@ -224,8 +224,11 @@ class Store(Protocol):
     def control(self, federation: str) -> Control:
         """What the operator wants."""
 
-    def set_control(self, federation: str, control: Control) -> None:
+    def set_wish(self, federation: str, wish: Wish) -> None:
         """Write down what the operator wants; a coordinator that runs will see it."""
+
+    def set_roll_back(self, federation: str, number: int | None) -> None:
+        """Ask for the base version after so many rounds, or (None) let go of that."""
 
     def bases(self, federation: str) -> list[BaseRecord]:
         """The base versions that are kept, oldest first; the last is the current one."""
@@ -270,15 +273,18 @@ class StoredReports:
         return np.array([staleness_factor(one) for one in staleness], np.float32)
 
     def block(self, begin: int, end: int) -> Array:
-        if not self._dtype.is_plain:  # coordinates have no places of their own: one whole at a time
-            reports = self._store.reports(*self._round)
-            block = np.stack([report.update.flat()[begin:end] for report in reports])
-        else:
-            size = self._dtype.bytes_of(1)
-            block = np.empty((self.count, end - begin), np.float32)
-            rows = self._store.blocks(*self._round, begin * size, end * size)
-            for place, row in zip(block, rows, strict=True):
-                place[:] = decoded(row, self._dtype, end - begin)
+        block = np.empty((self.count, end - begin), np.float32)
+        for place, row in zip(block, self._rows(begin, end), strict=True):
+            place[:] = row
         if not np.all(self._factors == 1):
             block *= self._factors[:, None]
         return block
+
+    def _rows(self, begin: int, end: int) -> Iterator[Array]:
+        if self._dtype.is_plain:
+            size = self._dtype.bytes_of(1)
+            for row in self._store.blocks(*self._round, begin * size, end * size):
+                yield decoded(row, self._dtype, end - begin)
+        else:  # coordinates have no places of their own: one whole at a time
+            for report in self._store.reports(*self._round):
+                yield report.update.flat()[begin:end]

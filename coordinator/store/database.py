@@ -15,7 +15,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from alembic.util import CommandError
 
-from coordinator.errors import StorageFullError, StoreError
+from coordinator.errors import StoreError
 from protocol.errors import ProtocolError
 from protocol.scalars import SchemaError
 
@@ -24,7 +24,6 @@ SQLITE: Final = "sqlite:///"
 PAGE_BYTES: Final = 16384
 WAL_BYTES: Final = 16 << 20
 NOT_WRITABLE: Final = ("readonly database", "unable to open database file")
-DISK_FULL: Final = ("disk is full", "No space left on device")  # SQLite's words; the system's
 
 
 class Database:
@@ -104,10 +103,9 @@ class Database:
             CommandError,
         ) as error:
             cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
-            kind = StorageFullError if any(text in cause for text in DISK_FULL) else StoreError
             if any(text in cause for text in NOT_WRITABLE):
                 cause += "; the file and its folder must be writable"
-            raise kind(f"{self.label}: {cause}") from error
+            raise StoreError(f"{self.label}: {cause}") from error
 
     def check_pages(self, *, indexes: bool) -> None:
         """Read the whole file: whether each page is one, and belongs where it is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from coordinator.control import Control
+from coordinator.control import Control, Wish
 from coordinator.errors import StoreError
 from coordinator.store.base import (
     BASES_KEPT,
@@ -181,8 +181,13 @@ class MemoryStore:
         found = self._federations.get(federation)
         return found.control if found else Control()
 
-    def set_control(self, federation: str, control: Control) -> None:
-        self._found(federation).control = control
+    def set_wish(self, federation: str, wish: Wish) -> None:
+        found = self._found(federation)
+        found.control = replace(found.control, wish=wish)
+
+    def set_roll_back(self, federation: str, number: int | None) -> None:
+        found = self._found(federation)
+        found.control = replace(found.control, roll_back_to=number)
 
     def bases(self, federation: str) -> list[BaseRecord]:
         bases = self._found(federation).bases

@@ -31,6 +31,8 @@ from protocol.messages import Report
 TOLD: Final = ("loss", "accuracy_common", "accuracy_personal", "rank_min", "rank_max")
 # Federations may be open to anyone: of more devices than this the longest unseen are forgotten.
 SIGHTINGS_MAX: Final = 100_000
+# What devices say is any float: the difference of two beyond this would be none.
+METRIC_MAX: Final = 1e300
 # Rounds whose metrics are summed up after a restart: those that ended in the second before it.
 CATCH_UP_ROUNDS: Final = 5
 
@@ -237,7 +239,8 @@ def _forget_oldest(db: sa.Connection) -> None:
 def _summary(
     federation: str, number: int, attempt: int, name: str, told: Sequence[float]
 ) -> dict[str, Any]:
-    low, median, high = (float(q) for q in np.quantile(told, (0.25, 0.5, 0.75)))
+    values = np.clip(told, -METRIC_MAX, METRIC_MAX)
+    low, median, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
     return {
         "federation": federation,
         "number": number,

@@ -275,15 +275,11 @@ class SqlStore(BasesTable, PartsTable):
             ).first()
             return Control(Wish(row.wish), row.roll_back_to) if row else Control()
 
-    def set_control(self, federation: str, control: Control) -> None:
-        with self._begin() as db:
-            changed = db.execute(
-                federations.update()
-                .where(federations.c.name == federation)
-                .values(wish=control.wish.value, roll_back_to=control.roll_back_to)
-            )
-            if changed.rowcount != 1:
-                raise StoreError(f"{self._label}: there is no federation {federation!r}")
+    def set_wish(self, federation: str, wish: Wish) -> None:
+        self._set(federation, wish=wish.value)
+
+    def set_roll_back(self, federation: str, number: int | None) -> None:
+        self._set(federation, roll_back_to=number)
 
     def roll_back(self, federation: str, number: int) -> Snapshot:
         with self._begin() as db:
@@ -339,6 +335,12 @@ class SqlStore(BasesTable, PartsTable):
 
     def _begin(self) -> contextlib.AbstractContextManager[sa.Connection]:
         return self.database.begin()
+
+    def _set(self, federation: str, **column: Any) -> None:
+        changed_row = federations.update().where(federations.c.name == federation)
+        with self._begin() as db:
+            if db.execute(changed_row.values(**column)).rowcount != 1:
+                raise StoreError(f"{self._label}: there is no federation {federation!r}")
 
     def _open_round(self, db: sa.Connection, federation: str) -> RoundRecord | None:
         row = db.execute(

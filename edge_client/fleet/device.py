@@ -85,7 +85,12 @@ class SimulatedDevice:
         self._report: FinishedReport | None = None
         self._dropped = ""  # the assignment at which it last did
         self._is_back = False  # after some trouble
-        self._dialled_at = self._asked_at = self._answered_at = self._reported_at = 0.0
+        self._dialled_at = self._reported_at = 0.0
+        # Of the first check-in and the first answer on the way to the next training: who is sent
+        # away, or cut off in its download, goes on waiting.
+        self._asked_at: float | None = None
+        self._answered_at = 0.0
+        self._answer = b""  # the digest of the payload that it named
         self.heard = asyncio.Event()  # a first word from the coordinator, whatever it says
 
     async def dial(self) -> Link:
@@ -116,12 +121,14 @@ class SimulatedDevice:
         self.heard.set()
 
     def offer(self) -> Offer:
-        self._asked_at = _now()
+        if self._asked_at is None:
+            self._asked_at = _now()
         # Where each device has a backbone of its own, any will do.
         return Offer(self._joined().fingerprint or ANY_BACKBONE, self._examples)
 
-    def held(self, digest: bytes) -> NamedTensors | None:  # noqa: ARG002
-        self._answered_at = _now()
+    def held(self, digest: bytes) -> NamedTensors | None:
+        if digest != self._answer:
+            self._answer, self._answered_at = digest, _now()
         return None  # so that every device takes its own download
 
     def unsent(self) -> FinishedReport | None:
@@ -134,8 +141,7 @@ class SimulatedDevice:
         if self._plan.rounds and self._figures.rounds >= self._plan.rounds:
             raise EnoughError
         self._figures.under_way.add(self.name)
-        self._figures.latencies["check_in"].add(self._answered_at - self._asked_at)
-        self._time("download", self._answered_at)
+        self._time_waits()
         update = await self._updates.like(specs, self._joined().update_dtype, self._number)
         await self._wait_and_maybe_drop_out(assignment.assignment, len(update.buffer))
         self._report = FinishedReport(
@@ -191,6 +197,13 @@ class SimulatedDevice:
         if self._settings is None:
             raise RuntimeError("the device has not joined")
         return self._settings
+
+    def _time_waits(self) -> None:
+        """Those before a training, which begins now."""
+        asked_at, self._asked_at, self._answer = self._asked_at, None, b""
+        if asked_at is not None:
+            self._figures.latencies["check_in"].add(self._answered_at - asked_at)
+        self._time("download", self._answered_at)
 
     def _time(self, name: str, since: float) -> None:
         self._figures.latencies[name].add(_now() - since)

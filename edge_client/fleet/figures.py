@@ -19,8 +19,9 @@ from protocol.messages import ReceiptStatus
 
 SAMPLES_MAX: Final = 100_000
 PERCENTILES: Final = (50, 90, 95, 99)
-# From dialling to a joined session; from a check-in to its assignment; from there to the whole base
-# version; from a report's announcement to its receipt, resumed uploads included.
+# From dialling to a joined session; from a check-in to the assignment, told to come back or not;
+# from there to the whole base version; from a report's announcement to its receipt. Resumed
+# downloads and uploads are included.
 LATENCIES: Final = ("connect", "check_in", "download", "upload")
 
 

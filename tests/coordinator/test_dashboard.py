@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.happenings import Said
-from coordinator.store.schema import federations, rounds
+from coordinator.store.schema import IS_OPEN, federations, rounds
 from coordinator.store.sightings import DeviceState, Sighting, write_sightings
 from coordinator.store.sql import SqlStore
 from protocol.messages import Joined
@@ -79,6 +79,16 @@ def test_a_thousand_devices_and_500_rounds_load_in_a_second_and_stay_live(
         "document.getElementById('chart-time').querySelector('.curve')"
         ".getAttribute('d').split('L').length === 501"
     )
+    assert page.problems == []
+
+
+def test_a_buffer_is_shown_by_the_reports_that_it_wants(
+    page: Page, admin: AdminPort, store: SqlStore
+) -> None:
+    with store.database.begin() as db:
+        db.execute(rounds.update().where(IS_OPEN).values(deadline_at=None))
+    page.open(admin.address)
+    page.until("document.getElementById('round-text').textContent === '13 of 20 reports'")
     assert page.problems == []
 
 

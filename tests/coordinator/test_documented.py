@@ -19,7 +19,6 @@ from coordinator.errors import (
     AddressError,
     ConfigurationError,
     CoordinatorError,
-    StorageFullError,
     StoreError,
 )
 from coordinator.events import CloseRound, OpenRound
@@ -169,7 +168,6 @@ def test_exit_codes_are_those_of_the_table() -> None:
     assert table == ["0", "1", "2", "3", "4"]
     codes = {cls.exit_code for cls in (ConfigurationError, StoreError, AddressError)}
     assert codes == {2, 3, 4}
-    assert StorageFullError.exit_code == 3
     assert CoordinatorError.exit_code == 1
     for code in table:
         assert re.search(rf"\b{code} ", cli.EXIT_CODES)

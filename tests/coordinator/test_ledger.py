@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,17 @@ def test_a_round_that_ended_with_its_coordinator_is_summed_up_at_the_next_start(
     for _ in range(2):
         asyncio.run(Ledger(store.database, at_once).begin(["reviews"]))
         assert _round(store).metrics["loss"].median == 2.0
+
+
+@pytest.mark.parametrize("told", [[1.7e308, -1.7e308], [1.7e308, -1.7e308, -1.7e308]])
+def test_the_greatest_metrics_there_are_stop_neither_the_page_nor_the_next_start(
+    store: SqlStore, told: list[float]
+) -> None:
+    _close_round(store, told)
+    _after(store, Acted("reviews", CloseRound(1, 1, True), 0.1))
+    loss = _round(store).metrics["loss"]
+    assert all(map(math.isfinite, (loss.low, loss.median, loss.high)))
+    asyncio.run(Ledger(store.database, at_once).begin(["reviews"]))
 
 
 def test_an_observed_store_gives_and_raises_what_the_store_does() -> None:

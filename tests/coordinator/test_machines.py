@@ -40,6 +40,7 @@ from coordinator.events import (
 from coordinator.machine import Machine, Phase
 from coordinator.rounds import RoundMachine
 from coordinator.store.base import Snapshot
+from coordinator.waiting import Waiting
 from protocol.federation import Mode
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
@@ -196,3 +197,37 @@ def test_no_sequence_of_events_breaks_what_holds(mode: Mode) -> None:
             driver.tell(_random_event(driver, rng))
         rounds_done += driver.machine.rounds_done
     assert rounds_done > 400
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+def test_what_comes_while_nobody_can_be_asked_draws_no_chance(mode: Mode) -> None:
+    """Thousands wait while a round is open; to draw lots among them at each message is dear."""
+    rules = settings(mode=mode, cohort=2, report_goal=2, deadline_s=DEADLINE_S)
+    kind = AsynchronousMachine if mode is Mode.ASYNCHRONOUS else RoundMachine
+    rng = random.Random(0)
+    driver = Driver(
+        kind(Snapshot(rules, 0, {}, BASE, None, frozenset(), {}), rng, hold_s=HOLD_S), 2
+    )
+    driver.tell(Ticked())
+    for device in DEVICES:
+        driver.tell(CheckedIn(device))
+    assert len(driver.has) == 2
+    before = rng.getstate()
+    for device in DEVICES:
+        driver.tell(Offered(device, driver.has.get(device, "of nobody")))
+        driver.tell(CheckedIn(device))
+    driver.tell(Left(DEVICES[0]))
+    assert rng.getstate() == before
+
+
+def test_who_asks_again_is_held_from_then_on() -> None:
+    waiting = Waiting(HOLD_S)
+    for device, now in (("a", 0.0), ("b", 1.0), ("a", 5.0)):
+        waiting.add(device, now)
+    assert waiting.next_release_at() == 1.0 + HOLD_S
+    assert [retry.device for retry in waiting.release(5.0 + HOLD_S - 0.5, "")] == ["b"]
+    waiting.add("c", 6.0)
+    waiting.bring_near(2.0)  # the clock is set back
+    assert waiting.next_release_at() == 2.0 + HOLD_S
+    assert {retry.device for retry in waiting.release(2.0 + HOLD_S, "")} == {"a", "c"}
+    assert waiting.next_release_at() is None

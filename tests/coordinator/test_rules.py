@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from coordinator.aggregation import robust as robust_module
 from coordinator.aggregation.base import UpdateError
 from coordinator.aggregation.robust import krum_selection, squared_distances, trimmed
 from coordinator.server_step import take_step
-from coordinator.store.base import StoredReports
+from coordinator.store.base import Member, StoredReports
 from coordinator.store.memory import MemoryStore
 from coordinator.store.sql import SqlStore
 from protocol.aggregation import (
@@ -41,7 +44,7 @@ from protocol.federation import (
 )
 from protocol.methods import HetLoRA
 from protocol.scalars import SchemaError
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, TensorSpec
 from protocol.virtual_time import simulate
 from tests.coordinator.test_store import _report, _round
 from tests.protocol.samples import SETTINGS
@@ -202,6 +205,27 @@ def test_stored_reports_are_read_in_blocks_and_in_order(tmp_path: Path, kind: st
     wanted = np.stack([report.update.flat() for report in store.reports("demo", 1, 1)])
     assert np.array_equal(reports.block(1, 4), wanted[:, 1:4])
     store.close()
+
+
+@pytest.mark.parametrize("dtype", list(WireDtype), ids=lambda dtype: dtype.value)
+def test_a_block_costs_the_memory_of_one_report_whatever_their_number(
+    tmp_path: Path, dtype: WireDtype
+) -> None:
+    flat = np.linspace(-1, 1, 100_000, dtype=np.float32)
+    update = NamedTensors.from_flat([TensorSpec("x", WireDtype.FLOAT32, (100_000,))], flat, dtype)
+    names = [f"device-{i:02}" for i in range(20)]
+    with contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store:
+        store.create(SETTINGS, BASE)
+        cohort = tuple(Member(name, f"1-1-{name}") for name in names)
+        store.open_round("demo", replace(_round(), cohort=cohort))
+        store.keep_reports("demo", [replace(_report(name), update=update) for name in names])
+        reports = StoredReports(store, replace(SETTINGS, update_dtype=dtype), 1, 1)
+        tracemalloc.start()
+        block = reports.block(0, 5)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert np.array_equal(block, np.tile(update.flat()[:5], (20, 1)))
+    assert peak_bytes < 8 * flat.nbytes
 
 
 # --- server steps ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from coordinator import cli
 from coordinator.control import Control, Wish
-from coordinator.errors import StorageFullError, StoreError
+from coordinator.errors import StoreError
 from coordinator.store import upkeep
 from coordinator.store.database import PAGE_BYTES
 from coordinator.store.schema import REVISIONS
@@ -176,7 +176,7 @@ def test_a_full_disk_keeps_what_was_kept(tmp_path: Path) -> None:
         db.execute(sa.text("PRAGMA max_page_count = 1"))  # no page more than there are
     large = NamedTensors.from_arrays({"x.A": np.zeros((200, 300), np.float32)})
     report = dataclasses.replace(_report("b"), update=large)
-    with pytest.raises(StorageFullError, match="full"):
+    with pytest.raises(StoreError, match="full"):
         store.keep_reports("demo", [report])
     assert [kept.device for kept in store.reports("demo", 1, 1)] == ["a"]
     assert upkeep.check(store) == ["demo"]
@@ -204,7 +204,7 @@ def test_what_may_not_be_written_says_what_must_be(tmp_path: Path) -> None:
         with store.database.begin() as db:
             db.execute(sa.text("PRAGMA query_only = ON"))
         with pytest.raises(StoreError, match="readonly database; the file and its folder must be"):
-            store.set_control("demo", Control(Wish.PAUSE))
+            store.set_wish("demo", Wish.PAUSE)
     with pytest.raises(StoreError, match="there is no such file"):
         SqlStore(f"sqlite:///{tmp_path}", create=False)
 

@@ -17,7 +17,7 @@ import pytest
 
 from coordinator import cli
 from coordinator.log import FederationLog, JsonLines
-from coordinator.store.schema import federations
+from coordinator.store.schema import IS_OPEN, federations, rounds
 from coordinator.store.sql import SqlStore
 from protocol.federation import FederationSettings, Task, TaskKind
 from protocol.methods import PFedLoRA
@@ -45,6 +45,15 @@ def test_status_tells_where_federations_stand(url: str, capsys: pytest.CaptureFi
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert (found["name"], found["open_round"]["reports"], found["wish"]) == ("reviews", 13, "run")
+
+
+def test_a_buffer_is_told_by_the_reports_that_it_wants(
+    store: SqlStore, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with store.database.begin() as db:
+        db.execute(rounds.update().where(IS_OPEN).values(deadline_at=None))
+    assert cli.main(["status", "--store", url]) == 0
+    assert "; round 4 has 13 of 20 reports\n" in capsys.readouterr().out
 
 
 def test_status_says_so_where_there_is_no_one_backbone(

@@ -185,6 +185,25 @@ def test_without_a_coordinator_the_device_gives_up_and_says_so() -> None:
         simulate(scenario)
 
 
+def test_a_coordinator_that_ends_with_the_last_download_keeps_no_device_waiting() -> None:
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1))
+        await world.start()
+
+        class Last(FakeDevice):
+            async def finish(self, base: NamedTensors, rounds: int) -> None:
+                await super().finish(base, rounds)
+                await world.kill()
+                await world.device_ends[-1].close()
+
+        device = Last("d")
+        async with asyncio.timeout(60.0):
+            await world.take_part(device)
+        assert device.final is not None
+
+    simulate(scenario)
+
+
 def test_a_round_ends_at_its_goal_and_the_slowest_are_late() -> None:
     devices = [FakeDevice(f"device-{i}", training_s=1.0) for i in range(4)]
     slow = FakeDevice("slow", training_s=500.0)
@@ -255,12 +274,12 @@ def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
         await world.start()
         everyone = asyncio.gather(*(world.take_part(device) for device in devices))
         await asyncio.sleep(4.5)
-        world.store.set_control("sim", Control(Wish.STOP))
+        world.store.set_wish("sim", Wish.STOP)
         assert world.service is not None
         await world.service.look_at_control()
         await everyone
         stopped = world.store.load("sim")
-        world.store.set_control("sim", Control(Wish.RUN))
+        world.store.set_wish("sim", Wish.RUN)
         await world.service.look_at_control()
         await asyncio.gather(*(world.take_part(device) for device in devices))
         ended = world.store.load("sim")
@@ -280,7 +299,7 @@ def test_a_federation_stopped_before_its_first_round_tells_so_too() -> None:
     async def scenario() -> None:
         world = World(settings(count=3, cohort=1))
         await world.start()
-        world.store.set_control("sim", Control(Wish.STOP))
+        world.store.set_wish("sim", Wish.STOP)
         assert world.service is not None
         await world.service.look_at_control()
         await world.take_part(device)

@@ -16,9 +16,10 @@ from edge_client.errors import RefusedError
 from edge_client.identity import Identity
 from protocol import codec
 from protocol.connection import default_hello
+from protocol.errors import ErrorCode
 from protocol.federation import FederationSettings, Mode
 from protocol.link import Link, LinkClosedError
-from protocol.messages import CheckIn, Chunk, Report
+from protocol.messages import Assignment, Challenge, CheckIn, Chunk, Fetch, Refusal, Report
 from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
@@ -173,6 +174,26 @@ def test_an_attack_counts_for_nothing_in_asynchronous_rounds_either(name: str) -
     outcome.finals = _finals(outcome.devices)
     hold_in_every_round(outcome)  # every report that counts is one of theirs
     assert all(device.final for device in outcome.devices)
+
+
+def test_who_takes_too_little_for_a_base_version_is_told_so() -> None:
+    base = NamedTensors.from_arrays({"x.A": np.zeros((4, 1000), np.float32)})
+
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1), base=base)
+        await world.start()
+        device = RawDevice(await world.dial(), Identity.named("small"))
+        await device.ask(replace(default_hello("small"), message_bytes=2048))
+        challenge = await device.receive()
+        assert isinstance(challenge, Challenge)
+        await device.ask(device.signed_join(challenge))
+        assigned = await device.ask(CheckIn(FINGERPRINT, 100))
+        assert isinstance(assigned, Assignment)
+        refusal = await device.ask(Fetch(assigned.payload.digest, 0))
+        assert isinstance(refusal, Refusal)
+        assert (refusal.code, "takes 2048" in refusal.reason) == (ErrorCode.LIMIT, True)
+
+    simulate(scenario)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])

@@ -6,16 +6,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
 import pytest
 
 from coordinator.control import Control, Wish
-from coordinator.errors import StorageFullError, StoreError
+from coordinator.errors import StoreError
 from coordinator.happenings import Disconnected, Happening
 from coordinator.roster import Roster
 from coordinator.service import FederationService
+from coordinator.session import DeviceSession
 from coordinator.store.base import PartialUpdate
 from coordinator.store.devices import DeviceRecord, DeviceStatus
 from coordinator.store.memory import MemoryStore
@@ -24,6 +26,7 @@ from protocol.federation import FederationSettings, Mode
 from protocol.link import LinkClosedError
 from protocol.messages import (
     Assignment,
+    CheckIn,
     Joined,
     Receipt,
     ReceiptStatus,
@@ -36,7 +39,7 @@ from protocol.signing import UNSIGNED
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import at_once, simulate
 from tests.simulation.raw_device import RawDevice
-from tests.simulation.world import START, FakeDevice, World, settings
+from tests.simulation.world import FINGERPRINT, START, FakeDevice, World, settings
 
 Result = TypeVar("Result")
 UPDATE = NamedTensors.from_flat(START.specs, np.full_like(START.flat(), 0.01))
@@ -156,7 +159,7 @@ def test_devices_are_told_that_the_store_has_failed_and_operators_why(
 ) -> None:
     class Full(MemoryStore):
         def keep_reports(self, *_: object) -> list[bool]:
-            raise StorageFullError("the store sqlite:////secret/place: no room")
+            raise StoreError("the store sqlite:////secret/place: no room")
 
     async def scenario() -> None:
         world = World(settings(count=1, cohort=1), store=Full())
@@ -165,7 +168,7 @@ def test_devices_are_told_that_the_store_has_failed_and_operators_why(
         await asyncio.sleep(10.0)
         running.cancel()
         assert world.service is not None
-        assert isinstance(world.service.failure.exception(), StorageFullError)
+        assert isinstance(world.service.failure.exception(), StoreError)
 
     simulate(scenario)
     told = [one.getMessage() for one in caplog.records if one.name == "pf2lora.client"]
@@ -200,6 +203,21 @@ def test_a_wish_to_go_back_to_a_damaged_base_version_is_let_go_of(
     assert (
         caplog.text.count("cannot roll back to round 0: the base version after round 0: dam") == 2
     )
+
+
+def test_a_pause_that_comes_as_a_wish_to_go_back_is_let_go_of_is_obeyed() -> None:
+    class PausedMeanwhile(MemoryStore):
+        def base_after(self, federation: str, number: int) -> NamedTensors | None:
+            self.set_wish(federation, Wish.PAUSE)  # the operator, in another process
+            return super().base_after(federation, number)
+
+    async def scenario() -> None:
+        world = World(settings(count=6, cohort=1), store=PausedMeanwhile())
+        await world.start()
+        await world.wish(Control(roll_back_to=3))
+        assert world.store.control("sim") == Control(Wish.PAUSE)
+
+    simulate(scenario)
 
 
 class WatchedWorld(World):
@@ -249,3 +267,37 @@ def test_an_expulsion_is_not_counted_as_one_more_bad_report() -> None:
         assert (found.status, found.rejected, found.reason) == (DeviceStatus.REVOKED, 0, "lost")
 
     simulate(scenario)
+
+
+class SeenRoster(Roster):
+    """A roster that tells whom it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[DeviceSession] = []
+
+    def add(self, session: DeviceSession) -> None:
+        self.seen.append(session)
+        super().add(session)
+
+
+def test_a_goodbye_and_an_answer_that_meet_end_the_session_in_good_order() -> None:
+    """Whichever of the two is first: a device that waits is told to go as its round opens."""
+
+    async def scenario(steps: int) -> str:
+        world = World(settings(count=1, cohort=2))
+        await world.start()
+        world.server.roster = roster = SeenRoster()
+        devices = [RawDevice(await world.dial(), Identity.named(name)) for name in "ab"]
+        for device in devices:
+            await device.join()
+            await device.send(CheckIn(FINGERPRINT, 10))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        roster.seen[0].stop()
+        answer = type(await devices[0].receive()).__name__
+        await asyncio.sleep(1.0)  # a session that fails is told of at the end
+        return answer
+
+    answers = {simulate(partial(scenario, steps)) for steps in range(40)}
+    assert answers == {"Assignment", "Goodbye"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from coordinator import uploads
-from coordinator.errors import StorageFullError
+from coordinator.errors import StoreError
 from coordinator.room import Room
 from coordinator.store.base import PartialUpdate
 from coordinator.store.memory import MemoryStore
@@ -114,7 +114,7 @@ def test_a_disk_that_takes_no_parts_costs_a_connection_and_not_the_federation(
 
     def full(self: MemoryStore, federation: str, part: PartialUpdate) -> None:
         if next(failures, False):
-            raise StorageFullError("the disk is full")
+            raise StoreError("the disk is full")
         keep_part(self, federation, part)
 
     monkeypatch.setattr(MemoryStore, "keep_part", full)

@@ -263,7 +263,8 @@ class World:
 
     async def wish(self, control: Control, *, killed: bool = False) -> None:
         """The operator's, seen at once, or by the coordinator that is started after a kill."""
-        self.store.set_control("sim", control)
+        self.store.set_wish("sim", control.wish)
+        self.store.set_roll_back("sim", control.roll_back_to)
         if killed:
             await self.kill()
             await self.start()

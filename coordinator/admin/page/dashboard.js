@@ -115,12 +115,14 @@ function showRound(one) {
     : { pause: "Paused", stop: "Stopped" }[one.wish] ?? (over ? "All rounds are done" : "Waiting for devices");
   find("round-bar").hidden = find("round-text").hidden = !open;
   if (open) {
-    fill("round-bar", open.reports / open.cohort);
+    // A buffer, which has no deadline, takes reports of devices that were asked before it.
+    const wanted = open.deadline_at === null ? open.goal : open.cohort;
+    fill("round-bar", open.reports / wanted);
     const goal = find("round-bar").querySelector(".goal");
-    goal.hidden = open.goal >= open.cohort;
-    goal.style.left = `${(100 * open.goal) / open.cohort}%`;
-    const early = open.goal < open.cohort ? `; ${whole(open.goal)} end the round` : "";
-    find("round-text").textContent = `${whole(open.reports)} of ${whole(open.cohort)} reports${early}`;
+    goal.hidden = open.goal >= wanted;
+    goal.style.left = `${(100 * open.goal) / wanted}%`;
+    const early = open.goal < wanted ? `; ${whole(open.goal)} end the round` : "";
+    find("round-text").textContent = `${whole(open.reports)} of ${whole(wanted)} reports${early}`;
   }
   fill("all-bar", one.rounds_done / one.rounds);
   find("all-text").textContent = `${whole(one.rounds_done)} of ${whole(one.rounds)} rounds done`;

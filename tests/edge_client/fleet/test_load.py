@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from coordinator.store.devices import DeviceStatus
+from edge_client.fleet.device import SimulatedDevice
 from edge_client.fleet.download import CheckedDownload
 from edge_client.fleet.figures import Figures
 from edge_client.fleet.load import Fleet
@@ -20,7 +21,7 @@ from edge_client.fleet.updates import VARIANTS, MadeUpUpdates
 from protocol.errors import RemoteProtocolError
 from protocol.federation import Mode, WireDtype
 from protocol.link import Link
-from protocol.messages import Chunk
+from protocol.messages import Assignment, Chunk
 from protocol.methods import PFedLoRA
 from protocol.tensors import NamedTensors
 from protocol.transfer import chunks
@@ -77,6 +78,33 @@ def test_who_drops_out_comes_back_and_no_report_is_lost() -> None:
     assert figures.resumed == figures.dropouts
     assert figures.accepted == ROUNDS * DEVICES
     assert figures.errors == {}  # what was planned is no error
+
+
+def test_who_is_sent_away_goes_on_waiting() -> None:
+    """A coordinator holds a device for 20 s; the first round needs the last device, at 60 s."""
+    figures, _ = _run(_plan(spawn_rate=DEVICES / 60.0), World(settings(**ALL | {"count": 1})))
+    waits = figures.latencies["check_in"]
+    assert waits.max_s == pytest.approx(60.0, abs=5.0)
+    assert 25.0 < (waits.percentile(50) or 0.0) < 35.0
+
+
+def test_a_download_that_is_cut_goes_on_being_timed() -> None:
+    async def scenario() -> Figures:
+        figures = Figures()
+        updates = MadeUpUpdates("1", at_once)
+        device = SimulatedDevice(0, _plan(devices=1), World(settings()).dial, figures, updates)
+        payload = START.payload()
+        for wait_s, until_cut_s in ((10.0, 4.0), (1.0, 3.0)):
+            await device.prepare(settings())
+            device.offer()
+            await asyncio.sleep(wait_s)
+            device.held(payload.digest)
+            await asyncio.sleep(until_cut_s)
+        await device.train(Assignment("a", 1, payload.digest, 60.0, payload), START)
+        return figures
+
+    times = simulate(scenario).latencies
+    assert (times["check_in"].max_s, times["download"].max_s) == (10.0, 8.0)
 
 
 def test_a_cut_comes_while_training_and_while_sending_too() -> None:
