@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from coordinator.aggregation import aggregation_for, report_weight
 from coordinator.aggregation.base import Reports
@@ -11,7 +12,7 @@ from coordinator.server_step import take_step
 from coordinator.store.base import ReportRecord
 from protocol.federation import FederationSettings
 from protocol.messages import Report
-from protocol.tensors import NamedTensors, Payload
+from protocol.tensors import NamedTensors, Payload, TensorSpec
 
 
 class BaseVersion:
@@ -25,6 +26,8 @@ class BaseVersion:
         self._payloads: dict[int, Payload] = {}
         self._offered: dict[bytes, NamedTensors] = {}
         self._offered_before: dict[bytes, NamedTensors] = {}
+        # The tensors that updates have, each list as it first came: one for every rank.
+        self._fitting: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
         self.move(base, memory)
 
     def move(self, base: NamedTensors, memory: NamedTensors | None) -> None:
@@ -55,10 +58,18 @@ class BaseVersion:
 
     def misfit(self, report: Report) -> str | None:
         """What is wrong with the tensors that a report promises, if anything is."""
-        dtype = self._settings.update_dtype
-        if self._aggregate.fits(report.payload.tensors, dtype):
+        dtype, tensors = self._settings.update_dtype, report.payload.tensors
+        if tensors in self._fitting or self._aggregate.fits(tensors, dtype):
+            self._fitting.setdefault(tensors, tensors)
             return None
         return f"its tensors are not those of the common adapter in {dtype.value}"
+
+    def shared(self, report: Report) -> Report:
+        """The report, its list of tensors one and the same object for all that have the same."""
+        tensors = self._fitting.get(report.payload.tensors)
+        if tensors is None:
+            return report
+        return replace(report, payload=replace(report.payload, tensors=tensors))
 
     def check(self, update: NamedTensors) -> None:
         """Refuse an update that must not enter the sum.

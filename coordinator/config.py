@@ -70,8 +70,8 @@ class ServerSettings:
     hold_s: Annotated[float, Real(0.1, 60.0)] = 20.0
     exit_when_finished: bool = False
     connections_max: Annotated[int, Integer(1, 1_000_000)] = 10_000
-    uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 64
-    downloads_mib: Annotated[int, Integer(1, 1 << 20)] = 32
+    uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 48
+    downloads_mib: Annotated[int, Integer(1, 1 << 20)] = 24
     rates: RateSettings = field(default_factory=RateSettings)
     certificate: Annotated[str, Text(limits.TEXT_BYTES_MAX)] = ""
     key: Annotated[str, Text(limits.TEXT_BYTES_MAX)] = ""

@@ -111,7 +111,7 @@ class Gate:
     async def keep(self, admitted: Admitted) -> None:
         """Have the key of a device that reports, should it have been forgotten since it joined."""
         if self._forgotten:
-            await self._run_blocking(partial(self._let_in, admitted.device, admitted.key))
+            await self._run_blocking(partial(self._let_in_again, admitted))
 
     async def barred(self) -> dict[str, RefusedError]:
         """The refusals for devices that may not be here (any more), by id."""
@@ -128,12 +128,15 @@ class Gate:
         if join.token:
             self._enrol(device, join)
         elif self._is_open:
-            self._let_in(device, join.key)
+            self._let_in(device, join.key, record)
         else:
             self._ask_for_approval(device, join.key, record)
 
-    def _let_in(self, device: str, key: bytes) -> None:
-        record = self._devices.find(device)
+    def _let_in_again(self, admitted: Admitted) -> None:
+        record = self._devices.find(admitted.device)
+        self._let_in(admitted.device, admitted.key, record)
+
+    def _let_in(self, device: str, key: bytes, record: DeviceRecord | None) -> None:
         if record and record.status is not DeviceStatus.PENDING:
             return
         if self._added % self._added_at_once == 0:

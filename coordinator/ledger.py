@@ -34,6 +34,7 @@ from protocol.messages import (
     CheckIn,
     Finished,
     Joined,
+    Metric,
     Receipt,
     ReceiptStatus,
     Refusal,
@@ -65,7 +66,7 @@ class Ledger:
         self._states: dict[_Name, DeviceState] = {}  # of those that are connected
         self._links: Counter[_Name] = Counter()  # a device may have connected anew
         self._new: dict[_Name, Sighting] = {}
-        self._reports: dict[_Name, Report] = {}  # that have no receipt yet
+        self._told: dict[_Name, tuple[Metric, ...]] = {}  # in reports that have no receipt yet
         self._closed: list[_Closed] = []
 
     def __call__(self, happening: Happening) -> None:
@@ -148,16 +149,16 @@ class Ledger:
             case CheckIn(examples=examples):
                 sighting = self._see(name, DeviceState.WAITING)
                 sighting.examples = examples
-            case Report() as report:
+            case Report(metrics=metrics):
                 self._see(name, DeviceState.SENDING)
-                self._reports[name] = report
+                self._told[name] = metrics
 
     def _settle(self, name: _Name, sighting: Sighting, status: ReceiptStatus) -> None:
-        report = self._reports.pop(name, None)
+        metrics = self._told.pop(name, None)
         if status is ReceiptStatus.ACCEPTED:
             sighting.kept += 1
-            if report:
-                told = {metric.name: metric.value for metric in report.metrics}
+            if metrics is not None:
+                told = {metric.name: metric.value for metric in metrics}
                 sighting.told = {key: told[key] for key in TOLD if key in told}
         elif status is ReceiptStatus.REJECTED:
             sighting.rejected += 1
@@ -169,7 +170,7 @@ class Ledger:
         del self._links[name]
         state = self._states[name]
         self._see(name, state if state in _GONE else DeviceState.AWAY)
-        self._reports.pop(name, None)
+        self._told.pop(name, None)
         del self._states[name]
 
     def _see(self, name: _Name, state: DeviceState) -> Sighting:

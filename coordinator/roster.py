@@ -14,8 +14,8 @@ from coordinator.session import DeviceSession
 from protocol import limits
 from protocol.errors import ErrorCode
 
-UPLOADS_BYTES_MAX: Final = 64 * limits.MIB
-DOWNLOADS_BYTES_MAX: Final = 32 * limits.MIB
+UPLOADS_BYTES_MAX: Final = 48 * limits.MIB
+DOWNLOADS_BYTES_MAX: Final = 24 * limits.MIB
 # A device may connect as often at once as it may in so many seconds.
 JOINS_BURST_S: Final = 100.0
 

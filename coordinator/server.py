@@ -250,6 +250,9 @@ class CoordinatorServer:
         self._open -= 1
 
     async def _handle(self, connection: ServerConnection) -> None:
+        for greeting in (connection.request, connection.response):
+            if greeting is not None:
+                greeting.headers.clear()  # kilobytes that nobody asks for from here on
         address = network_of(str(connection.remote_address[0]))
         own = _buckets(self._configuration.server.rates.messages_per_device, MESSAGES_BURST_S)
         channel = self.tls.channel if self.tls else b""

@@ -168,6 +168,10 @@ class FederationService:
         self._ranks[device] = min(rank, self.settings.adapter.rank)
         return await self._ask(device, CheckedIn(device), Assignment | RetryWindow | Finished)
 
+    def shared(self, report: Report) -> Report:
+        """The report with what is the same in all of them held once, however many wait."""
+        return self._base.shared(report)
+
     async def offer(self, device: str, report: Report) -> Resume | Receipt:
         """Resume if the update is wanted, or the receipt of a report that is not."""
         given_in = self._machine.given_in(device, report.assignment)
@@ -268,10 +272,7 @@ class FederationService:
 
     async def _handle_next(self) -> None:
         if self._arrivals:
-            records, answers = self._arrivals.take_some()
-            for answer in answers:
-                await self._act(answer)
-            events = deque(await self._arrivals.keep(records))
+            events = deque(await self._keep_some())
         else:
             events = deque([self._events.popleft()])
         while events:
@@ -283,6 +284,13 @@ class FederationService:
                 following = await self._act(action)
                 if following is not None:
                     events.append(following)
+
+    async def _keep_some(self) -> list[Event]:
+        # In a frame of its own: these updates must not be held while a round is aggregated.
+        records, answers = self._arrivals.take_some()
+        for answer in answers:
+            await self._act(answer)
+        return await self._arrivals.keep(records)
 
     async def _act(self, action: Action) -> Event | None:
         began = time.perf_counter()

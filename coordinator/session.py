@@ -15,6 +15,7 @@ from coordinator.federations import Federations, UnknownFederationError
 from coordinator.happenings import Connected, Disconnected, Heard, Observer, Said, unobserved
 from coordinator.room import NoRoomError, Place
 from coordinator.service import FederationService
+from coordinator.uploads import Upload
 from protocol import limits
 from protocol.connection import Connection, Role, State, default_hello
 from protocol.errors import ErrorCode, RemoteProtocolError
@@ -148,16 +149,21 @@ class DeviceSession:
 
     async def _converse(self) -> None:
         await self._greet()
-        while True:
-            match await self._receive():
-                case CheckIn() as check_in:
-                    await self._check_in(check_in)
-                case Fetch() as fetch:
-                    await self._send_payload(fetch)
-                case Report() as report:
-                    await self._take_report(report)
-                case None | Goodbye():
-                    return
+        while await self._answer(await self._receive()):
+            pass  # with nothing in this frame: a report is not to be held until the next message
+
+    async def _answer(self, message: Message | None) -> bool:
+        """Whether the conversation goes on."""
+        match message:
+            case CheckIn():
+                await self._check_in(message)
+            case Fetch():
+                await self._send_payload(message)
+            case Report():
+                await self._take_report(self._service.shared(message))
+            case None | Goodbye():
+                return False
+        return True
 
     async def _greet(self) -> None:
         hello = await self._receive()
@@ -237,14 +243,17 @@ class DeviceSession:
         async with self._service.uploads.resumed(report) as upload:
             await self._send(Resume(upload.offset))
             while self._connection.state is State.UPLOADING:
-                chunk = await self._receive()
-                if not isinstance(chunk, Chunk):
-                    raise LinkClosedError
-                await upload.accept(chunk)
-                if place.turn_is_over and not chunk.last:
-                    raise _turn_is_over()
+                await self._take_chunk(upload, place)
             update = await upload.tensors()
         await self._send(await self._service.take(self.device, report, update))
+
+    async def _take_chunk(self, upload: Upload, place: Place) -> None:
+        chunk = await self._receive()
+        if not isinstance(chunk, Chunk):
+            raise LinkClosedError
+        await upload.accept(chunk)
+        if place.turn_is_over and not chunk.last:
+            raise _turn_is_over()
 
     # --- the wire -----------------------------------------------------------------------------
 
@@ -265,32 +274,37 @@ class DeviceSession:
     async def _receive(self) -> Message | None:
         """The device's next message; None when this session was told to stop between two."""
         timeout_s = self._patience_s()
+        if self._connection.state is State.UPLOADING:
+            # Nothing else is waited for. Taken at once, as little as can be is read ahead.
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return self._heard(await self._link.receive())
+            except TimeoutError:
+                raise _silent(timeout_s) from None
         if self._incoming is None:
             self._incoming = asyncio.create_task(self._link.receive())
             self._incoming.add_done_callback(_looked_at)
-        uploading = self._connection.state is State.UPLOADING
-        awaited: set[asyncio.Future[Any]] = {self._incoming}
-        if not uploading:
-            awaited.add(self._stop)
-        await asyncio.wait(
-            awaited,
-            timeout=timeout_s,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        awaited: set[asyncio.Future[Any]] = {self._incoming, self._stop}
+        await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._incoming.done():
             task, self._incoming = self._incoming, None
             if self._expelled:
                 raise self._expelled
-            message = self._connection.receive(task.result())
-            self._observe(Heard(self.federation, self.device, message, len(task.result())))
-            return message
+            return self._heard(task.result())
         if not self._stop.done():
-            raise RefusedError(ErrorCode.TIMEOUT, f"nothing came for {timeout_s:g} s")
+            raise _silent(timeout_s)
         refusal = self._stop.result()
         if refusal is not None:
             raise refusal
         await self._send(Goodbye("the coordinator is stopping; come back later"))
         return None
+
+    def _heard(self, data: bytes) -> Message:
+        if self._expelled:
+            raise self._expelled
+        message = self._connection.receive(data)
+        self._observe(Heard(self.federation, self.device, message, len(data)))
+        return message
 
     def _patience_s(self) -> float | None:
         """How long the device may be silent now; None while it waits for this side."""
@@ -340,6 +354,10 @@ def _looked_at(task: asyncio.Task[bytes]) -> None:
     # A session that ends for a reason of its own never asks how its last receive ended.
     if not task.cancelled():
         task.exception()
+
+
+def _silent(timeout_s: float | None) -> RefusedError:
+    return RefusedError(ErrorCode.TIMEOUT, f"nothing came for {timeout_s:g} s")
 
 
 def _turn_is_over() -> RefusedError:

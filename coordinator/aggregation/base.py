@@ -34,7 +34,7 @@ class Reports(Protocol):
         """How many there are, k."""
 
     def block(self, begin: int, end: int) -> Array:
-        """Coordinates `[begin, end)` of all updates, float32 [k, end - begin]."""
+        """Coordinates `[begin, end)` of all updates, float32 [k, end - begin], the caller's own."""
 
 
 class Aggregation(Protocol):

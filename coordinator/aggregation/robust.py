@@ -37,8 +37,10 @@ class Robust(WholeUpdates):
         if not reports.count:
             return self._base
         match self._rule:
-            case CoordinateMedian():
-                mean = _by_coordinate(self._size, reports, lambda block: np.median(block, 0))
+            case CoordinateMedian():  # the block is this rule's own: put in order where it is
+                mean = _by_coordinate(
+                    self._size, reports, lambda block: np.median(block, 0, overwrite_input=True)
+                )
             case TrimmedMean(share):
                 mean = _by_coordinate(self._size, reports, lambda block: trimmed(block, share))
             case MultiKrum(hostile):

@@ -21,5 +21,5 @@ class CheckedDownload(Receiver):
 
 
 @lru_cache(maxsize=1)
-def _zeros(size_bytes: int) -> bytearray:
-    return bytearray(size_bytes)
+def _zeros(size_bytes: int) -> memoryview:
+    return memoryview(bytearray(size_bytes))

@@ -71,3 +71,12 @@ def test_a_damaged_byte_is_found_and_the_receiver_begins_anew() -> None:
 def test_going_on_from_beyond_the_end_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="byte 5 of a payload of 4"):
         list(chunks(b"1234", 5))
+
+
+def test_what_has_come_is_what_has_come_and_no_more() -> None:
+    receiver = Receiver(TENSORS.payload())
+    first, second, _ = chunks(TENSORS.buffer, 0, 500)
+    receiver.accept(first)
+    assert receiver.received(0) == TENSORS.buffer[:500]
+    receiver.accept(second)
+    assert receiver.received(500) == TENSORS.buffer[500:1000]
