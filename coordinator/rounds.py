@@ -6,6 +6,7 @@ or its deadline has come. A device of the cohort that has vanished is replaced b
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Final
@@ -38,8 +39,8 @@ class RoundMachine(Machine):
         record = snapshot.open_round
         self._deadline_at = (record.deadline_at if record else None) or 0.0
         self._cohort = {m.device: m.assignment for m in record.cohort} if record else {}
-        # Of the cohort: who has left, since when; and who has been replaced. After a restart those
-        # that are not here may be training, and are not counted as gone.
+        # Of the cohort: who has left, since when, the longest gone first; and who has been
+        # replaced. After a restart those not here may be training, and are not counted as gone.
         self._missing: dict[str, float] = {}
         self._replaced: set[str] = set()
 
@@ -47,8 +48,9 @@ class RoundMachine(Machine):
         times = [self._waiting.next_release_at()]
         if self.phase is Phase.OPEN:
             times.append(self._deadline_at)
-            if self._missing and self._wish is Wish.RUN and any(self._substitutes()):
-                times += [self._vanished_at(device) for device in self._missing]
+            first = next(iter(self._missing), None)
+            if first is not None and self._wish is Wish.RUN and any(self._substitutes()):
+                times.append(self._vanished_at(first))
         if self.phase is Phase.GATHERING and self._goal_since is not None:
             times.append(self._goal_since + GATHER_S)
         return min((time for time in times if time is not None), default=None)
@@ -87,6 +89,7 @@ class RoundMachine(Machine):
         if self._waiting.remove(device):
             self._away[device] = now + AWAY_GRACE_S
         elif self._is_awaited(device) and device not in self._replaced:
+            self._missing.pop(device, None)
             self._missing[device] = now
 
     def _expel(self, device: str) -> str | None:
@@ -176,7 +179,9 @@ class RoundMachine(Machine):
         round_ = self._opened()
         if len(round_.kept) >= self._settings.rounds.goal or now >= self._deadline_at:
             return True
-        return all(map(round_.answered, self._cohort.values()))
+        # Each is looked at only where there are answers enough for all.
+        answers = len(round_.kept) + len(round_.refused)
+        return answers >= len(self._cohort) and not self.awaited()
 
     def _replace(self, now: float) -> list[Action]:
         rounds = self._settings.rounds
@@ -184,8 +189,8 @@ class RoundMachine(Machine):
             self._missing.clear()  # too late for anyone
         if self._wish is not Wish.RUN:
             return []
-        vanished = [d for d in sorted(self._missing) if self._vanished_at(d) <= now]
-        if not vanished:
+        gone = itertools.takewhile(lambda device: self._vanished_at(device) <= now, self._missing)
+        if not (vanished := sorted(gone)):
             return []
         order = in_order_of_choice(
             self._substitutes(), rounds.selection, self._last_asked, self._rng

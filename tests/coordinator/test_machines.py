@@ -231,3 +231,26 @@ def test_who_asks_again_is_held_from_then_on() -> None:
     assert waiting.next_release_at() == 2.0 + HOLD_S
     assert {retry.device for retry in waiting.release(2.0 + HOLD_S, "")} == {"a", "c"}
     assert waiting.next_release_at() is None
+
+
+def test_the_longest_gone_is_replaced_first_and_who_leaves_again_is_gone_from_then_on() -> None:
+    rules = settings(cohort=2, report_goal=2, deadline_s=DEADLINE_S)
+    snapshot = Snapshot(rules, 0, {}, BASE, None, frozenset(), {})
+    machine = RoundMachine(snapshot, random.Random(0), hold_s=1e6)
+    machine.handle(Ticked(), 0.0)
+    for device in ("a", "b"):
+        machine.handle(CheckedIn(device), 0.0)
+    for device, now in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+        machine.handle(Left(device), now)
+    for device in ("c", "d"):
+        machine.handle(CheckedIn(device), 3.0)
+    first = machine.next_tick_at()
+    assert first is not None
+    assert len(_assigned(machine.handle(Ticked(), first))) == 1
+    second = machine.next_tick_at()
+    assert second == first + 1.0
+    assert len(_assigned(machine.handle(Ticked(), second))) == 1
+
+
+def _assigned(actions: list[Action]) -> list[str]:
+    return [action.device for action in actions if isinstance(action, Assign)]
