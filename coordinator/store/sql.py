@@ -87,6 +87,9 @@ class SqlStore(BasesTable, PartsTable):
             )
             self.keep_base(db, settings.name, 0, start)
 
+    def change_settings(self, settings: FederationSettings) -> None:
+        self._set(settings.name, settings=settings_to_json(settings))
+
     def load(self, federation: str) -> Snapshot | None:
         with self._begin() as db:
             row = db.execute(

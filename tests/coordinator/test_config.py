@@ -166,21 +166,21 @@ def test_a_federation_without_a_backbone_has_a_start_without_one(path: Path) -> 
     ("flags", "said"),
     [
         (
-            ["--rounds-cohort", "4"],
-            "rounds.cohort: is 4, but the store holds the federation 'demo' with 3; put it back",
+            ["--rounds-cohort", "4", "--task-max-length", "32"],
+            "task.max_length: is 32, but the store holds the federation 'demo' with 64; put it",
         ),
         (
             ["--aggregation-name", "norm-bound", "--aggregation-norm-max", "2.0"],
             "aggregation.name: is 'norm-bound', but the store holds the federation 'demo' with 'me",
         ),
         (
-            ["--seed", "7", "--rounds-count", "9"],
-            "rounds.count: is 9, but the store holds the "
-            "federation 'demo' with 10 (also changed: seed); put",
+            ["--seed", "7", "--rounds-mode", "asynchronous", "--rounds-report-goal", "2"],
+            "rounds.mode: is 'asynchronous', but the store holds the "
+            "federation 'demo' with 'synchronous' (also changed: seed); put",
         ),
     ],
 )
-def test_a_setting_that_is_not_the_stores_is_named(
+def test_a_setting_that_cannot_change_is_named(
     path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
 ) -> None:
     federation = _only(config.load(path, {}, {}))
