@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -135,7 +135,15 @@ def is_signed(key: bytes, signature: bytes, statement: bytes) -> bool:
     return True
 
 
+# What OpenSSL calls the commonest mistakes.
+_PLAINLY: Final = {
+    "KEY_VALUES_MISMATCH": "the key is another certificate's",
+    "NO_CERTIFICATE_OR_CRL_FOUND": "holds no certificate in PEM",
+}
+
+
 def _problem(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
-        return error.reason or "is no certificate with its key, in PEM"
+        reason = error.reason or ""
+        return _PLAINLY.get(reason, reason) or "is no certificate with its key, in PEM"
     return getattr(error, "strerror", None) or str(error)

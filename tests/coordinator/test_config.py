@@ -80,11 +80,15 @@ def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
         ("\n[adapter]\nrank = 0", r"adapter\.rank: expected 1 to 1024, got 0"),
         ("\n[adapter]\nrank = '8'", r"adapter\.rank: expected a whole number"),
         ("\n[algorithm]\nname = 'sgd'", r"algorithm\.name: expected one of 'pf2lora'"),
-        ("\n[algorithm]\nrank = 1", r"algorithm\.name: is missing"),
+        ("\n[algorithm]\npenalty = 1", r"algorithm\.name: is missing"),
         ("\n[server]\nport = 70000", r"server\.port: expected 0 to 65535"),
         ("\n[sever]\nport = 7", r"sever: is unknown; did you mean 'server'"),
         ("\n[admin]\nprot = 7", r"admin\.prot: is unknown; did you mean 'port'"),
         ("\n[admn]\nport = 7", r"admn: is unknown; did you mean 'admin'"),
+        ("seed = 3", r"rounds\.seed: is unknown; did you mean 'seed'\?"),
+        ("\n[rates]\nmessages_per_device = 1", r"rates: is unknown; did you mean 'server\.rates'"),
+        ("\n[training]\nrank = 4", r"training\.rank: .* mean 'adapter\.rank'\?"),
+        ("\n[admin]\nstart = 'a'", r"admin\.start: is unknown; did you mean 'server\.start'"),
         ("\n[adapter]\npersonal_rank = 0", r"personal_rank: pf2lora needs"),
         (
             "\n[server]\nstore = 'postgresql://me:secret@db/x'",
@@ -118,6 +122,18 @@ def test_wrong_flags_and_variables_are_named_as_the_user_wrote_them(path: Path) 
         config.load(path, {"rounds.count": "many"}, {})
     with pytest.raises(ConfigurationError, match=r"PF2LORA_ROUNDS_CUONT: is unknown.*ROUNDS_COUNT"):
         config.load(path, {}, {"PF2LORA_ROUNDS_CUONT": "3"})
+
+
+def test_a_start_that_may_not_be_read_is_not_said_to_be_missing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:  # tests may run as root, who may read all
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", lambda *_: TOML)
+    with pytest.raises(ConfigurationError, match=r"server\.start: .* may not be read by this user"):
+        config.load(path, {}, {})
 
 
 def test_a_start_of_another_backbone_is_refused_with_both_named(path: Path) -> None:
