@@ -76,7 +76,7 @@ class _Start:
 @contextlib.contextmanager
 def _opened(start: Path, key: str) -> Iterator[_Start]:
     try:
-        with start.open("rb"):  # safetensors says of a file that may not be read that it is not there
+        with start.open("rb"):  # of one that may not be read safetensors says that there is none
             pass
         with safe_open(start, "numpy") as tensors:
             metadata = tensors.metadata() or {}
