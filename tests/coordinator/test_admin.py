@@ -231,7 +231,7 @@ def test_metrics_follow_what_happens(url: str) -> None:
             Heard("reviews", "d1", Goodbye(""), 7),
             Acted("reviews", OpenRound(1, 1, 9.0, (("d1", "a"),)), 0.01),
             Said("reviews", "d1", accepted, 10),
-            Acted("reviews", CloseRound(1, 1, True), 0.02),
+            Acted("reviews", CloseRound(1, 1, True, 3), 0.02),
             Said("", "", Refusal(ErrorCode.TIMEOUT, "", 1.0), 5),
             Disconnected("", ""),
             Called("keep_report", 0.003),

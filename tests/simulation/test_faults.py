@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -110,7 +111,9 @@ def test_a_device_killed_mid_round_does_not_stop_the_round_past_its_deadline() -
     assert len(_finals(devices)) == 1
 
 
-def test_too_few_reports_abandon_the_round_and_the_next_attempt_counts() -> None:
+def test_too_few_reports_abandon_the_round_and_the_next_attempt_counts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     slow, quick = FakeDevice("slow", training_s=100.0), FakeDevice("quick")
     rules = settings(count=1, cohort=2, minimum_reports=2, deadline_s=50.0)
 
@@ -124,7 +127,9 @@ def test_too_few_reports_abandon_the_round_and_the_next_attempt_counts() -> None
         await asyncio.gather(first, second)
         return world
 
-    world = simulate(scenario)
+    with caplog.at_level(logging.WARNING):
+        world = simulate(scenario)
+    assert "round 1 abandoned: 1 reports, rounds.minimum_reports is 2" in caplog.messages
     outcomes = [(o.number, o.outcome.value, o.reports) for o in world.store.history("sim")]
     assert outcomes[0] == (1, "abandoned", 1)
     assert outcomes[-1] == (1, "aggregated", 2)
