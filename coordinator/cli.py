@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from coordinator.store.database import Database
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 from coordinator.watch_commands import named, status, watch
+
+log = logging.getLogger("pf2lora.coordinator")
 
 EXIT_CODES = """\
 exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
@@ -84,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     rounds = commands.add_parser("rounds", help="list the rounds that are over")
     rounds.set_defaults(command=_rounds)
     rounds.add_argument("--store", required=True, help="database URL")
-    rounds.add_argument("--name", required=True, help="the federation")
+    rounds.add_argument("--name", help="the federation, where the store has several")
     rounds.add_argument("--json", action="store_true", help="one JSON object a line")
     for name, function, about in (
         ("status", status, "where federations stand"),
@@ -147,9 +150,14 @@ def _files(options: argparse.Namespace) -> list[Path]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    configuration = _configuration(options)
     set_up_log(options.log_format)
-    asyncio.run(serve(configuration))
+    try:
+        asyncio.run(serve(_configuration(options)))
+    except CoordinatorError as error:
+        if options.log_format != "json":
+            raise
+        log.critical("%s", error)  # each of its lines is an object, the last as well
+        return error.exit_code
     return 0
 
 

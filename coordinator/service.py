@@ -128,8 +128,11 @@ class FederationService:
             create = partial(self._store.create, self.settings, self._start)
             await self._run_blocking(create)
             snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
+            log.info("%s begins: it is new in the store", self.settings.name)
         elif snapshot.settings != self.settings:
             snapshot = await self._changed(snapshot)
+        told = snapshot.rounds_done, self.settings.rounds.count
+        log.info("%s: %d of %d rounds are done", self.settings.name, *told)
         self._restore(snapshot)
         await self.uploads.open()
         if snapshot.open_round:

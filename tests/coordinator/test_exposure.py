@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 from coordinator import cli, config
 from coordinator.certificates import Authority
 from coordinator.errors import ConfigurationError
-from coordinator.security import is_open, server_tls
+from coordinator.security import is_open, log_exposure, server_tls
 from protocol.signing import channel_of
 from tests.coordinator.federation_file import TOML, write_federation
 
@@ -106,6 +106,21 @@ def test_a_key_of_another_certificate_is_named(certified: Path, tmp_path: Path) 
     (certified.parent / "server.key").write_bytes((other / "server.key").read_bytes())
     with pytest.raises(ConfigurationError, match=r"server\.pem with .*: the key is another"):
         server_tls(config.load(certified, {}, {}).server)
+
+
+@pytest.mark.parametrize(
+    ("days", "told"),
+    [(-0.001, "has expired: devices will refuse it"), (3.5, "expires in 3 days"), (80.0, None)],
+)
+def test_a_certificate_that_ends_soon_is_told_when_the_coordinator_starts(
+    certified: Path, days: float, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("server.pem", "server.key"):
+        (certified.parent / name).unlink()
+    Authority(certified.parent).issue_server(["127.0.0.1"], days)
+    server = config.load(certified, {}, {}).server
+    log_exposure(server, server_tls(server))
+    assert [told in line for line in caplog.messages if told] == ([True] if told else [])
 
 
 def test_an_encrypted_key_is_refused_and_not_asked_for(certified: Path) -> None:

@@ -299,7 +299,9 @@ def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
     assert len(_finals(devices)) == 1
 
 
-def test_a_federation_goes_on_with_other_rounds_after_a_restart() -> None:
+def test_a_federation_goes_on_with_other_rounds_after_a_restart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     devices = [FakeDevice(f"device-{i}", training_s=1.0 + 4 * i) for i in range(3)]
     before = settings(count=3, cohort=3, minimum_reports=3, deadline_s=1e4)
     after = settings(count=5, cohort=1, deadline_s=60.0)
@@ -320,7 +322,15 @@ def test_a_federation_goes_on_with_other_rounds_after_a_restart() -> None:
         await everyone
         return world
 
-    world = simulate(scenario)
+    with caplog.at_level(logging.INFO):
+        world = simulate(scenario)
+    for line in (
+        "sim begins: it is new in the store",
+        "sim: rounds.count was 3 and is 5",
+        "sim: round 2 is abandoned for them",
+        "sim: 1 of 5 rounds are done",
+    ):
+        assert line in caplog.messages
     told = [(o.number, o.attempt, o.outcome, o.reports) for o in world.store.history("sim")]
     aggregated, abandoned = Outcome.AGGREGATED, Outcome.ABANDONED
     assert told[:2] == [(1, 1, aggregated, 3), (2, 1, abandoned, 2)]
