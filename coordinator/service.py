@@ -123,16 +123,16 @@ class FederationService:
         Raises:
             ConfigurationError: the store holds this federation with a setting that cannot change.
         """
-        snapshot = await self._call(self._store.load)
+        snapshot, how = await self._call(self._store.load), "goes on"
         if snapshot is None:
+            how = "begins, new in this store"
             create = partial(self._store.create, self.settings, self._start)
             await self._run_blocking(create)
             snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
-            log.info("%s begins: it is new in the store", self.settings.name)
         elif snapshot.settings != self.settings:
             snapshot = await self._changed(snapshot)
         told = snapshot.rounds_done, self.settings.rounds.count
-        log.info("%s: %d of %d rounds are done", self.settings.name, *told)
+        log.info("%s %s: %d of %d rounds are done", self.settings.name, how, *told)
         self._restore(snapshot)
         await self.uploads.open()
         if snapshot.open_round:

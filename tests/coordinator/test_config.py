@@ -202,8 +202,26 @@ def test_a_setting_that_cannot_change_is_named(
     federation = _only(config.load(path, {}, {}))
     with contextlib.closing(SqlStore(f"sqlite:///{path.parent}/pf2lora.sqlite")) as store:
         store.create(federation.settings, federation.start)
-    assert cli.main(["serve", "--config", str(path), "--port", "0", *flags]) == 2
-    assert said in capsys.readouterr().err
+    for command in (["serve", "--port", "0"], ["check-config"]):
+        assert cli.main([*command, "--config", str(path), *flags]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_will_change_is_told_before_the_coordinator_starts(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federation = _only(config.load(path, {}, {}))
+    with contextlib.closing(SqlStore(f"sqlite:///{path.parent}/pf2lora.sqlite")) as store:
+        store.create(federation.settings, federation.start)
+    command = ["check-config", "--config", str(path)]
+    assert cli.main([*command, "--rounds-cohort", "4", "--training-learning-rate", "0.1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"{path}: since it last ran training.learning_rate was 0.001 and is 0.1",
+        f"{path}: since it last ran rounds.cohort was 3 and is 4",
+    ]
+    tls = ["--server-certificate", "no.pem", "--server-key", "no.key"]
+    assert cli.main([*command, *tls]) == 2
+    assert "server.certificate: " in capsys.readouterr().err
 
 
 def test_what_is_not_there_or_taken_is_named(

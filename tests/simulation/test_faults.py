@@ -325,10 +325,10 @@ def test_a_federation_goes_on_with_other_rounds_after_a_restart(
     with caplog.at_level(logging.INFO):
         world = simulate(scenario)
     for line in (
-        "sim begins: it is new in the store",
+        "sim begins, new in this store: 0 of 3 rounds are done",
         "sim: rounds.count was 3 and is 5",
         "sim: round 2 is abandoned for them",
-        "sim: 1 of 5 rounds are done",
+        "sim goes on: 1 of 5 rounds are done",
     ):
         assert line in caplog.messages
     told = [(o.number, o.attempt, o.outcome, o.reports) for o in world.store.history("sim")]
