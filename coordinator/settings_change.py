@@ -1,7 +1,8 @@
 """What of a federation's settings may change between two starts of the coordinator.
 
-How rounds run and how devices train in them: what is learned goes on from where it stands. All else
-shapes the adapter, or gives what devices have learned its meaning, and stays.
+How rounds run, how devices train in them, and by which rule updates are averaged: what is learned
+goes on from where it stands. All else stays: it shapes the adapter, gives what devices have learned
+its meaning, or belongs to what the server step remembers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Final
 from coordinator.errors import ConfigurationError
 from protocol.federation import FederationSettings, changed_settings
 
-CHANGEABLE: Final = ("rounds", "training")
+CHANGEABLE: Final = ("rounds", "training", "aggregation")
 # Assignments of the one mode are not kept as those of the other.
 FIXED: Final = ("rounds.mode",)
 

@@ -186,8 +186,8 @@ def test_a_federation_without_a_backbone_has_a_start_without_one(path: Path) -> 
             "task.max_length: is 32, but the store holds the federation 'demo' with 64; put it",
         ),
         (
-            ["--aggregation-name", "norm-bound", "--aggregation-norm-max", "2.0"],
-            "aggregation.name: is 'norm-bound', but the store holds the federation 'demo' with 'me",
+            ["--server-step-name", "fedavgm", "--server-step-momentum", "0.5"],
+            "server_step.name: is 'fedavgm', but the store holds the federation 'demo' with 'aver",
         ),
         (
             ["--seed", "7", "--rounds-mode", "asynchronous", "--rounds-report-goal", "2"],
@@ -214,10 +214,12 @@ def test_what_will_change_is_told_before_the_coordinator_starts(
     with contextlib.closing(SqlStore(f"sqlite:///{path.parent}/pf2lora.sqlite")) as store:
         store.create(federation.settings, federation.start)
     command = ["check-config", "--config", str(path)]
-    assert cli.main([*command, "--rounds-cohort", "4", "--training-learning-rate", "0.1"]) == 0
+    flags = ["--rounds-cohort", "4", "--training-learning-rate", "0.1"]
+    assert cli.main([*command, *flags, "--aggregation-name", "median"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         f"{path}: since it last ran training.learning_rate was 0.001 and is 0.1",
         f"{path}: since it last ran rounds.cohort was 3 and is 4",
+        f"{path}: since it last ran aggregation.name was 'mean' and is 'median'",
     ]
     tls = ["--server-certificate", "no.pem", "--server-key", "no.key"]
     assert cli.main([*command, *tls]) == 2
