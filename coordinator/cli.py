@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,16 +18,21 @@ from typing import Any
 
 from coordinator import config, save_command, trust_cli
 from coordinator.control import Wish
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, StoreError
 from coordinator.log import FORMATS, set_up_log
 from coordinator.save_command import kept_base
+from coordinator.security import server_tls
 from coordinator.server import serve
-from coordinator.store import upkeep
+from coordinator.settings_change import settings_change
+from coordinator.store import upkeep, views
 from coordinator.store.base import RoundOutcome
 from coordinator.store.database import Database
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 from coordinator.watch_commands import named, status, watch
+from protocol.federation import FederationSettings
+
+log = logging.getLogger("pf2lora.coordinator")
 
 EXIT_CODES = """\
 exit codes: 0 done or stopped in good order; 1 unexpected failure; 2 configuration or usage;
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     rounds = commands.add_parser("rounds", help="list the rounds that are over")
     rounds.set_defaults(command=_rounds)
     rounds.add_argument("--store", required=True, help="database URL")
-    rounds.add_argument("--name", required=True, help="the federation")
+    rounds.add_argument("--name", help="the federation, where the store has several")
     rounds.add_argument("--json", action="store_true", help="one JSON object a line")
     for name, function, about in (
         ("status", status, "where federations stand"),
@@ -147,21 +153,41 @@ def _files(options: argparse.Namespace) -> list[Path]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    configuration = _configuration(options)
     set_up_log(options.log_format)
-    asyncio.run(serve(configuration))
+    try:
+        asyncio.run(serve(_configuration(options)))
+    except CoordinatorError as error:
+        if options.log_format != "json":
+            raise
+        log.critical("%s", error)  # each of its lines is an object, the last as well
+        return error.exit_code
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
-    federations = _configuration(options).federations
-    for path, federation in zip(_files(options), federations, strict=True):
-        start = federation.start
+    configuration = _configuration(options)
+    server_tls(configuration.server)
+    for path, federation in zip(_files(options), configuration.federations, strict=True):
+        start, settings = federation.start, federation.settings
+        changes = _changes(configuration.server.store, settings)
         print(
-            f"{path}: good; federation {federation.settings.name!r}, "
+            f"{path}: good; federation {settings.name!r}, "
             f"common adapter of {len(start.specs)} tensors, {len(start.buffer)} bytes"
         )
+        for line in changes:
+            print(f"{path}: since it last ran {line}")
     return 0
+
+
+def _changes(url: str, settings: FederationSettings) -> list[str]:
+    try:
+        store = SqlStore(url, create=False)
+    except StoreError:  # there is none yet, or one that `serve` brings up to date
+        return []
+    with contextlib.closing(store), store.database.begin() as db:
+        if settings.name not in views.federation_names(db):
+            return []
+        return settings_change(views.settings_of(db, settings.name), settings)
 
 
 def _store(options: argparse.Namespace) -> contextlib.closing[SqlStore]:

@@ -154,7 +154,7 @@ def load(
                 _drop(table, key)
         _put(tables[0], key, _parsed(key, text, name), name)
     for table in tables:
-        _check_sections(table)
+        _check_places(table)
     server, starts = _take_server(files, tables)
     admin = _take_admin(files, tables, server)
     federations = tuple(map(_federation, files, tables, starts))
@@ -164,11 +164,21 @@ def load(
     return Configuration(server, federations, admin, admin_token)
 
 
-def _check_sections(table: Mapping[str, Any]) -> None:
-    known = ["server", "admin", *(name for name, _ in record_of(FederationSettings).kinds)]
-    for name in table:
-        if name not in known:
-            raise ConfigurationError(name, unknown_name(name, known))
+def _check_places(table: Mapping[str, Any], section: str = "") -> None:
+    """Refuse a name that is known, but not here; of sections, also one that is not known at all."""
+    sections = {key.rpartition(".")[0] for key in leaves()} - {""}
+    known = sections.union(leaves())
+    for name, value in table.items():
+        key = f"{section}.{name}" if section else name
+        if key in sections and isinstance(value, dict):
+            _check_places(value, key)
+        elif key not in known:
+            elsewhere = sorted(one for one in known if one.rpartition(".")[2] == name)
+            if elsewhere:
+                there = " or ".join(map(repr, elsewhere))
+                raise ConfigurationError(key, f"is unknown; did you mean {there}?")
+            if not section:
+                raise ConfigurationError(key, unknown_name(key, known))
 
 
 def _check_is_shared(key: str, name: str, count: int) -> None:

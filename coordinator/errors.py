@@ -4,7 +4,7 @@ CoordinatorError            exit code 1
 ├── ConfigurationError      2   a key, flag or variable is wrong; named
 ├── StoreError              3   the store is damaged, full, unwritable, or holds something else
 ├── AddressError            4   the address cannot be listened on
-└── CertificateError        1   a certificate could not be made
+└── CertificateError        2   a certificate could not be made of what was given
 
 RefusedError is none of these: it ends one device's session, and the daemon goes on.
 """
@@ -62,6 +62,8 @@ class AddressError(CoordinatorError):
 
 class CertificateError(CoordinatorError):
     """A certificate authority that cannot be used, or a file that must not be overwritten."""
+
+    exit_code = 2
 
 
 class RefusedError(Exception):

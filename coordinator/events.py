@@ -214,6 +214,7 @@ class CloseRound:
     number: int
     attempt: int
     aggregate: bool
+    reports: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,7 @@ class Machine(ABC):
         self.phase = Phase.CLOSING
         enough = len(round_.kept) >= self._settings.rounds.minimum_reports
         aggregate = enough and self._back_to is None
-        return [CloseRound(round_.number, round_.attempt, aggregate)]
+        return [CloseRound(round_.number, round_.attempt, aggregate, len(round_.kept))]
 
     def _closed(self, aggregated: bool, now: float) -> list[Action]:
         self.open_round = None

@@ -94,6 +94,11 @@ class Metrics:
             buckets=_QUICK_S,
             registry=registry,
         )
+        self.certificate_expires = Gauge(
+            "pf2lora_certificate_expires_timestamp_seconds",
+            "Until when the certificate is good, in Unix seconds; 0 without one.",
+            registry=registry,
+        )
         registry.register(_Devices(count_devices))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)

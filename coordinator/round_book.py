@@ -79,11 +79,15 @@ class RoundBook:
         await self._call(self._store.close_round, number, attempt, new_base, self._clock(), memory)
         about = {"round": number, "attempt": attempt}
         if new_base is None:
-            self._log.warning("round %d abandoned: too few reports", number, extra=about)
+            least = self._settings.rounds.minimum_reports
+            too_few = f"{action.reports} reports, rounds.minimum_reports is {least}"
+            why = too_few if action.reports < least else "the operator goes back"
+            self._log.warning("round %d abandoned: %s", number, why, extra=about)
             return
         self._base.move(new_base, memory)
         count = self._settings.rounds.count
-        self._log.info("round %d of %d aggregated", number, count, extra=about)
+        told = number, count, action.reports
+        self._log.info("round %d of %d aggregated: %d reports", *told, extra=about)
 
     async def go_back(self, number: int) -> WentBack:
         """An earlier base version is the current one again."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import ssl
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from coordinator.config import ServerSettings
 
 log = logging.getLogger("pf2lora.coordinator")
+
+
+EXPIRES_SOON: Final = timedelta(days=14)
 
 
 class Enrolment(Enum):
@@ -115,8 +118,11 @@ def log_exposure(server: ServerSettings, tls: ServerTls | None) -> None:
     """Say what an operator should know of how others can reach this coordinator."""
     if tls:
         log.info("TLS with a certificate that is good until %s", tls.expires_at.isoformat())
-        if tls.expires_at < datetime.now(UTC):
+        left = tls.expires_at - datetime.now(UTC)
+        if left < timedelta(0):
             log.error("the certificate has expired: devices will refuse it")
+        elif left < EXPIRES_SOON:
+            log.warning("the certificate expires in %d days: start again with a new one", left.days)
     elif not is_loopback(server.host):
         log.warning("insecure: whoever is on the way reads and can change what devices send")
     if is_open(server) and not is_loopback(server.host):
@@ -135,7 +141,15 @@ def is_signed(key: bytes, signature: bytes, statement: bytes) -> bool:
     return True
 
 
+# What OpenSSL calls the commonest mistakes.
+_PLAINLY: Final = {
+    "KEY_VALUES_MISMATCH": "the key is another certificate's",
+    "NO_CERTIFICATE_OR_CRL_FOUND": "holds no certificate in PEM",
+}
+
+
 def _problem(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
-        return error.reason or "is no certificate with its key, in PEM"
+        reason = error.reason or ""
+        return _PLAINLY.get(reason, reason) or "is no certificate with its key, in PEM"
     return getattr(error, "strerror", None) or str(error)

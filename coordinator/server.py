@@ -148,6 +148,8 @@ class CoordinatorServer:
                 run_blocking=self._run_blocking,
                 newcomers_max=server.newcomers_max,
             )
+            if self.tls:
+                self.watch.certificate_expires(self.tls.expires_at)
             self._server = await self._listen()
             self._keeping_out = asyncio.create_task(self._keep_out())
             self.watch.ready()

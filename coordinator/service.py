@@ -21,7 +21,6 @@ from coordinator.arrivals import Arrivals, Arrived
 from coordinator.asynchronous import AsynchronousMachine
 from coordinator.base_version import BaseVersion
 from coordinator.blocking import RunBlocking, StoreCalls
-from coordinator.errors import ConfigurationError
 from coordinator.events import (
     Action,
     AddAssignment,
@@ -49,6 +48,7 @@ from coordinator.replies import Replies
 from coordinator.round_book import RoundBook
 from coordinator.rounds import RoundMachine
 from coordinator.screening import Bounds, Screening
+from coordinator.settings_change import settings_change
 from coordinator.store.base import (
     Member,
     Snapshot,
@@ -56,7 +56,7 @@ from coordinator.store.base import (
 )
 from coordinator.uploads import Uploads
 from coordinator.wishes import Wishes
-from protocol.federation import FederationSettings, Mode, changed_settings
+from protocol.federation import FederationSettings, Mode
 from protocol.messages import (
     Assignment,
     Finished,
@@ -121,15 +121,18 @@ class FederationService:
         """Begin, or go on from where the store stands.
 
         Raises:
-            ConfigurationError: the store holds this federation with other settings.
+            ConfigurationError: the store holds this federation with a setting that cannot change.
         """
-        snapshot = await self._call(self._store.load)
+        snapshot, how = await self._call(self._store.load), "goes on"
         if snapshot is None:
+            how = "begins, new in this store"
             create = partial(self._store.create, self.settings, self._start)
             await self._run_blocking(create)
             snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
         elif snapshot.settings != self.settings:
-            raise _other_settings(snapshot.settings, self.settings)
+            snapshot = await self._changed(snapshot)
+        told = snapshot.rounds_done, self.settings.rounds.count
+        log.info("%s %s: %d of %d rounds are done", self.settings.name, how, *told)
         self._restore(snapshot)
         await self.uploads.open()
         if snapshot.open_round:
@@ -354,6 +357,19 @@ class FederationService:
 
     # --- state --------------------------------------------------------------------------------
 
+    async def _changed(self, snapshot: Snapshot) -> Snapshot:
+        """Where it stands once the store has the settings that are given now."""
+        for line in settings_change(snapshot.settings, self.settings):
+            log.info("%s: %s", self.settings.name, line)
+        record = snapshot.open_round
+        if record:  # what it may still be, and what it may hold, followed from the earlier ones
+            closing = record.number, record.attempt, None, self._clock()
+            await self._call(self._store.close_round, *closing)
+            log.warning("%s: round %d is abandoned for them", self.settings.name, record.number)
+        await self._run_blocking(partial(self._store.change_settings, self.settings))
+        changed = await self._call(self._store.load)
+        return cast(Snapshot, changed)
+
     def _restore(self, snapshot: Snapshot) -> None:
         self._base = BaseVersion(self.settings, snapshot.base, snapshot.memory)
         asynchronous = self.settings.rounds.mode is Mode.ASYNCHRONOUS
@@ -380,13 +396,3 @@ class FederationService:
             # Rather late than early: a timer that came too soon would be set anew at once.
             wait_s = max(0.0, at - self._clock()) + TICK_LATE_S
             self._timer = loop.call_later(wait_s, self._driving, Ticked())
-
-
-def _other_settings(kept: FederationSettings, given: FederationSettings) -> ConfigurationError:
-    (key, (old, new)), *others = changed_settings(kept, given).items()
-    also = f" (also changed: {', '.join(name for name, _ in others)})" if others else ""
-    return ConfigurationError(
-        key,
-        f"is {new!r}, but the store holds the federation {kept.name!r} with {old!r}{also}; "
-        "put it back, or choose another name or another store",
-    )

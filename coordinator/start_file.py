@@ -76,6 +76,8 @@ class _Start:
 @contextlib.contextmanager
 def _opened(start: Path, key: str) -> Iterator[_Start]:
     try:
+        with start.open("rb"):  # of one that may not be read safetensors says that there is none
+            pass
         with safe_open(start, "numpy") as tensors:
             metadata = tensors.metadata() or {}
             if metadata.get("format") != START_FORMAT:
@@ -90,6 +92,8 @@ def _opened(start: Path, key: str) -> Iterator[_Start]:
             yield _Start(tensors, metadata, names, frozen, made_for)
     except FileNotFoundError as error:
         raise ConfigurationError(key, f"{start} is no file") from error
+    except PermissionError as error:
+        raise ConfigurationError(key, f"{start} may not be read by this user") from error
     except KeyError as error:
         raise ConfigurationError(key, f"{start} lacks {error} in its header") from error
     except (SafetensorError, OSError, TypeError, ValueError) as error:

@@ -88,10 +88,11 @@ class _Line:
 
     def text(self) -> str:
         record = self.record
-        seen = datetime.fromtimestamp(record.seen_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        # Of its first word, or its token: /api/devices says when it was last heard of.
+        since = datetime.fromtimestamp(record.seen_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
         rejected = f"  {record.rejected} rejected" if record.rejected else ""
         reason = f"  {record.reason}" if record.reason else ""
-        return f"{record.device}  {record.status.value:<11}  {seen}{rejected}{reason}"
+        return f"{record.device}  {record.status.value:<11}  since {since}{rejected}{reason}"
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -139,11 +140,11 @@ def _token(options: argparse.Namespace) -> int:
     if not 1 <= options.count <= TOKENS_MAX:
         raise ConfigurationError("--count", f"expected 1 to {TOKENS_MAX}, got {options.count}")
     with _store(options) as store:
-        for _ in range(options.count):
-            token = secrets.token_urlsafe(24)
-            store.devices.add_token(token, expires_at)
-            facts = {"token": token, "expires_at": expires_at}
-            print(json.dumps(facts) if options.json else token)
+        tokens = [secrets.token_urlsafe(24) for _ in range(options.count)]
+        store.devices.add_tokens(tokens, expires_at)
+    for token in tokens:
+        facts = {"token": token, "expires_at": expires_at}
+        print(json.dumps(facts) if options.json else token)
     return 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
@@ -102,6 +103,10 @@ class Watch:
             self._manager.keep_alive(),
         ]
         self._tasks = [asyncio.ensure_future(one) for one in watching]
+
+    def certificate_expires(self, at: datetime) -> None:
+        """Until when the certificate is good that devices are shown."""
+        self._metrics.certificate_expires.set(at.timestamp())
 
     def ready(self) -> None:
         """Devices are served from now on."""

@@ -49,9 +49,10 @@ def read_token(settings: AdminSettings, from_environment: str) -> str:
             problem = getattr(error, "strerror", None) or "is no text"
             raise ConfigurationError(source, f"{settings.token_file}: {problem}") from error
     if source == "admin.token_file" or token:
-        if not token.isascii() or len(token) < TOKEN_BYTES_MIN:
+        is_sendable = token.isascii() and token.isprintable()  # of two lines a header takes neither
+        if not is_sendable or len(token) < TOKEN_BYTES_MIN:
             raise ConfigurationError(
-                source, f"holds no token of at least {TOKEN_BYTES_MIN} ASCII characters"
+                source, f"holds no token: one line of at least {TOKEN_BYTES_MIN} ASCII characters"
             )
     elif settings.enabled and not is_loopback(settings.host):
         raise ConfigurationError(

@@ -148,6 +148,9 @@ class Store(Protocol):
     def create(self, settings: FederationSettings, start: NamedTensors) -> None:
         """Begin a federation from its first base version; its name must be new."""
 
+    def change_settings(self, settings: FederationSettings) -> None:
+        """Have these from now on, in the place of those that the federation of their name had."""
+
     def load(self, federation: str) -> Snapshot | None:
         """Where it stands; None if there is none of this name."""
 

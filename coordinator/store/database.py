@@ -123,7 +123,10 @@ class Database:
             found = str(db.scalar(sa.text(f"PRAGMA {name}(1)")))
         if found != "ok":
             problem = found.splitlines()[-1]
-            raise StoreError(f"{self.label}: damaged: {problem}; put a backup in its place")
+            raise StoreError(
+                f"{self.label}: damaged: {problem}; put a backup in its place, and remove the -wal "
+                "and -shm files beside it first: they would damage that too"
+            )
 
     def _check_place(self) -> None:
         # SQLite would write on, into a file that has no name and goes with this process.

@@ -7,6 +7,7 @@ disk when it returns; `now` is in Unix seconds.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -65,8 +66,8 @@ class DeviceStore(Protocol):
     def set_status(self, device: str, status: DeviceStatus, reason: str) -> bool:
         """Change how a device stands; False if there is none. Approval forgets rejections."""
 
-    def add_token(self, token: str, expires_at: float) -> None:
-        """Let `token` enrol one device until then; only its digest is kept."""
+    def add_tokens(self, tokens: Sequence[str], expires_at: float) -> None:
+        """Let each enrol one device until then; only their digests are kept."""
 
     def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
         """Use a token up for this device, which is then kept; both or neither."""

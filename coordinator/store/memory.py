@@ -54,6 +54,9 @@ class MemoryStore:
             raise StoreError(f"there is a federation {settings.name!r} already")
         self._federations[settings.name] = _Federation(settings, bases={0: start})
 
+    def change_settings(self, settings: FederationSettings) -> None:
+        self._found(settings.name).settings = settings
+
     def load(self, federation: str) -> Snapshot | None:
         found = self._federations.get(federation)
         if found is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.store.devices import (
@@ -46,8 +46,8 @@ class MemoryDevices:
         self.add(replace(record, status=status, reason=reason, rejected=rejected))
         return True
 
-    def add_token(self, token: str, expires_at: float) -> None:
-        self._tokens[token_digest(token)] = _Token(expires_at)
+    def add_tokens(self, tokens: Sequence[str], expires_at: float) -> None:
+        self._tokens |= {token_digest(token): _Token(expires_at) for token in tokens}
 
     def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
         found = self._tokens.get(token_digest(token))

@@ -63,7 +63,8 @@ class PartsTable:
 
     def drop_unawaited(self, db: sa.Connection, federation: str) -> None:
         """Forget the parts of updates that can no longer be kept."""
-        awaited = sa.select(members.c.assignment).join(rounds, SAME_ROUND).where(IS_AWAITED)
-        ours = sa.select(members.c.assignment).where(members.c.federation == federation)
-        unwanted = parts.c.assignment.in_(ours) & parts.c.assignment.not_in(awaited)
-        db.execute(parts.delete().where(unwanted))
+        # From the parts, of which there are few: of assignments there are more with every round.
+        wanted = sa.or_(IS_AWAITED, members.c.federation != federation)
+        given = sa.select(members.c.assignment).join(rounds, SAME_ROUND)
+        of_part = members.c.assignment == parts.c.assignment
+        db.execute(parts.delete().where(~given.where(of_part, wanted).exists()))

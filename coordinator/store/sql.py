@@ -87,6 +87,9 @@ class SqlStore(BasesTable, PartsTable):
             )
             self.keep_base(db, settings.name, 0, start)
 
+    def change_settings(self, settings: FederationSettings) -> None:
+        self._set(settings.name, settings=settings_to_json(settings))
+
     def load(self, federation: str) -> Snapshot | None:
         with self._begin() as db:
             row = db.execute(
@@ -239,7 +242,11 @@ class SqlStore(BasesTable, PartsTable):
         counted = of_round(reports, federation, number, attempt)
         with self._begin() as db:
             count = db.scalar(sa.select(sa.func.count()).select_from(reports).where(*counted))
-            db.execute(reports.update().where(*counted).values(update_bytes=None))
+            # Written anew without their updates: a row that is cut short keeps its place in the
+            # file, and up to a page of room that nothing can use.
+            said = [column for column in reports.c if column is not reports.c.update_bytes]
+            anew = reports.insert().prefix_with("OR REPLACE")
+            db.execute(anew.from_select(said, sa.select(*said).where(*counted)))
             closed = db.execute(
                 rounds.update()
                 .where(*of_round(rounds, federation, number, attempt), IS_OPEN)

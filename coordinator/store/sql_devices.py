@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -52,9 +52,10 @@ class SqlDevices:
             )
         return changed.rowcount == 1
 
-    def add_token(self, token: str, expires_at: float) -> None:
+    def add_tokens(self, new: Sequence[str], expires_at: float) -> None:
+        added = [{"digest": token_digest(token), "expires_at": expires_at} for token in new]
         with self._begin() as db:
-            db.execute(tokens.insert().values(digest=token_digest(token), expires_at=expires_at))
+            db.execute(tokens.insert(), added)
 
     def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
         is_this = tokens.c.digest == token_digest(token)

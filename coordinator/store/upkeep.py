@@ -61,5 +61,10 @@ def backup(database: Database, target: Path) -> None:
         partial.rename(target)
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {error.strerror}") from error
+    except StoreError as error:
+        if "disk is full" in str(error):  # SQLite says it of the store, which is read alone
+            raise StoreError(f"{target} cannot be written: its disk is full") from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
+        partial.with_name(f"{partial.name}-journal").unlink(missing_ok=True)

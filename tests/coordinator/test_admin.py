@@ -231,7 +231,7 @@ def test_metrics_follow_what_happens(url: str) -> None:
             Heard("reviews", "d1", Goodbye(""), 7),
             Acted("reviews", OpenRound(1, 1, 9.0, (("d1", "a"),)), 0.01),
             Said("reviews", "d1", accepted, 10),
-            Acted("reviews", CloseRound(1, 1, True), 0.02),
+            Acted("reviews", CloseRound(1, 1, True, 3), 0.02),
             Said("", "", Refusal(ErrorCode.TIMEOUT, "", 1.0), 5),
             Disconnected("", ""),
             Called("keep_report", 0.003),
@@ -289,7 +289,7 @@ def test_a_token_is_needed_off_loopback_and_must_be_long(tmp_path: Path) -> None
         read_token(everywhere, "")
     assert read_token(everywhere, TOKEN) == TOKEN
     assert read_token(AdminSettings(), "") == ""
-    with pytest.raises(ConfigurationError, match="PF2LORA_ADMIN_TOKEN: holds no token of at least"):
+    with pytest.raises(ConfigurationError, match="PF2LORA_ADMIN_TOKEN: holds no token: one line"):
         read_token(everywhere, "short")
     file = tmp_path / "token"
     from_file = AdminSettings(token_file=str(file))
@@ -297,9 +297,10 @@ def test_a_token_is_needed_off_loopback_and_must_be_long(tmp_path: Path) -> None
         read_token(from_file, "")
     file.write_text(TOKEN + "\n")
     assert read_token(from_file, "another token there") == TOKEN
-    file.write_text("\n")
-    with pytest.raises(ConfigurationError, match=r"admin\.token_file: holds no token"):
-        read_token(from_file, TOKEN)
+    for wrong in ("\n", f"{TOKEN}\n{TOKEN}\n"):  # of two lines neither is what a header says
+        file.write_text(wrong)
+        with pytest.raises(ConfigurationError, match=r"admin\.token_file: holds no token"):
+            read_token(from_file, TOKEN)
 
 
 def test_off_loopback_the_token_travels_by_tls_unless_the_operator_says_so(

@@ -80,11 +80,15 @@ def test_lists_and_algorithms_can_be_given_as_text(path: Path) -> None:
         ("\n[adapter]\nrank = 0", r"adapter\.rank: expected 1 to 1024, got 0"),
         ("\n[adapter]\nrank = '8'", r"adapter\.rank: expected a whole number"),
         ("\n[algorithm]\nname = 'sgd'", r"algorithm\.name: expected one of 'pf2lora'"),
-        ("\n[algorithm]\nrank = 1", r"algorithm\.name: is missing"),
+        ("\n[algorithm]\npenalty = 1", r"algorithm\.name: is missing"),
         ("\n[server]\nport = 70000", r"server\.port: expected 0 to 65535"),
         ("\n[sever]\nport = 7", r"sever: is unknown; did you mean 'server'"),
         ("\n[admin]\nprot = 7", r"admin\.prot: is unknown; did you mean 'port'"),
         ("\n[admn]\nport = 7", r"admn: is unknown; did you mean 'admin'"),
+        ("seed = 3", r"rounds\.seed: is unknown; did you mean 'seed'\?"),
+        ("\n[rates]\nmessages_per_device = 1", r"rates: is unknown; did you mean 'server\.rates'"),
+        ("\n[training]\nrank = 4", r"training\.rank: .* mean 'adapter\.rank'\?"),
+        ("\n[admin]\nstart = 'a'", r"admin\.start: is unknown; did you mean 'server\.start'"),
         ("\n[adapter]\npersonal_rank = 0", r"personal_rank: pf2lora needs"),
         (
             "\n[server]\nstore = 'postgresql://me:secret@db/x'",
@@ -118,6 +122,18 @@ def test_wrong_flags_and_variables_are_named_as_the_user_wrote_them(path: Path) 
         config.load(path, {"rounds.count": "many"}, {})
     with pytest.raises(ConfigurationError, match=r"PF2LORA_ROUNDS_CUONT: is unknown.*ROUNDS_COUNT"):
         config.load(path, {}, {"PF2LORA_ROUNDS_CUONT": "3"})
+
+
+def test_a_start_that_may_not_be_read_is_not_said_to_be_missing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:  # tests may run as root, who may read all
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", lambda *_: TOML)
+    with pytest.raises(ConfigurationError, match=r"server\.start: .* may not be read by this user"):
+        config.load(path, {}, {})
 
 
 def test_a_start_of_another_backbone_is_refused_with_both_named(path: Path) -> None:
@@ -166,28 +182,48 @@ def test_a_federation_without_a_backbone_has_a_start_without_one(path: Path) -> 
     ("flags", "said"),
     [
         (
-            ["--rounds-cohort", "4"],
-            "rounds.cohort: is 4, but the store holds the federation 'demo' with 3; put it back",
+            ["--rounds-cohort", "4", "--task-max-length", "32"],
+            "task.max_length: is 32, but the store holds the federation 'demo' with 64; put it",
         ),
         (
-            ["--aggregation-name", "norm-bound", "--aggregation-norm-max", "2.0"],
-            "aggregation.name: is 'norm-bound', but the store holds the federation 'demo' with 'me",
+            ["--server-step-name", "fedavgm", "--server-step-momentum", "0.5"],
+            "server_step.name: is 'fedavgm', but the store holds the federation 'demo' with 'aver",
         ),
         (
-            ["--seed", "7", "--rounds-count", "9"],
-            "rounds.count: is 9, but the store holds the "
-            "federation 'demo' with 10 (also changed: seed); put",
+            ["--seed", "7", "--rounds-mode", "asynchronous", "--rounds-report-goal", "2"],
+            "rounds.mode: is 'asynchronous', but the store holds the "
+            "federation 'demo' with 'synchronous' (also changed: seed); put",
         ),
     ],
 )
-def test_a_setting_that_is_not_the_stores_is_named(
+def test_a_setting_that_cannot_change_is_named(
     path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
 ) -> None:
     federation = _only(config.load(path, {}, {}))
     with contextlib.closing(SqlStore(f"sqlite:///{path.parent}/pf2lora.sqlite")) as store:
         store.create(federation.settings, federation.start)
-    assert cli.main(["serve", "--config", str(path), "--port", "0", *flags]) == 2
-    assert said in capsys.readouterr().err
+    for command in (["serve", "--port", "0"], ["check-config"]):
+        assert cli.main([*command, "--config", str(path), *flags]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_will_change_is_told_before_the_coordinator_starts(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federation = _only(config.load(path, {}, {}))
+    with contextlib.closing(SqlStore(f"sqlite:///{path.parent}/pf2lora.sqlite")) as store:
+        store.create(federation.settings, federation.start)
+    command = ["check-config", "--config", str(path)]
+    flags = ["--rounds-cohort", "4", "--training-learning-rate", "0.1"]
+    assert cli.main([*command, *flags, "--aggregation-name", "median"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"{path}: since it last ran training.learning_rate was 0.001 and is 0.1",
+        f"{path}: since it last ran rounds.cohort was 3 and is 4",
+        f"{path}: since it last ran aggregation.name was 'mean' and is 'median'",
+    ]
+    tls = ["--server-certificate", "no.pem", "--server-key", "no.key"]
+    assert cli.main([*command, *tls]) == 2
+    assert "server.certificate: " in capsys.readouterr().err
 
 
 def test_what_is_not_there_or_taken_is_named(

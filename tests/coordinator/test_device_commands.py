@@ -41,8 +41,8 @@ def test_a_list_has_a_line_a_device(
 ) -> None:
     assert _run(url, "list") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "aa11  pending      1970-01-01 00:00:00",
-        "aa22  quarantined  1970-01-02 00:00:00  3 rejected  NaN",
+        "aa11  pending      since 1970-01-01 00:00:00",
+        "aa22  quarantined  since 1970-01-02 00:00:00  3 rejected  NaN",
     ]
     assert _run(url, "list", "--json") == 0
     _, second = map(json.loads, capsys.readouterr().out.splitlines())

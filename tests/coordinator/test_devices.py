@@ -51,7 +51,7 @@ class DeviceStoreContract:
         assert devices.barred() == {}
 
     def test_a_token_enrols_one_device_in_its_time(self, devices: DeviceStore) -> None:
-        devices.add_token("secret", 100.0)
+        devices.add_tokens(["secret"], 100.0)
         approved = replace(ONE, status=DeviceStatus.APPROVED)
         assert devices.enrol(approved, "other", 50.0) is TokenUse.UNKNOWN
         assert devices.enrol(approved, "secret", 100.0) is TokenUse.EXPIRED
@@ -63,7 +63,7 @@ class DeviceStoreContract:
 
     def test_a_token_enrols_a_device_that_was_pending(self, devices: DeviceStore) -> None:
         devices.add(ONE)
-        devices.add_token("secret", 100.0)
+        devices.add_tokens(["secret"], 100.0)
         approved = replace(ONE, status=DeviceStatus.APPROVED)
         assert devices.enrol(approved, "secret", 50.0) is TokenUse.ACCEPTED
         assert devices.all() == [approved]
@@ -133,7 +133,7 @@ class TestSqlDevices(DeviceStoreContract):
         store.close()
 
     def test_a_token_is_nowhere_in_the_file(self, devices: DeviceStore, tmp_path: Path) -> None:
-        devices.add_token("not-to-be-found", 100.0)
+        devices.add_tokens(["not-to-be-found"], 100.0)
         for file in tmp_path.iterdir():
             assert b"not-to-be-found" not in file.read_bytes()
 
@@ -141,7 +141,7 @@ class TestSqlDevices(DeviceStoreContract):
         self, devices: DeviceStore, tmp_path: Path
     ) -> None:
         other = SqlStore(f"sqlite:///{tmp_path}/store.sqlite")
-        devices.add_token("secret", 100.0)
+        devices.add_tokens(["secret"], 100.0)
         assert devices.enrol(ONE, "secret", 50.0) is TokenUse.ACCEPTED
         assert other.devices.enrol(TWO, "secret", 50.0) is TokenUse.USED
         other.close()

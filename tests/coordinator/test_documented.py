@@ -229,7 +229,7 @@ def test_metrics_are_those_of_the_table(admin: AdminPort) -> None:
         Said("reviews", "d", Receipt("a", ReceiptStatus.LATE, ""), 1),
         Said("reviews", "d", Refusal(ErrorCode.TIMEOUT, "", 1.0), 1),
         Acted("reviews", OpenRound(9, 1, 9.0, ()), 0.1),
-        Acted("reviews", CloseRound(9, 1, False), 0.1),
+        Acted("reviews", CloseRound(9, 1, False, 0), 0.1),
         Called("load", 0.1),
     )
     _, _, body = admin.get("/metrics")

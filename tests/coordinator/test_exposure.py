@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 from coordinator import cli, config
 from coordinator.certificates import Authority
 from coordinator.errors import ConfigurationError
-from coordinator.security import is_open, server_tls
+from coordinator.security import is_open, log_exposure, server_tls
 from protocol.signing import channel_of
 from tests.coordinator.federation_file import TOML, write_federation
 
@@ -87,7 +87,7 @@ def test_settings_that_do_not_go_together_are_named(
         ("server.pem", None, r"server\.pem.*No such file"),
         ("server.key", b"rubbish", r"server\.certificate: "),
         ("server.pem", b"", r"server\.certificate: "),
-        ("ca.pem", b"rubbish", r"server\.client_ca: .*ca\.pem"),
+        ("ca.pem", b"rubbish", r"server\.client_ca: .*ca\.pem: holds no certificate in PEM"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(
@@ -98,6 +98,29 @@ def test_files_that_cannot_be_used_are_named(
     loaded = config.load(certified, {"server.client_ca": "ca.pem"}, {})
     with pytest.raises(ConfigurationError, match=problem):
         server_tls(loaded.server)
+
+
+def test_a_key_of_another_certificate_is_named(certified: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert cli.main(["certs", "--out", str(other), "--host", "127.0.0.1"]) == 0
+    (certified.parent / "server.key").write_bytes((other / "server.key").read_bytes())
+    with pytest.raises(ConfigurationError, match=r"server\.pem with .*: the key is another"):
+        server_tls(config.load(certified, {}, {}).server)
+
+
+@pytest.mark.parametrize(
+    ("days", "told"),
+    [(-0.001, "has expired: devices will refuse it"), (3.5, "expires in 3 days"), (80.0, None)],
+)
+def test_a_certificate_that_ends_soon_is_told_when_the_coordinator_starts(
+    certified: Path, days: float, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("server.pem", "server.key"):
+        (certified.parent / name).unlink()
+    Authority(certified.parent).issue_server(["127.0.0.1"], days)
+    server = config.load(certified, {}, {}).server
+    log_exposure(server, server_tls(server))
+    assert [told in line for line in caplog.messages if told] == ([True] if told else [])
 
 
 def test_an_encrypted_key_is_refused_and_not_asked_for(certified: Path) -> None:
@@ -143,7 +166,7 @@ def test_certs_makes_an_authority_once_and_overwrites_nothing(
     assert cli.main([*make, "--client", "ward-4"]) == 0
     assert (out / "ca.pem").read_bytes() == authority
     before = (out / "server.key").read_bytes()
-    assert cli.main([*make, "--host", "other.test"]) == 1
+    assert cli.main([*make, "--host", "other.test"]) == 2
     assert "server.pem exists already" in capsys.readouterr().err
     assert (out / "server.key").read_bytes() == before
 
@@ -163,5 +186,5 @@ def test_certs_makes_an_authority_once_and_overwrites_nothing(
 def test_certs_names_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
 ) -> None:
-    assert cli.main(["certs", "--out", str(tmp_path), *arguments]) in (1, 2)
+    assert cli.main(["certs", "--out", str(tmp_path), *arguments]) == 2
     assert problem in capsys.readouterr().err

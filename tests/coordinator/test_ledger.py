@@ -211,7 +211,7 @@ def _round(store: SqlStore) -> views.RoundView:
 def test_a_round_is_summed_up_by_quartiles_that_no_single_device_bends(store: SqlStore) -> None:
     _close_round(store, [1.0, 2.0, 3.0, 4.0, 1e300])
     assert _round(store).metrics == {}
-    _after(store, Acted("reviews", CloseRound(1, 1, True), 0.1))
+    _after(store, Acted("reviews", CloseRound(1, 1, True, 3), 0.1))
     found = _round(store)
     assert found.metrics["loss"] == views.MetricView(5, 2.0, 3.0, 4.0)
     assert found.metrics["own"].devices == 3
@@ -232,7 +232,7 @@ def test_the_greatest_metrics_there_are_stop_neither_the_page_nor_the_next_start
     store: SqlStore, told: list[float]
 ) -> None:
     _close_round(store, told)
-    _after(store, Acted("reviews", CloseRound(1, 1, True), 0.1))
+    _after(store, Acted("reviews", CloseRound(1, 1, True, 3), 0.1))
     loss = _round(store).metrics["loss"]
     assert all(map(math.isfinite, (loss.low, loss.median, loss.high)))
     asyncio.run(Ledger(store.database, at_once).begin(["reviews"]))

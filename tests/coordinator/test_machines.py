@@ -108,7 +108,7 @@ class Driver:
                 self.in_round += 1
                 assert self.in_round <= self.goal
                 return Kept(((device, assignment),))
-            case CloseRound(_, _, aggregate):
+            case CloseRound(_, _, aggregate, _):
                 return Closed(aggregate)
             case GoBack(number):
                 later = {n: count for n, count in self.attempts.items() if n > number}

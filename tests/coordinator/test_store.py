@@ -24,7 +24,7 @@ from coordinator.store.base import (
 )
 from coordinator.store.memory import MemoryStore
 from coordinator.store.sql import SqlStore
-from protocol.federation import WireDtype
+from protocol.federation import Rounds, WireDtype
 from protocol.messages import Metric
 from protocol.tensors import NamedTensors
 from tests.protocol.samples import SETTINGS
@@ -74,6 +74,18 @@ class StoreContract:
         assert snapshot.settings == SETTINGS
         assert snapshot.base.digest() == BASE.digest()
         assert (snapshot.rounds_done, snapshot.attempts, snapshot.open_round) == (0, {}, None)
+
+    def test_settings_are_changed_in_place(self, store: Store) -> None:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", _round())
+        store.close_round("demo", 1, 1, NEXT, 80.0)
+        longer = dataclasses.replace(SETTINGS, rounds=Rounds(count=99))
+        store.change_settings(longer)
+        snapshot = store.load("demo")
+        assert snapshot is not None
+        assert (snapshot.settings, snapshot.rounds_done) == (longer, 1)
+        with pytest.raises(StoreError, match="there is no federation 'other'"):
+            store.change_settings(dataclasses.replace(SETTINGS, name="other"))
 
     def test_an_open_round_and_its_reports_are_remembered(self, store: Store) -> None:
         store.create(SETTINGS, BASE)

@@ -39,6 +39,49 @@ def _filled(path: Path) -> SqlStore:
     return store
 
 
+def _run_rounds(store: SqlStore, numbers: range, update: NamedTensors = UPDATE) -> None:
+    for number in numbers:
+        store.open_round("demo", _round(number))
+        records = [dataclasses.replace(_report(d, number), update=update) for d in ("a", "b")]
+        store.keep_reports("demo", records)
+        store.close_round("demo", number, 1, NEXT, 90.0)
+
+
+def _size_of(store: SqlStore) -> int:
+    with store.database.begin() as db:
+        return int(db.scalar(sa.text("PRAGMA page_count")) or 0) * PAGE_BYTES
+
+
+def test_a_round_costs_as_much_after_a_hundred_as_at_first(tmp_path: Path) -> None:
+    steps: list[int] = []
+    with contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store:
+        store.create(SETTINGS, BASE)
+        with store.database.plain() as db:
+            sqlite = db.connection.driver_connection
+        assert isinstance(sqlite, sqlite3.Connection)
+        _run_rounds(store, range(1, 31))  # as many base versions as are ever kept
+        for numbers in (range(31, 36), range(36, 131), range(131, 136)):
+            steps.append(0)
+
+            def count() -> int:
+                steps[-1] += 1
+                return 0
+
+            sqlite.set_progress_handler(count, 10)
+            _run_rounds(store, numbers)
+    assert steps[2] < 1.3 * steps[0], steps
+
+
+def test_what_stays_of_reports_takes_no_room_for_their_updates(tmp_path: Path) -> None:
+    update = NamedTensors.from_arrays({"x.A": np.ones((1000, 3), np.float32)})
+    with contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store:
+        store.create(SETTINGS, BASE)
+        empty_bytes = _size_of(store)
+        _run_rounds(store, range(1, 61), update)
+        # 120 reports, of which each had 12 kB; and a page or two for each table and index.
+        assert _size_of(store) < empty_bytes + 120 * 1000 + 20 * PAGE_BYTES
+
+
 def test_wishes_are_written_down_and_wrong_ones_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

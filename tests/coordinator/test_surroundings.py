@@ -27,7 +27,8 @@ class Serving:
         self.process = subprocess.Popen([*under, *command], stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.log = self.process.stderr
-        self.said = self.log.readline() + self.log.readline()
+        # Where the federation stands, and both addresses.
+        self.said = "".join(self.log.readline() for _ in range(3))
         found = re.search(r"dashboard at (\S+)\n", self.said)
         assert found, self.said + self.log.read()
         self.dashboard = found[1]

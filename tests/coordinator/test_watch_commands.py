@@ -76,6 +76,21 @@ def test_what_is_not_there_is_told_by_exit_code(
     assert cli.main([command, "--store", f"sqlite:///{tmp_path}/none.sqlite"]) == 3
 
 
+def test_of_a_store_with_one_federation_its_rounds_are_listed_unnamed(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["rounds", "--store", url]) == 0
+    assert capsys.readouterr().out.startswith("round    1 ")
+
+
+def test_what_ends_the_daemon_is_a_line_of_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coordinator.cli", "serve", "--log-format", "json"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    line = json.loads(ended.stderr)
+    assert (ended.returncode, line["level"]) == (2, "CRITICAL")
+    assert line["message"].startswith("--config: federation.toml: No such file")
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_watch_follows_until_it_is_interrupted(store: SqlStore, url: str, flags: list[str]) -> None:
     command = [sys.executable, "-m", "coordinator.cli", "watch", "--store", url, *flags]

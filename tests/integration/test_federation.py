@@ -195,7 +195,7 @@ def test_a_device_is_enrolled_by_token_over_tls_and_known_from_then_on(tmp_path:
     file = _write_data(tmp_path / "d.jsonl", 0.5)
     with _coordinator(path) as address:
         store = SqlStore(f"sqlite:///{tmp_path}/pf2lora.sqlite")
-        store.devices.add_token("the-token", time.time() + 60.0)
+        store.devices.add_tokens(["the-token"], time.time() + 60.0)
         secure = address.replace("ws:", "wss:")
         trust: dict[str, Any] = {"ca_file": tmp_path / "ca.pem"}
         with EdgeClient(

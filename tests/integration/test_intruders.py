@@ -60,12 +60,12 @@ async def _unknown_token(outside: Outside) -> Message:
 
 
 async def _expired_token(outside: Outside) -> Message:
-    outside.devices.add_token("late", time.time() - 1.0)
+    outside.devices.add_tokens(["late"], time.time() - 1.0)
     return await (await outside.dial(BAD)).join("late")
 
 
 async def _used_token(outside: Outside) -> Message:
-    outside.devices.add_token("once", time.time() + 60.0)
+    outside.devices.add_tokens(["once"], time.time() + 60.0)
     first = await outside.dial(Identity.named("first"))
     assert isinstance(await first.join("once"), Joined)
     await first.link.close()
@@ -79,7 +79,7 @@ async def _revoked(outside: Outside) -> Message:
 
 async def _revoked_with_a_token(outside: Outside) -> Message:
     outside.approve(BAD, DeviceStatus.REVOKED)
-    outside.devices.add_token("fresh", time.time() + 60.0)
+    outside.devices.add_tokens(["fresh"], time.time() + 60.0)
     return await (await outside.dial(BAD)).join("fresh")
 
 

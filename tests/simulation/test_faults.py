@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from coordinator.control import Control, Wish
+from coordinator.store.base import Outcome
 from edge_client.errors import RefusedError, UnreachableError
 from protocol.errors import LocalProtocolError
 from protocol.fake_link import Faults
-from protocol.federation import Mode, Selection, WireDtype
+from protocol.federation import Mode, Selection, Weighting, WireDtype
 from protocol.messages import ReceiptStatus
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
@@ -109,7 +111,9 @@ def test_a_device_killed_mid_round_does_not_stop_the_round_past_its_deadline() -
     assert len(_finals(devices)) == 1
 
 
-def test_too_few_reports_abandon_the_round_and_the_next_attempt_counts() -> None:
+def test_too_few_reports_abandon_the_round_and_the_next_attempt_counts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     slow, quick = FakeDevice("slow", training_s=100.0), FakeDevice("quick")
     rules = settings(count=1, cohort=2, minimum_reports=2, deadline_s=50.0)
 
@@ -123,7 +127,9 @@ def test_too_few_reports_abandon_the_round_and_the_next_attempt_counts() -> None
         await asyncio.gather(first, second)
         return world
 
-    world = simulate(scenario)
+    with caplog.at_level(logging.WARNING):
+        world = simulate(scenario)
+    assert "round 1 abandoned: 1 reports, rounds.minimum_reports is 2" in caplog.messages
     outcomes = [(o.number, o.outcome.value, o.reports) for o in world.store.history("sim")]
     assert outcomes[0] == (1, "abandoned", 1)
     assert outcomes[-1] == (1, "aggregated", 2)
@@ -290,6 +296,45 @@ def test_a_stopped_federation_tells_its_devices_and_can_go_on_later() -> None:
     stopped_at, ended_at = simulate(scenario)
     assert 3 <= stopped_at <= 6
     assert ended_at == 10
+    assert len(_finals(devices)) == 1
+
+
+def test_a_federation_goes_on_with_other_rounds_after_a_restart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    devices = [FakeDevice(f"device-{i}", training_s=1.0 + 4 * i) for i in range(3)]
+    before = settings(count=3, cohort=3, minimum_reports=3, deadline_s=1e4)
+    after = settings(count=5, cohort=1, deadline_s=60.0)
+    # A sum for one report alone, of which two are kept.
+    after = replace(after, rounds=replace(after.rounds, weighting=Weighting.UNIFORM))
+
+    async def scenario() -> World:
+        world = World(before)
+        await world.start()
+        everyone = asyncio.gather(*(world.take_part(device) for device in devices))
+        await asyncio.sleep(9.0 + 6.0)  # in the second round, two of three have reported
+        await world.kill()
+        snapshot = world.store.load("sim")
+        assert snapshot is not None
+        assert len(snapshot.reported) == 2
+        world.settings = after
+        await world.start()
+        await everyone
+        return world
+
+    with caplog.at_level(logging.INFO):
+        world = simulate(scenario)
+    for line in (
+        "sim begins, new in this store: 0 of 3 rounds are done",
+        "sim: rounds.count was 3 and is 5",
+        "sim: round 2 is abandoned for them",
+        "sim goes on: 1 of 5 rounds are done",
+    ):
+        assert line in caplog.messages
+    told = [(o.number, o.attempt, o.outcome, o.reports) for o in world.store.history("sim")]
+    aggregated, abandoned = Outcome.AGGREGATED, Outcome.ABANDONED
+    assert told[:2] == [(1, 1, aggregated, 3), (2, 1, abandoned, 2)]
+    assert told[2:] == [(2, 2, aggregated, 1), *((n, 1, aggregated, 1) for n in (3, 4, 5))]
     assert len(_finals(devices)) == 1
 
 
