@@ -21,6 +21,7 @@ from edge_client.backends.base import (
     Evaluation,
     Export,
     FoundAnswer,
+    LabelMix,
     Level,
     Prediction,
     Trainer,
@@ -41,7 +42,7 @@ from edge_client.remembered import (
 from edge_client.session import FinishedReport, Offer
 from edge_client.splits import sample
 from edge_client.tasks import read_rows, rules_for
-from protocol.federation import FederationSettings, settings_to_json
+from protocol.federation import FederationSettings, Loss, settings_to_json
 from protocol.limits import EXAMPLES_MAX
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
@@ -199,11 +200,19 @@ class DeviceWorker:
             raise RuntimeError("the device has not been set up")
         return self._trainer
 
-    def evaluate(self, rows: list[Example], level: Level) -> Evaluation:
-        """Loss and accuracy on rows at one level; the rows must carry labels or answers."""
+    def evaluate(
+        self, rows: list[Example], level: Level, mix: LabelMix = LabelMix.OWN
+    ) -> Evaluation:
+        """Loss and accuracy on rows at one level; the rows must carry labels or answers.
+
+        Raises:
+            DataError: there are no rows.
+            ConfigurationError: the model knows the device's own mix of labels alone.
+        """
         if not rows:
             raise DataError("no rows to evaluate on: hold some out, or pass some")
-        return self.trainer.evaluate(self.trainer.encode(rows), level)
+        self._check_mix(mix)
+        return self.trainer.evaluate(self.trainer.encode(rows), level, mix)
 
     def save_pretrained(
         self, folder: Path, base_model: str, rank: int | str | None, energy: float
@@ -223,18 +232,26 @@ class DeviceWorker:
         return read_rows(source, self.settings.task, self._data.fields)
 
     def predict(
-        self, rows: Iterable[tuple[Place, object]], level: Level
+        self, rows: Iterable[tuple[Place, object]], level: Level, mix: LabelMix = LabelMix.OWN
     ) -> list[Prediction] | list[FoundAnswer]:
         """What is likeliest of rows without a label or an answer.
 
         Raises:
             DataError: a row is not what this kind of task predicts from; names its place.
+            ConfigurationError: the model knows the device's own mix of labels alone.
         """
+        self._check_mix(mix)
         rules = rules_for(self.settings.task)
         asked = [rules.asked(row, place, self._data.fields) for place, row in rows]
-        return self.trainer.predict(asked, level)
+        return self.trainer.predict(asked, level, mix)
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _check_mix(self, mix: LabelMix) -> None:
+        wanted = Loss.BALANCED_SOFTMAX
+        if mix is LabelMix.EVEN and self.settings.training.loss is not wanted:
+            problem = "an even mix is told apart from the device's own by one loss alone"
+            raise ConfigurationError("label_mix", problem, f'training.loss = "{wanted.value}"')
 
     def _set_up(self, settings: FederationSettings) -> None:
         self._settings, self._trainer = settings, None  # two models need not fit

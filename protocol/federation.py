@@ -63,6 +63,17 @@ class Selection(Enum):
     LEAST_RECENT = "least-recent"
 
 
+class Loss(Enum):
+    """What a device's training lowers; of a classification it may be the balanced softmax.
+
+    That one (Ren et al. 2020, arXiv 2007.10740) adds the log of the device's own label shares to
+    the logits: what is learned then is what a text says, and not which labels the device has most.
+    """
+
+    CROSS_ENTROPY = "cross-entropy"
+    BALANCED_SOFTMAX = "balanced-softmax"
+
+
 class OptimizerState(Enum):
     """Whether a device's optimizers remember their moments from round to round."""
 
@@ -147,6 +158,7 @@ class Training:
     optimizer_state: OptimizerState = OptimizerState.KEEP
     micro_batch_size: Annotated[int, Integer(0, 4096)] = 0
     gradient_checkpointing: bool = False
+    loss: Loss = Loss.CROSS_ENTROPY
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +287,10 @@ class FederationSettings:
                 "algorithm.personal_rank_max",
                 f"is under the personal rank of {self.adapter.personal_rank}; 0 leaves it fixed",
             )
+        is_balanced = self.training.loss is Loss.BALANCED_SOFTMAX
+        if is_balanced and self.task.kind is not TaskKind.SEQUENCE_CLASSIFICATION:
+            problem = f"must be 'cross-entropy': {self.task.kind.value} has no labels to balance"
+            raise SchemaError("training.loss", problem)
         if isinstance(self.algorithm, HetLoRA) and not isinstance(self.aggregation, Mean):
             raise SchemaError("aggregation.name", "must be 'mean': hetlora has weights of its own")
         if isinstance(self.algorithm, HetLoRA) and self.rounds.mode is Mode.ASYNCHRONOUS:

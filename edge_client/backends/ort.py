@@ -26,7 +26,7 @@ from edge_client.backends.trainer import FlatTrainer, Shape, start_of
 from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
 from edge_client.tasks.base import Score, cross_entropy
-from protocol.federation import FederationSettings, Group
+from protocol.federation import FederationSettings, Group, Loss
 from protocol.fingerprints import difference
 from protocol.methods import Hypergradient, PF2LoRA, PFedLoRA
 from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
@@ -209,6 +209,9 @@ def load_trainer(
             "exact needs second derivatives, which the ort backend does not have",
             f"{_FIRST_ORDER} in the federation, or a torch device",
         )
+    if settings.training.loss is Loss.BALANCED_SOFTMAX:
+        problem = f"ort has no {Loss.BALANCED_SOFTMAX.value}: the loss is in the compiled graph"
+        raise ConfigurationError("training.loss", problem, "cross-entropy, or a torch device")
     if isinstance(algorithm, PFedLoRA):
         problem = "ort does not do pfedlora: a compiled layer has no projections"
         raise ConfigurationError("backend", problem, "torch")

@@ -26,6 +26,7 @@ from edge_client.backends.base import (
     Evaluation,
     Export,
     FoundAnswer,
+    LabelMix,
     Level,
     Prediction,
     RankReport,
@@ -38,7 +39,7 @@ from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
-from protocol.federation import FederationSettings, OptimizerState, WireDtype
+from protocol.federation import FederationSettings, Loss, OptimizerState, WireDtype
 from protocol.methods import HetLoRA
 from protocol.peft_layout import PeftAdapter
 from protocol.tensors import NamedTensors, TensorSpec, truncated
@@ -112,13 +113,15 @@ class FlatTrainer(abc.ABC):
         self._state = AlgorithmState()
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
         self._rules = rules_for(settings.task)
+        # What the loss adds to logits [labels], and answers for the device's own mix do.
+        self._label_offset: np.ndarray[Any, Any] | None = None
 
     def become(self, seed: int) -> None:
         """Be another device, one that has just begun: for simulations of many in one process."""
         self._seed = seed
         self._algorithm = algorithm_for(self._settings, seed)
         self._state = AlgorithmState()
-        self._own_common = None
+        self._own_common = self._label_offset = None
         start = {
             name: start_of(name, shape, self._shape.head_modules, self._settings.seed, seed)
             for name, shape in self._personal.shapes.items()
@@ -240,9 +243,8 @@ class FlatTrainer(abc.ABC):
             for name, array in arrays.items()
         }
 
-    def train(
-        self, rows: Sequence[EncodedRow], first_step: int, round_number: int = 1
-    ) -> LocalResult:
+    def train(self, rows: EncodedRows, first_step: int, round_number: int = 1) -> LocalResult:
+        self._look_at_labels(rows)
         if self._settings.training.optimizer_state is OptimizerState.RESET:
             self._state.forget_moments()
         # Without dropout, quantised or not: nothing here is random.
@@ -254,7 +256,8 @@ class FlatTrainer(abc.ABC):
             plans(self._settings, round_number),
         )
 
-    def personalise(self, rows: Sequence[EncodedRow]) -> None:
+    def personalise(self, rows: EncodedRows) -> None:
+        self._look_at_labels(rows)
         shared = self._common.values * 1.0
         try:
             self._algorithm.personalise(self.oracle, self._stream(rows, 0))
@@ -263,14 +266,14 @@ class FlatTrainer(abc.ABC):
         finally:
             self._common.values[:] = shared
 
-    def evaluate(self, rows: EncodedRows, level: Level) -> Evaluation:
-        with self._at(level):
+    def evaluate(self, rows: EncodedRows, level: Level, mix: LabelMix = LabelMix.OWN) -> Evaluation:
+        with self._at(level, mix):
             return self._evaluate(rows)
 
     def predict(
-        self, rows: Sequence[Example], level: Level
+        self, rows: Sequence[Example], level: Level, mix: LabelMix = LabelMix.OWN
     ) -> list[Prediction] | list[FoundAnswer]:
-        with self._at(level):
+        with self._at(level, mix):
             return self._rules.predict(rows, self._model_now)
 
     def generate(self, prompt: str, new_tokens_max: int, level: Level = Level.PERSONAL) -> str:
@@ -288,8 +291,9 @@ class FlatTrainer(abc.ABC):
     def save_pretrained(
         self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: EncodedRows
     ) -> Export:
-        full = self.evaluate(rows, Level.PERSONAL) if rows else None
-        with self._at(Level.PERSONAL):
+        # What is written answers for an even mix, where the loss sets the own one apart.
+        full = self.evaluate(rows, Level.PERSONAL, LabelMix.EVEN) if rows else None
+        with self._at(Level.PERSONAL, LabelMix.EVEN):
             trained = self._trained()
             smaller = {
                 name: factor_math.cut(*trained.factors[name], rank) for name, rank in ranks.items()
@@ -332,6 +336,10 @@ class FlatTrainer(abc.ABC):
         self._state.vectors["feedback"] = as_vector(flat - update.flat(), self._common.values)
         return update
 
+    def _look_at_labels(self, rows: EncodedRows) -> None:
+        if self._settings.training.loss is Loss.BALANCED_SOFTMAX:
+            self._label_offset = self._rules.log_shares(rows)
+
     @property
     def _model_now(self) -> Model:
         return Model(self._tokenizer, self._batches, self._score, self._logits, self._length_max)
@@ -340,9 +348,11 @@ class FlatTrainer(abc.ABC):
         return self._rules.evaluate(rows, self._model_now)
 
     @contextlib.contextmanager
-    def _at(self, level: Level) -> Iterator[None]:
-        """Within the block the model is what it is at that level."""
-        shared = None
+    def _at(self, level: Level, mix: LabelMix = LabelMix.OWN) -> Iterator[None]:
+        """Within the block the model is what it is at that level, for that mix."""
+        shared, offset = None, self._label_offset
+        if mix is LabelMix.EVEN:
+            self._label_offset = None
         if level is Level.PERSONAL and self._own_common is not None:
             shared = self._common.values * 1.0
             self._common.values[:] = self._own_common
@@ -350,6 +360,7 @@ class FlatTrainer(abc.ABC):
             with self._running_at(level):
                 yield
         finally:
+            self._label_offset = offset
             if shared is not None:
                 self._common.values[:] = shared
 

@@ -123,6 +123,14 @@ class TaskRules(abc.ABC):
         """Logits [..., classes] beside the targets [...] that they foretell; torch's or NumPy's."""
         return logits, targets
 
+    def log_shares(self, rows: EncodedRows) -> NDArray[np.float32]:  # noqa: ARG002
+        """The log of each label's share of some rows, [labels].
+
+        Raises:
+            AdapterError: this kind has no labels.
+        """
+        raise AdapterError(f"{self.task.kind.value} has no labels")
+
     @abc.abstractmethod
     def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
         """Loss and scores on rows."""

@@ -53,6 +53,12 @@ class Classification(TaskRules):
     def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
         return np.array([row.targets[0] for row in rows], np.int64)
 
+    def log_shares(self, rows: EncodedRows) -> NDArray[np.float32]:
+        """Each label counted once more than it is there: none is impossible."""
+        counts = 1 + np.bincount(rows.targets[:, 0], minlength=len(self.task.labels))
+        shares: NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
+        return shares
+
     def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
         whole = score_of(rows, model)
         hits, labels = whole.hits, whole.labels
