@@ -16,6 +16,7 @@ from protocol.federation import (
     Backbone,
     FederationSettings,
     Group,
+    Loss,
     Mode,
     Rounds,
     Task,
@@ -98,6 +99,8 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
             algorithm = replace(algorithm, shared_width=width)
         elif backbone is None:
             backbone = Backbone("any", "sha256:" + "0" * 64)
+        if values[2].kind is not TaskKind.SEQUENCE_CLASSIFICATION:
+            training = replace(training, loss=Loss.CROSS_ENTROPY)
         plain = isinstance(algorithm, HetLoRA) or rounds.minimum_reports < 5
         aggregation = Mean() if plain else values[7]
         if isinstance(aggregation, MultiKrum):
