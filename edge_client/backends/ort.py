@@ -26,10 +26,10 @@ from edge_client.backends.trainer import FlatTrainer, Shape, start_of
 from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
 from edge_client.tasks.base import Score, cross_entropy
-from protocol.federation import FederationSettings, Group, Loss
+from protocol.federation import FederationSettings, Group
 from protocol.fingerprints import difference
 from protocol.methods import Hypergradient, PF2LoRA, PFedLoRA
-from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
+from quantization.artifact import LABEL_OFFSET, SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
 from quantization.tasks import IGNORED
 from quantization.tokenizer_digest import with_tokenizer
@@ -111,7 +111,11 @@ class OrtTrainer(FlatTrainer):
     # --- inside -------------------------------------------------------------------------------
 
     def _run(self, batch: Batch) -> float:
-        return self._gradient_graph.run({**self._inputs(batch), TARGETS: batch.targets})
+        given = {**self._inputs(batch), TARGETS: batch.targets}
+        if count := self._artifact.manifest.label_count:
+            offset = self._label_offset
+            given[LABEL_OFFSET] = np.zeros(count, np.float32) if offset is None else offset
+        return self._gradient_graph.run(given)
 
     def _inputs(self, batch: Batch) -> Arrays:
         return {name: batch.inputs[name] for name in self._artifact.manifest.batch_inputs}
@@ -119,7 +123,8 @@ class OrtTrainer(FlatTrainer):
     def _logits(self, batch: Batch) -> np.ndarray[Any, Any]:
         if self._evaluation_graph is None:
             self._evaluation_graph = EvaluationGraph(self._artifact)
-        return self._evaluation_graph.run({**self._inputs(batch), **self._at_present_level()})
+        logits = self._evaluation_graph.run({**self._inputs(batch), **self._at_present_level()})
+        return logits if self._label_offset is None else logits + self._label_offset
 
     def _at_present_level(self) -> Arrays:
         arrays = {SCALE: self._scale, **self._arrays}
@@ -209,9 +214,6 @@ def load_trainer(
             "exact needs second derivatives, which the ort backend does not have",
             f"{_FIRST_ORDER} in the federation, or a torch device",
         )
-    if settings.training.loss is Loss.BALANCED_SOFTMAX:
-        problem = f"ort has no {Loss.BALANCED_SOFTMAX.value}: the loss is in the compiled graph"
-        raise ConfigurationError("training.loss", problem, "cross-entropy, or a torch device")
     if isinstance(algorithm, PFedLoRA):
         problem = "ort does not do pfedlora: a compiled layer has no projections"
         raise ConfigurationError("backend", problem, "torch")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from edge_client.backends.base import Level
+from edge_client.backends.base import LabelMix, Level
 from edge_client.backends.trainer import FlatTrainer
 from edge_client.data import Answer, Example
 from edge_client.splits import seeded
@@ -17,6 +17,7 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
+    Loss,
     Task,
     TaskKind,
     Training,
@@ -87,6 +88,7 @@ def _cases() -> dict[str, Case]:
         "minilm-first-order": (PF2LoRA(first, separate_batches=True), {}),
         "minilm-optimistic": (PF2LoRA(Hypergradient.OPTIMISTIC), {}),
         "minilm-parts": (PF2LoRA(), {"micro_batch_size": 2, "clip_norm": 0.5}),
+        "minilm-balanced": (PF2LoRA(), {"loss": Loss.BALANCED_SOFTMAX}),
         "minilm-own-ranks": (PF2LoRA(personal_rank_max=3), {"local_steps": 2}),
         "homlora": (HomLoRA(), {}),
         "local": (LocalOnly(), {}),
@@ -130,7 +132,7 @@ def rows_of(case: Case) -> list[Example]:
         Example(
             text[:40] if is_causal else text,
             texts[-1 - i][:60] if i % 3 else None,
-            None if is_causal else i % 2,
+            None if is_causal else int(i % 3 == 1),
         )
         for i, text in enumerate(texts[:20])
     ]
@@ -179,6 +181,7 @@ def outlook(trainer: FlatTrainer, case: Case, folder: Path) -> dict[str, Any]:
     """What a device is asked besides training, in plain numbers; PEFT files go into the folder."""
     settle(trainer)
     rows = trainer.encode(rows_of(case))
+    trainer.personalise(rows)
     ranks = dict.fromkeys(trainer.rank_report(), 2)
     base = "the base model"
     for name, wanted in (("whole", {}), ("cut", ranks)):
@@ -186,7 +189,10 @@ def outlook(trainer: FlatTrainer, case: Case, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "levels": [
             [found.loss, *found.scores.values()]
-            for found in (trainer.evaluate(rows, level) for level in Level)
+            for found in (
+                *(trainer.evaluate(rows, level) for level in Level),
+                trainer.evaluate(rows, Level.PERSONAL, LabelMix.EVEN),
+            )
         ],
         "ranks": [list(astuple(one)) for one in trainer.rank_report().values()],
     }

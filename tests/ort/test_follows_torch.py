@@ -45,7 +45,7 @@ def test_losses_and_both_levels_follow_step_by_step(artifacts: Path, name: str) 
     assert max(errors.values()) < MOVED
 
 
-@pytest.mark.parametrize("name", ["minilm", "stories", "answers"])
+@pytest.mark.parametrize("name", ["minilm", "minilm-balanced", "stories", "answers"])
 def test_a_trained_model_answers_alike_and_is_written_alike(
     artifacts: Path, tmp_path: Path, name: str
 ) -> None:
