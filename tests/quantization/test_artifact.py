@@ -131,7 +131,7 @@ def test_a_foreign_file(folder):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"format": 2}, "format 2 is not known here: this version reads 3"),
+        ({"format": 2}, "format 2 is not known here: this version reads 4"),
         ({"format": ...}, "format is missing"),
         ({"scheme": "int2"}, "'int2' is none of none, int8, int4, nf4"),
         ({"task": "regression"}, "'regression' is none of"),
