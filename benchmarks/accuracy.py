@@ -31,7 +31,7 @@ from benchmarks.simulation import Clock, SimulatedDevice, labels_in, run_federat
 from benchmarks.tasks import TASKS, DeviceRows, Task, deal, labels_of
 from edge_client.backends.torch_backend import load_trainer
 from edge_client.splits import seeded
-from protocol.federation import FederationSettings, Loss
+from protocol.federation import FederationSettings
 from quantization.backbone import resolve_backbone
 from quantization.fingerprint import fingerprint
 
@@ -260,7 +260,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "training_rows": sizes,
         "took_s": round(time.perf_counter() - started, 1),
     }
-    if settings.training.loss is Loss.BALANCED_SOFTMAX:
+    if (cell["rounds"], "personal even") in devices[0].results:
         record["even_mix"] = {
             "devices": _of_all(devices, cell["rounds"], "personal even"),
             "devices_common": _of_all(devices, cell["rounds"], "common even"),

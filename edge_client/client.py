@@ -219,8 +219,7 @@ class EdgeClient:
         Args:
             data: rows with labels or answers.
             level: how much of the adapter is at work.
-            label_mix: EVEN answers as if all labels were equally frequent; for a classification
-                that is trained with the balanced softmax (docs/methods.md).
+            label_mix: EVEN answers as if all labels were equally frequent (docs/methods.md).
         """
         self._check_asked(level, label_mix)
         with self._worker.ready():

@@ -42,7 +42,7 @@ from edge_client.remembered import (
 from edge_client.session import FinishedReport, Offer
 from edge_client.splits import sample
 from edge_client.tasks import read_rows, rules_for
-from protocol.federation import FederationSettings, Loss, settings_to_json
+from protocol.federation import FederationSettings, settings_to_json
 from protocol.limits import EXAMPLES_MAX
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
@@ -207,11 +207,10 @@ class DeviceWorker:
 
         Raises:
             DataError: there are no rows.
-            ConfigurationError: the model knows the device's own mix of labels alone.
+            ConfigurationError: the model cannot answer for that mix of labels.
         """
         if not rows:
             raise DataError("no rows to evaluate on: hold some out, or pass some")
-        self._check_mix(mix)
         return self.trainer.evaluate(self.trainer.encode(rows), level, mix)
 
     def save_pretrained(
@@ -238,20 +237,13 @@ class DeviceWorker:
 
         Raises:
             DataError: a row is not what this kind of task predicts from; names its place.
-            ConfigurationError: the model knows the device's own mix of labels alone.
+            ConfigurationError: the model cannot answer for that mix of labels.
         """
-        self._check_mix(mix)
         rules = rules_for(self.settings.task)
         asked = [rules.asked(row, place, self._data.fields) for place, row in rows]
         return self.trainer.predict(asked, level, mix)
 
     # --- inside -------------------------------------------------------------------------------
-
-    def _check_mix(self, mix: LabelMix) -> None:
-        wanted = Loss.BALANCED_SOFTMAX
-        if mix is LabelMix.EVEN and self.settings.training.loss is not wanted:
-            problem = "an even mix is told apart from the device's own by one loss alone"
-            raise ConfigurationError("label_mix", problem, f'training.loss = "{wanted.value}"')
 
     def _set_up(self, settings: FederationSettings) -> None:
         self._settings, self._trainer = settings, None  # two models need not fit

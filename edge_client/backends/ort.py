@@ -112,9 +112,8 @@ class OrtTrainer(FlatTrainer):
 
     def _run(self, batch: Batch) -> float:
         given = {**self._inputs(batch), TARGETS: batch.targets}
-        if count := self._artifact.manifest.label_count:
-            offset = self._label_offset
-            given[LABEL_OFFSET] = np.zeros(count, np.float32) if offset is None else offset
+        if self._artifact.manifest.label_count:
+            given[LABEL_OFFSET] = self._label_offset.or_zeros()
         return self._gradient_graph.run(given)
 
     def _inputs(self, batch: Batch) -> Arrays:
@@ -123,8 +122,8 @@ class OrtTrainer(FlatTrainer):
     def _logits(self, batch: Batch) -> np.ndarray[Any, Any]:
         if self._evaluation_graph is None:
             self._evaluation_graph = EvaluationGraph(self._artifact)
-        logits = self._evaluation_graph.run({**self._inputs(batch), **self._at_present_level()})
-        return logits if self._label_offset is None else logits + self._label_offset
+        given = {**self._inputs(batch), **self._at_present_level()}
+        return self._label_offset.added_to(self._evaluation_graph.run(given))
 
     def _at_present_level(self) -> Arrays:
         arrays = {SCALE: self._scale, **self._arrays}

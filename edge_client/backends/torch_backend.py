@@ -245,7 +245,7 @@ class TorchTrainer(FlatTrainer):
 
     def _with_offset(self, logits: Tensor) -> Tensor:
         """Float32 logits, as the loss and answers want them."""
-        logits, offset = logits.float(), self._label_offset
+        logits, offset = logits.float(), self._label_offset.now
         return logits if offset is None else logits + self._placed(offset)
 
 

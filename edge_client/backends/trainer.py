@@ -33,13 +33,14 @@ from edge_client.backends.base import (
 )
 from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer, batch_of
 from edge_client.backends.flat import FlatGroup
+from edge_client.backends.label_offset import LabelOffset
 from edge_client.data import Example
 from edge_client.factors import Factor
 from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
-from protocol.federation import FederationSettings, Loss, OptimizerState, WireDtype
+from protocol.federation import FederationSettings, Group, OptimizerState, WireDtype
 from protocol.methods import HetLoRA
 from protocol.peft_layout import PeftAdapter
 from protocol.tensors import NamedTensors, TensorSpec, truncated
@@ -113,15 +114,18 @@ class FlatTrainer(abc.ABC):
         self._state = AlgorithmState()
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
         self._rules = rules_for(settings.task)
-        # What the loss adds to logits [labels], and answers for the device's own mix do.
-        self._label_offset: np.ndarray[Any, Any] | None = None
+        head = self._algorithm.layout(settings.adapter).head
+        self._label_offset = LabelOffset(
+            settings.task, settings.training.loss, head_is_personal=head is Group.PERSONAL
+        )
 
     def become(self, seed: int) -> None:
         """Be another device, one that has just begun: for simulations of many in one process."""
         self._seed = seed
         self._algorithm = algorithm_for(self._settings, seed)
         self._state = AlgorithmState()
-        self._own_common = self._label_offset = None
+        self._own_common = None
+        self._label_offset.forget()
         start = {
             name: start_of(name, shape, self._shape.head_modules, self._settings.seed, seed)
             for name, shape in self._personal.shapes.items()
@@ -244,7 +248,7 @@ class FlatTrainer(abc.ABC):
         }
 
     def train(self, rows: EncodedRows, first_step: int, round_number: int = 1) -> LocalResult:
-        self._look_at_labels(rows)
+        self._label_offset.learn(self._rules.log_shares(rows))
         if self._settings.training.optimizer_state is OptimizerState.RESET:
             self._state.forget_moments()
         # Without dropout, quantised or not: nothing here is random.
@@ -257,7 +261,7 @@ class FlatTrainer(abc.ABC):
         )
 
     def personalise(self, rows: EncodedRows) -> None:
-        self._look_at_labels(rows)
+        self._label_offset.learn(self._rules.log_shares(rows))
         shared = self._common.values * 1.0
         try:
             self._algorithm.personalise(self.oracle, self._stream(rows, 0))
@@ -267,13 +271,13 @@ class FlatTrainer(abc.ABC):
             self._common.values[:] = shared
 
     def evaluate(self, rows: EncodedRows, level: Level, mix: LabelMix = LabelMix.OWN) -> Evaluation:
-        with self._at(level, mix):
+        with self._at(level), self._label_offset.answering(mix):
             return self._evaluate(rows)
 
     def predict(
         self, rows: Sequence[Example], level: Level, mix: LabelMix = LabelMix.OWN
     ) -> list[Prediction] | list[FoundAnswer]:
-        with self._at(level, mix):
+        with self._at(level), self._label_offset.answering(mix):
             return self._rules.predict(rows, self._model_now)
 
     def generate(self, prompt: str, new_tokens_max: int, level: Level = Level.PERSONAL) -> str:
@@ -291,9 +295,8 @@ class FlatTrainer(abc.ABC):
     def save_pretrained(
         self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: EncodedRows
     ) -> Export:
-        # What is written answers for an even mix, where the loss sets the own one apart.
-        full = self.evaluate(rows, Level.PERSONAL, LabelMix.EVEN) if rows else None
-        with self._at(Level.PERSONAL, LabelMix.EVEN):
+        with self._at(Level.PERSONAL), self._label_offset.left_out():  # as PEFT will answer
+            full = self._evaluate(rows) if rows else None
             trained = self._trained()
             smaller = {
                 name: factor_math.cut(*trained.factors[name], rank) for name, rank in ranks.items()
@@ -336,10 +339,6 @@ class FlatTrainer(abc.ABC):
         self._state.vectors["feedback"] = as_vector(flat - update.flat(), self._common.values)
         return update
 
-    def _look_at_labels(self, rows: EncodedRows) -> None:
-        if self._settings.training.loss is Loss.BALANCED_SOFTMAX:
-            self._label_offset = self._rules.log_shares(rows)
-
     @property
     def _model_now(self) -> Model:
         return Model(self._tokenizer, self._batches, self._score, self._logits, self._length_max)
@@ -348,11 +347,9 @@ class FlatTrainer(abc.ABC):
         return self._rules.evaluate(rows, self._model_now)
 
     @contextlib.contextmanager
-    def _at(self, level: Level, mix: LabelMix = LabelMix.OWN) -> Iterator[None]:
-        """Within the block the model is what it is at that level, for that mix."""
-        shared, offset = None, self._label_offset
-        if mix is LabelMix.EVEN:
-            self._label_offset = None
+    def _at(self, level: Level) -> Iterator[None]:
+        """Within the block the model is what it is at that level."""
+        shared = None
         if level is Level.PERSONAL and self._own_common is not None:
             shared = self._common.values * 1.0
             self._common.values[:] = self._own_common
@@ -360,7 +357,6 @@ class FlatTrainer(abc.ABC):
             with self._running_at(level):
                 yield
         finally:
-            self._label_offset = offset
             if shared is not None:
                 self._common.values[:] = shared
 

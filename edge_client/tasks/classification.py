@@ -54,8 +54,9 @@ class Classification(TaskRules):
         return np.array([row.targets[0] for row in rows], np.int64)
 
     def log_shares(self, rows: EncodedRows) -> NDArray[np.float32]:
-        """Each label counted once more than it is there: none is impossible."""
-        counts = 1 + np.bincount(rows.targets[:, 0], minlength=len(self.task.labels))
+        """With one row more that has all labels in equal parts: none is impossible."""
+        labels = len(self.task.labels)
+        counts = np.bincount(rows.targets[:, 0], minlength=labels) + 1.0 / labels
         shares: NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
         return shares
 

@@ -16,6 +16,7 @@ from edge_client.client import EdgeClient, LabelMix
 from edge_client.errors import ConfigurationError
 from edge_client.tasks.base import cross_entropy
 from protocol.federation import FederationSettings, Loss, Task, TaskKind
+from protocol.methods import HomLoRA
 from protocol.scalars import SchemaError
 from tests.integration.device import SETTINGS, Device
 
@@ -32,7 +33,7 @@ def _settings(loss: Loss = Loss.BALANCED_SOFTMAX, **training: Any) -> Federation
 
 def _log_shares(device: Device) -> np.ndarray:
     labels = [row.label for row in device.worker.training_rows]
-    counts = 1.0 + np.bincount(np.array(labels, np.int64), minlength=2)
+    counts = 0.5 + np.bincount(np.array(labels, np.int64), minlength=2)
     return np.log(counts / counts.sum())
 
 
@@ -108,10 +109,21 @@ def test_an_app_and_the_shell_ask_for_an_even_mix(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == scores.loss
 
 
-def test_what_has_no_labels_or_has_learned_their_shares_says_so(tmp_path: Path) -> None:
+def test_shares_that_a_personal_head_has_learned_are_taken_out_of_its_answers(
+    tmp_path: Path,
+) -> None:
     device = Device(tmp_path, _settings(Loss.CROSS_ENTROPY), rows=ROWS)
+    device.round(1)
+    own, even = _logits(device, LabelMix.OWN), _logits(device, LabelMix.EVEN)
+    assert np.diff(own - even) == pytest.approx(np.diff(_log_shares(device))[0], abs=1e-4)
+
+
+def test_what_cannot_answer_for_an_even_mix_says_so(tmp_path: Path) -> None:
+    settings = _settings(Loss.CROSS_ENTROPY)
+    device = Device(tmp_path, replace(settings, algorithm=HomLoRA()), rows=ROWS)
     device.round(1)
     with pytest.raises(ConfigurationError, match=r'^label_mix: .*; use training.loss = "balanced-'):
         _logits(device, LabelMix.EVEN)
+    assert _logits(device, LabelMix.OWN).shape == (8, 2)
     with pytest.raises(SchemaError, match=r"^training.loss: must be 'cross-entropy': causal-lm"):
         replace(_settings(), task=Task(TaskKind.CAUSAL_LM))
