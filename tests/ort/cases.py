@@ -186,14 +186,11 @@ def outlook(trainer: FlatTrainer, case: Case, folder: Path) -> dict[str, Any]:
     base = "the base model"
     for name, wanted in (("whole", {}), ("cut", ranks)):
         trainer.save_pretrained(folder / name, base, wanted, rows)
+    evaluations = [trainer.evaluate(rows, level) for level in Level]
+    if case.settings.task.labels:
+        evaluations.append(trainer.evaluate(rows, Level.PERSONAL, LabelMix.EVEN))
     found: dict[str, Any] = {
-        "levels": [
-            [found.loss, *found.scores.values()]
-            for found in (
-                *(trainer.evaluate(rows, level) for level in Level),
-                trainer.evaluate(rows, Level.PERSONAL, LabelMix.EVEN),
-            )
-        ],
+        "levels": [[one.loss, *one.scores.values()] for one in evaluations],
         "ranks": [list(astuple(one)) for one in trainer.rank_report().values()],
     }
     if case.settings.task.kind is TaskKind.CAUSAL_LM:
