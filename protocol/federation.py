@@ -35,6 +35,17 @@ class TaskKind(Enum):
     QUESTION_ANSWERING = "question-answering"
 
 
+class Loss(Enum):
+    """What training lowers; for a classification it may be that of the balanced softmax.
+
+    That one (Ren et al. 2020, arXiv 2007.10740) adds the log of the device's own label shares to
+    the logits: what is learned then is what a text says, and not which labels the device has most.
+    """
+
+    CROSS_ENTROPY = "cross-entropy"
+    BALANCED_SOFTMAX = "balanced-softmax"
+
+
 class Group(Enum):
     """Which level a trainable tensor belongs to: only the common group is ever sent."""
 
@@ -61,17 +72,6 @@ class Selection(Enum):
 
     UNIFORM = "uniform"
     LEAST_RECENT = "least-recent"
-
-
-class Loss(Enum):
-    """What a device's training lowers; of a classification it may be the balanced softmax.
-
-    That one (Ren et al. 2020, arXiv 2007.10740) adds the log of the device's own label shares to
-    the logits: what is learned then is what a text says, and not which labels the device has most.
-    """
-
-    CROSS_ENTROPY = "cross-entropy"
-    BALANCED_SOFTMAX = "balanced-softmax"
 
 
 class OptimizerState(Enum):
@@ -107,6 +107,7 @@ class Task:
     kind: TaskKind
     labels: Annotated[tuple[Label, ...], Items(limits.LABELS_MAX)] = ()
     max_length: Annotated[int, Integer(4, 1 << 20)] = 64
+    loss: Loss = Loss.CROSS_ENTROPY
 
     def __post_init__(self) -> None:
         if self.kind is TaskKind.SEQUENCE_CLASSIFICATION:
@@ -114,6 +115,9 @@ class Task:
                 raise SchemaError("labels", f"{self.kind.value} needs two labels or more")
         elif self.labels:
             raise SchemaError("labels", f"{self.kind.value} takes no labels")
+        elif self.loss is Loss.BALANCED_SOFTMAX:
+            problem = f"must be 'cross-entropy': {self.kind.value} has no labels to balance"
+            raise SchemaError("loss", problem)
         if len(set(self.labels)) != len(self.labels):
             raise SchemaError("labels", "a label is named twice")
 
@@ -158,7 +162,6 @@ class Training:
     optimizer_state: OptimizerState = OptimizerState.KEEP
     micro_batch_size: Annotated[int, Integer(0, 4096)] = 0
     gradient_checkpointing: bool = False
-    loss: Loss = Loss.CROSS_ENTROPY
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,10 +290,6 @@ class FederationSettings:
                 "algorithm.personal_rank_max",
                 f"is under the personal rank of {self.adapter.personal_rank}; 0 leaves it fixed",
             )
-        is_balanced = self.training.loss is Loss.BALANCED_SOFTMAX
-        if is_balanced and self.task.kind is not TaskKind.SEQUENCE_CLASSIFICATION:
-            problem = f"must be 'cross-entropy': {self.task.kind.value} has no labels to balance"
-            raise SchemaError("training.loss", problem)
         if isinstance(self.algorithm, HetLoRA) and not isinstance(self.aggregation, Mean):
             raise SchemaError("aggregation.name", "must be 'mean': hetlora has weights of its own")
         if isinstance(self.algorithm, HetLoRA) and self.rounds.mode is Mode.ASYNCHRONOUS:

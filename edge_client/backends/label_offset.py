@@ -23,9 +23,9 @@ from protocol.federation import Loss, Task
 class LabelOffset:
     """`now` [labels] is added to logits at present, in the loss and in answers; None is nothing."""
 
-    def __init__(self, task: Task, loss: Loss, *, head_is_personal: bool) -> None:
+    def __init__(self, task: Task, *, head_is_personal: bool) -> None:
         self._task = task
-        self._is_balanced = loss is Loss.BALANCED_SOFTMAX
+        self._is_balanced = task.loss is Loss.BALANCED_SOFTMAX
         self._head_is_personal = head_is_personal
         self.forget()
 
@@ -54,7 +54,7 @@ class LabelOffset:
             return self.left_out()
         if not self._head_is_personal:
             problem = "a head that all devices share has learned no device's own shares of labels"
-            use = f'training.loss = "{Loss.BALANCED_SOFTMAX.value}" in the federation'
+            use = f'task.loss = "{Loss.BALANCED_SOFTMAX.value}" in the federation'
             raise ConfigurationError("label_mix", problem, use)
         return self._being(-self._log_shares)
 

@@ -115,9 +115,7 @@ class FlatTrainer(abc.ABC):
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
         self._rules = rules_for(settings.task)
         head = self._algorithm.layout(settings.adapter).head
-        self._label_offset = LabelOffset(
-            settings.task, settings.training.loss, head_is_personal=head is Group.PERSONAL
-        )
+        self._label_offset = LabelOffset(settings.task, head_is_personal=head is Group.PERSONAL)
 
     def become(self, seed: int) -> None:
         """Be another device, one that has just begun: for simulations of many in one process."""

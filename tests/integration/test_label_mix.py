@@ -28,7 +28,8 @@ ROWS = [
 
 
 def _settings(loss: Loss = Loss.BALANCED_SOFTMAX, **training: Any) -> FederationSettings:
-    return replace(SETTINGS, training=replace(SETTINGS.training, loss=loss, **training))
+    task, training_ = replace(SETTINGS.task, loss=loss), replace(SETTINGS.training, **training)
+    return replace(SETTINGS, task=task, training=training_)
 
 
 def _log_shares(device: Device) -> np.ndarray:
@@ -122,8 +123,8 @@ def test_what_cannot_answer_for_an_even_mix_says_so(tmp_path: Path) -> None:
     settings = _settings(Loss.CROSS_ENTROPY)
     device = Device(tmp_path, replace(settings, algorithm=HomLoRA()), rows=ROWS)
     device.round(1)
-    with pytest.raises(ConfigurationError, match=r'^label_mix: .*; use training.loss = "balanced-'):
+    with pytest.raises(ConfigurationError, match=r'^label_mix: .*; use task.loss = "balanced-'):
         _logits(device, LabelMix.EVEN)
     assert _logits(device, LabelMix.OWN).shape == (8, 2)
-    with pytest.raises(SchemaError, match=r"^training.loss: must be 'cross-entropy': causal-lm"):
-        replace(_settings(), task=Task(TaskKind.CAUSAL_LM))
+    with pytest.raises(SchemaError, match=r"^loss: must be 'cross-entropy': causal-lm"):
+        Task(TaskKind.CAUSAL_LM, loss=Loss.BALANCED_SOFTMAX)

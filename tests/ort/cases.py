@@ -88,7 +88,6 @@ def _cases() -> dict[str, Case]:
         "minilm-first-order": (PF2LoRA(first, separate_batches=True), {}),
         "minilm-optimistic": (PF2LoRA(Hypergradient.OPTIMISTIC), {}),
         "minilm-parts": (PF2LoRA(), {"micro_batch_size": 2, "clip_norm": 0.5}),
-        "minilm-balanced": (PF2LoRA(), {"loss": Loss.BALANCED_SOFTMAX}),
         "minilm-own-ranks": (PF2LoRA(personal_rank_max=3), {"local_steps": 2}),
         "homlora": (HomLoRA(), {}),
         "local": (LocalOnly(), {}),
@@ -105,6 +104,9 @@ def _cases() -> dict[str, Case]:
         "stories-homlora": (HomLoRA(), {"micro_batch_size": 2}),
     }
     found = [Case(n, "minilm-none", _minilm(a, **more)) for n, (a, more) in of_minilm.items()]
+    plain = _minilm(PF2LoRA())
+    balanced = replace(plain, task=replace(plain.task, loss=Loss.BALANCED_SOFTMAX))
+    found.append(Case("minilm-balanced", "minilm-none", balanced))
     found += [Case(n, "stories-none", _stories(a, **more)) for n, (a, more) in of_stories.items()]
     found.append(Case("answers", "answers-none", _answers(PF2LoRA(), micro_batch_size=4)))
     long = {"minilm", "minilm-sgd", "stories", "stories-sgd"}

@@ -77,10 +77,10 @@ def of_class(cls: Any) -> st.SearchStrategy[Any]:
 
 def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
     if cls is Task:
-        kind, labels, length = values
+        kind, labels, length, loss = values
         labelled = kind is TaskKind.SEQUENCE_CLASSIFICATION
         labels = (*dict.fromkeys(labels), "0 one", "0 two") if labelled else ()
-        values = (kind, labels, length)
+        values = (kind, labels, length, loss if labelled else Loss.CROSS_ENTROPY)
     if cls is Rounds:
         count, cohort, _, deadline_s, weighting, _, *rest = values
         values = (count, cohort, cohort, deadline_s, weighting, cohort, *rest)
@@ -99,8 +99,6 @@ def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
             algorithm = replace(algorithm, shared_width=width)
         elif backbone is None:
             backbone = Backbone("any", "sha256:" + "0" * 64)
-        if values[2].kind is not TaskKind.SEQUENCE_CLASSIFICATION:
-            training = replace(training, loss=Loss.CROSS_ENTROPY)
         plain = isinstance(algorithm, HetLoRA) or rounds.minimum_reports < 5
         aggregation = Mean() if plain else values[7]
         if isinstance(aggregation, MultiKrum):
