@@ -251,7 +251,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     run_federation(settings, trainer, devices)
     rounds = sorted({done for done, _ in devices[0].results})
     sizes = [len(device.training) for device in shares]
-    return {
+    record = {
         "cell": cell,
         "curve": [_point(devices, done, clock, cell["rounds"]) for done in rounds],
         "devices": _of_all(devices, cell["rounds"], "personal"),
@@ -260,6 +260,12 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "training_rows": sizes,
         "took_s": round(time.perf_counter() - started, 1),
     }
+    if (cell["rounds"], "personal even") in devices[0].results:
+        record["even_mix"] = {
+            "devices": _of_all(devices, cell["rounds"], "personal even"),
+            "devices_common": _of_all(devices, cell["rounds"], "common even"),
+        }
+    return record
 
 
 def _cut(share: DeviceRows, rows: int, seed: int) -> DeviceRows:

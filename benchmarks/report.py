@@ -91,12 +91,25 @@ def _rows(
     """A row a method, the best first; at the end what label counts alone would give."""
     metric = TASKS[task].metric
     ordered = sorted(methods.items(), key=lambda item: -_final(item[1], metric).mean())
-    lines = [_row(method + suffix, records, task) for method, records in ordered]
+    lines = []
+    for method, records in ordered:
+        lines.append(_row(method + suffix, records, task))
+        if "even_mix" in records[0]:
+            even = [_for_even_mix(record) for record in records]
+            lines.append(_row(f"{method}{suffix}, for an even mix", even, task))
     majority = [r["majority"] for records in methods.values() for r in records if r["majority"]]
     if majority and counts:
         cells = [f"{np.mean([one[column] for one in majority]):.3f}" for column in _columns(task)]
         lines.append(f"| label counts alone{suffix} | | | {' | '.join(cells)} | | | 0 |")
     return lines
+
+
+def _for_even_mix(record: Record) -> Record:
+    """The record with the scores of answers for an even mix of labels."""
+    devices = record["even_mix"]["devices"]
+    means = {name: float(np.mean([one[name] for one in devices])) for name in devices[0]}
+    last: Record = record["curve"][-1] | means
+    return {**record, **record["even_mix"], "curve": [last]}
 
 
 def _columns(task: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Every device evaluates what it receives before it trains on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from coordinator.fake_server import FakeServer
 from coordinator.roster import Roster
 from coordinator.service import FederationService
 from coordinator.store.memory import MemoryStore
-from edge_client.backends.base import Arrays, Level, Prediction
-from edge_client.backends.encoding import EncodedRow
+from edge_client.backends.base import Arrays, LabelMix, Level, Prediction
+from edge_client.backends.encoding import EncodedRows
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
+from edge_client.errors import ConfigurationError
 from edge_client.identity import Identity
 from edge_client.session import FinishedReport, Offer, Session
 from protocol.fake_link import FakeLink
@@ -48,12 +50,13 @@ class Clock:
 class SimulatedDevice:
     """A session's Worker that borrows the one model whenever it has something to do.
 
-    `results` has, by rounds done and level, the evaluation of each set of rows.
+    `results` has, by rounds done and level, the evaluation of each set of rows; where it can be had
+    also that of answers for an even mix of labels.
     """
 
     name: str
     seed: int
-    training: Sequence[EncodedRow]
+    training: EncodedRows
     training_count: int
     evaluation: list[DeviceRows]
     trainer: TorchTrainer
@@ -116,6 +119,10 @@ class SimulatedDevice:
         self.trainer.set_common(base)
         for level in (Level.PERSONAL, Level.COMMON):
             self._evaluate(rounds, level)
+            with contextlib.suppress(ConfigurationError):  # not every model can answer so
+                self.results[rounds, f"{level.name.lower()} even"] = [
+                    measured(self.trainer, rows, level, LabelMix.EVEN) for rows in self.evaluation
+                ]
             if self.settings.task.kind is TaskKind.CAUSAL_LM and self.generated_rows:
                 found = self.results[rounds, level.name.lower()]
                 for one, rows in zip(found, self.evaluation, strict=True):
@@ -142,7 +149,9 @@ class SimulatedDevice:
             link.other.sent.clear()
 
 
-def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str, float]:
+def measured(
+    trainer: TorchTrainer, rows: DeviceRows, level: Level, mix: LabelMix = LabelMix.OWN
+) -> dict[str, float]:
     """A device's scores on its own rows; of a causal task accuracy and loss a token."""
     by_length = sorted(rows.evaluation, key=lambda row: len(row.text))
     if by_length[0].label is None:
@@ -150,7 +159,7 @@ def measured(trainer: TorchTrainer, rows: DeviceRows, level: Level) -> dict[str,
         found_scores = {**found.scores, "loss": found.loss}
         found_scores.pop("perplexity", None)  # is the loss once more, and its mean is not a mean's
         return found_scores
-    said = trainer.predict(by_length, level)
+    said = trainer.predict(by_length, level, mix)
     probabilities = [one.probabilities for one in said if isinstance(one, Prediction)]
     return scores(np.array(probabilities, np.float64), labels_in(by_length))
 

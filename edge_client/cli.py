@@ -16,7 +16,7 @@ from typing import Any
 
 from edge_client import backbone_cli
 from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, SCHEMES, say
-from edge_client.backends.base import FoundAnswer, Level, Prediction, RankReport
+from edge_client.backends.base import FoundAnswer, LabelMix, Level, Prediction, RankReport
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
 from edge_client.command_end import exit_code_of
@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         _add_device_flags(command)
         if name == "predict":
             _add_asking_flags(command)
+        if name in ("evaluate", "predict"):
+            mixes = [mix.value for mix in LabelMix]
+            about = "answer for the device's own mix of labels (default), or for an even one"
+            command.add_argument("--label-mix", choices=mixes, default="own", help=about)
         if name == "ranks":
             command.add_argument("--png", type=Path, help="also draw a heat map into this file")
         if name == "save":
@@ -233,7 +237,7 @@ def _summary_text(facts: dict[str, Any], score: str) -> str:
 def _evaluate(options: argparse.Namespace) -> None:
     with _client(options) as client:
         for level in Level:
-            found = client.evaluate(level=level)
+            found = client.evaluate(level=level, label_mix=LabelMix(options.label_mix))
             facts = {
                 "level": level.name.lower(),
                 "rows": found.count,
@@ -259,7 +263,7 @@ def _predict(options: argparse.Namespace) -> None:
         if task.kind is TaskKind.CAUSAL_LM:
             _go_on(options, client, rows, level)
             return
-        for found in client.worker.predict(rows, level):
+        for found in client.worker.predict(rows, level, LabelMix(options.label_mix)):
             say(options, *_answer(found, task.labels))
 
 

@@ -23,6 +23,7 @@ from edge_client.backends.base import (
     Evaluation,
     Export,
     FoundAnswer,
+    LabelMix,
     Level,
     Prediction,
     RankReport,
@@ -43,7 +44,7 @@ from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
 
 # What an app names; the errors that it may catch are in edge_client.errors.
-__all__ = ["EdgeClient", "FieldNames", "Level", "RunSummary"]
+__all__ = ["EdgeClient", "FieldNames", "LabelMix", "Level", "RunSummary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,32 +208,51 @@ class EdgeClient:
             finished,
         )
 
-    def evaluate(self, data: DataSource | None = None, level: Level = Level.PERSONAL) -> Evaluation:
-        """Loss and scores at a level, on `data` or on the device's held-out rows."""
-        self._check_asked(level)
+    def evaluate(
+        self,
+        data: DataSource | None = None,
+        level: Level = Level.PERSONAL,
+        label_mix: LabelMix = LabelMix.OWN,
+    ) -> Evaluation:
+        """Loss and scores at a level, on `data` or on the device's held-out rows.
+
+        Args:
+            data: rows with labels or answers.
+            level: how much of the adapter is at work.
+            label_mix: EVEN answers as if all labels were equally frequent (docs/methods.md).
+        """
+        self._check_asked(level, label_mix)
         with self._worker.ready():
             rows = self._worker.held_out_rows if data is None else self._worker.read(data)
-            return self._worker.evaluate(rows, level)
+            return self._worker.evaluate(rows, level, label_mix)
 
     @overload
-    def predict(self, rows: Sequence[str], level: Level = ...) -> list[Prediction]: ...
+    def predict(
+        self, rows: Sequence[str], level: Level = ..., label_mix: LabelMix = ...
+    ) -> list[Prediction]: ...
 
     @overload
-    def predict(self, rows: Sequence[Mapping[str, object]], level: Level = ...) -> list[Any]: ...
+    def predict(
+        self, rows: Sequence[Mapping[str, object]], level: Level = ..., label_mix: LabelMix = ...
+    ) -> list[Any]: ...
 
     def predict(
-        self, rows: Sequence[str | Mapping[str, object]], level: Level = Level.PERSONAL
+        self,
+        rows: Sequence[str | Mapping[str, object]],
+        level: Level = Level.PERSONAL,
+        label_mix: LabelMix = LabelMix.OWN,
     ) -> list[Prediction] | list[FoundAnswer]:
         """What the adapted model says of rows: texts, or mappings as in the data.
 
         Classification gives a `Prediction` for a text, or for a row that may have a `text_pair`;
-        question answering a `FoundAnswer` for a row `{"question": ..., "context": ...}`.
+        question answering a `FoundAnswer` for a row `{"question": ..., "context": ...}`. Level and
+        label mix are those of `evaluate`.
         """
-        self._check_asked(level)
+        self._check_asked(level, label_mix)
         asked = placed(rows)
         check_asked(asked)
         with self._worker.ready():
-            return self._worker.predict(asked, level)
+            return self._worker.predict(asked, level, label_mix)
 
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
@@ -311,11 +331,12 @@ class EdgeClient:
         if self._is_closed:
             raise ConfigurationError("client", "is closed", "a new EdgeClient")
 
-    def _check_asked(self, level: Level) -> None:
+    def _check_asked(self, level: Level, label_mix: LabelMix = LabelMix.OWN) -> None:
         self._check_open()
-        if not isinstance(level, Level):
-            known = ", ".join(map(str, Level))
-            raise ConfigurationError("level", f"{level!r} is none", f"{known} of {__name__}")
+        for name, given, kind in (("level", level, Level), ("label_mix", label_mix, LabelMix)):
+            if not isinstance(given, kind):
+                known = ", ".join(map(str, kind))
+                raise ConfigurationError(name, f"{given!r} is none", f"{known} of {__name__}")
 
     def __enter__(self) -> EdgeClient:
         return self

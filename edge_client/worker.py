@@ -21,6 +21,7 @@ from edge_client.backends.base import (
     Evaluation,
     Export,
     FoundAnswer,
+    LabelMix,
     Level,
     Prediction,
     Trainer,
@@ -199,11 +200,18 @@ class DeviceWorker:
             raise RuntimeError("the device has not been set up")
         return self._trainer
 
-    def evaluate(self, rows: list[Example], level: Level) -> Evaluation:
-        """Loss and accuracy on rows at one level; the rows must carry labels or answers."""
+    def evaluate(
+        self, rows: list[Example], level: Level, mix: LabelMix = LabelMix.OWN
+    ) -> Evaluation:
+        """Loss and accuracy on rows at one level; the rows must carry labels or answers.
+
+        Raises:
+            DataError: there are no rows.
+            ConfigurationError: the model cannot answer for that mix of labels.
+        """
         if not rows:
             raise DataError("no rows to evaluate on: hold some out, or pass some")
-        return self.trainer.evaluate(self.trainer.encode(rows), level)
+        return self.trainer.evaluate(self.trainer.encode(rows), level, mix)
 
     def save_pretrained(
         self, folder: Path, base_model: str, rank: int | str | None, energy: float
@@ -223,16 +231,17 @@ class DeviceWorker:
         return read_rows(source, self.settings.task, self._data.fields)
 
     def predict(
-        self, rows: Iterable[tuple[Place, object]], level: Level
+        self, rows: Iterable[tuple[Place, object]], level: Level, mix: LabelMix = LabelMix.OWN
     ) -> list[Prediction] | list[FoundAnswer]:
         """What is likeliest of rows without a label or an answer.
 
         Raises:
             DataError: a row is not what this kind of task predicts from; names its place.
+            ConfigurationError: the model cannot answer for that mix of labels.
         """
         rules = rules_for(self.settings.task)
         asked = [rules.asked(row, place, self._data.fields) for place, row in rows]
-        return self.trainer.predict(asked, level)
+        return self.trainer.predict(asked, level, mix)
 
     # --- inside -------------------------------------------------------------------------------
 

@@ -35,6 +35,17 @@ class TaskKind(Enum):
     QUESTION_ANSWERING = "question-answering"
 
 
+class Loss(Enum):
+    """What training lowers; for a classification it may be that of the balanced softmax.
+
+    That one (Ren et al. 2020, arXiv 2007.10740) adds the log of the device's own label shares to
+    the logits: what is learned then is what a text says, and not which labels the device has most.
+    """
+
+    CROSS_ENTROPY = "cross-entropy"
+    BALANCED_SOFTMAX = "balanced-softmax"
+
+
 class Group(Enum):
     """Which level a trainable tensor belongs to: only the common group is ever sent."""
 
@@ -96,6 +107,7 @@ class Task:
     kind: TaskKind
     labels: Annotated[tuple[Label, ...], Items(limits.LABELS_MAX)] = ()
     max_length: Annotated[int, Integer(4, 1 << 20)] = 64
+    loss: Loss = Loss.CROSS_ENTROPY
 
     def __post_init__(self) -> None:
         if self.kind is TaskKind.SEQUENCE_CLASSIFICATION:
@@ -103,6 +115,9 @@ class Task:
                 raise SchemaError("labels", f"{self.kind.value} needs two labels or more")
         elif self.labels:
             raise SchemaError("labels", f"{self.kind.value} takes no labels")
+        elif self.loss is Loss.BALANCED_SOFTMAX:
+            problem = f"must be 'cross-entropy': {self.kind.value} has no labels to balance"
+            raise SchemaError("loss", problem)
         if len(set(self.labels)) != len(self.labels):
             raise SchemaError("labels", "a label is named twice")
 

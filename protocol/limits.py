@@ -8,7 +8,7 @@ from typing import Final
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
-PROTOCOL_VERSIONS: Final = (2,)
+PROTOCOL_VERSIONS: Final = (3,)
 VERSIONS_MAX: Final = 16
 
 MESSAGE_BYTES_MAX: Final = 2 * MIB

@@ -13,6 +13,8 @@ Inputs of the gradient graph, all of them always given:
     input_ids, attention_mask, ...   int64 [b, t]: those of `Manifest.batch_inputs`
     targets                          int64 [b], [b, t] for a causal LM, [b, 2] for question
                                      answering; IGNORED ones do not count
+    label_offset                     float32 [labels], a classification's: what the loss adds to
+                                     logits
     scale                            float32 []: alpha / rank
     LAYER.A, .B, .C, .D              float32 [r, n], [m, r], [r2, n], [m, r2]; r and r2 are any,
                                      from layer to layer, but r + r2 is 1 or more
@@ -21,9 +23,9 @@ Inputs of the gradient graph, all of them always given:
 Its outputs: `loss`, float32 [], the mean over the targets that count (at least one must), and for
 every array NAME of the last two lines `NAME.gradient`, shaped like it. A causal LM's targets lie
 beside their tokens as in `input_ids`; the graph itself compares each with the logits one before.
-The evaluation graph takes the same without `targets` and gives `logits`, float32 [b, labels],
-[b, t, vocabulary] or [b, 2, t]. Level by level: the scale 0 is the backbone alone, a rank r2 of 0
-common alone.
+The evaluation graph takes the same without `targets` and `label_offset` and gives `logits`, float32
+[b, labels], [b, t, vocabulary] or [b, 2, t]. Level by level: the scale 0 is the backbone alone, a
+rank r2 of 0 common alone.
 
 No start values are in it. A common adapter comes with every round; the starts of A, C and the head
 follow from names, shapes and seeds (quantization/seeded.py), which needs no torch.
@@ -57,6 +59,7 @@ from quantization.manifest import (
 )
 
 TARGETS: Final = "targets"
+LABEL_OFFSET: Final = "label_offset"
 SCALE: Final = "scale"
 LOSS: Final = "loss"
 LOGITS: Final = "logits"
@@ -84,6 +87,12 @@ class Artifact:
     @property
     def tokenizer(self) -> Path:
         return self.folder / TOKENIZER
+
+
+def loss_inputs(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, an open size as zero, of what the gradient graph alone takes."""
+    labels = {LABEL_OFFSET: (manifest.label_count,)} if manifest.label_count else {}
+    return {TARGETS: manifest.task.target_shape(0, 0), **labels}
 
 
 def gradient_name(name: str) -> str:
@@ -125,10 +134,9 @@ def load_artifact(folder: Path, digest: str = "") -> Artifact:
     # Ranks are open in the graphs, which stands as zero here and there.
     arrays = manifest.trainable(rank=0, personal_rank=0)
     batch = dict.fromkeys(manifest.batch_inputs, (0, 0))
-    targets = manifest.task.target_shape(0, 0)
     inputs = {**batch, SCALE: (), **arrays}
     gradients = {gradient_name(name) for name in arrays}
-    _check_graph(folder, GRADIENT_GRAPH, {**inputs, TARGETS: targets}, {LOSS, *gradients})
+    _check_graph(folder, GRADIENT_GRAPH, inputs | loss_inputs(manifest), {LOSS, *gradients})
     _check_graph(folder, EVALUATION_GRAPH, inputs, {LOGITS})
     return Artifact(folder, manifest, found)
 

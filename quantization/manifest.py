@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from quantization.tasks import TaskKind
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 MANIFEST: Final = "manifest.json"
 GRADIENT_GRAPH: Final = "gradient.onnx"
 EVALUATION_GRAPH: Final = "evaluation.onnx"

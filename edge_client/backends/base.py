@@ -26,6 +26,13 @@ class Level(Enum):
     PERSONAL = 2
 
 
+class LabelMix(Enum):
+    """For rows of which mix of labels a classifier answers: this device's own, or all alike."""
+
+    OWN = "own"
+    EVEN = "even"
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """On some rows: the mean loss, the share answered right, and what its kind of task adds.
@@ -163,16 +170,17 @@ class Trainer(Protocol):
         """One round's local steps, `first_step` being how many this device has taken before."""
 
     def personalise(self, rows: EncodedRows) -> None:
-        """Make what is used at the personal level from the present common adapter.
+        """Make what is the device's own from the present common adapter and its training rows.
 
-        Only for methods that adapt it by training steps; the common adapter itself stays.
+        For methods that adapt it by training steps, and where the loss asks for the label shares;
+        the common adapter itself stays.
         """
 
-    def evaluate(self, rows: EncodedRows, level: Level) -> Evaluation:
+    def evaluate(self, rows: EncodedRows, level: Level, mix: LabelMix = LabelMix.OWN) -> Evaluation:
         """Loss and accuracy at a level."""
 
     def predict(
-        self, rows: Sequence[Example], level: Level
+        self, rows: Sequence[Example], level: Level, mix: LabelMix = LabelMix.OWN
     ) -> list[Prediction] | list[FoundAnswer]:
         """The likeliest label of each row, or the likeliest answer in its context."""
 

@@ -29,7 +29,7 @@ from edge_client.tasks.base import Score, cross_entropy
 from protocol.federation import FederationSettings, Group
 from protocol.fingerprints import difference
 from protocol.methods import Hypergradient, PF2LoRA, PFedLoRA
-from quantization.artifact import SCALE, TARGETS, Artifact, load_artifact
+from quantization.artifact import LABEL_OFFSET, SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
 from quantization.tasks import IGNORED
 from quantization.tokenizer_digest import with_tokenizer
@@ -111,7 +111,10 @@ class OrtTrainer(FlatTrainer):
     # --- inside -------------------------------------------------------------------------------
 
     def _run(self, batch: Batch) -> float:
-        return self._gradient_graph.run({**self._inputs(batch), TARGETS: batch.targets})
+        given = {**self._inputs(batch), TARGETS: batch.targets}
+        if self._artifact.manifest.label_count:
+            given[LABEL_OFFSET] = self._label_offset.or_zeros()
+        return self._gradient_graph.run(given)
 
     def _inputs(self, batch: Batch) -> Arrays:
         return {name: batch.inputs[name] for name in self._artifact.manifest.batch_inputs}
@@ -119,7 +122,8 @@ class OrtTrainer(FlatTrainer):
     def _logits(self, batch: Batch) -> np.ndarray[Any, Any]:
         if self._evaluation_graph is None:
             self._evaluation_graph = EvaluationGraph(self._artifact)
-        return self._evaluation_graph.run({**self._inputs(batch), **self._at_present_level()})
+        given = {**self._inputs(batch), **self._at_present_level()}
+        return self._label_offset.added_to(self._evaluation_graph.run(given))
 
     def _at_present_level(self) -> Arrays:
         arrays = {SCALE: self._scale, **self._arrays}

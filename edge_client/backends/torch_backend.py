@@ -193,7 +193,7 @@ class TorchTrainer(FlatTrainer):
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> np.ndarray[Any, Any]:
-        found: np.ndarray[Any, Any] = self._forward(batch).float().cpu().numpy()
+        found: np.ndarray[Any, Any] = self._with_offset(self._forward(batch)).cpu().numpy()
         return found
 
     @torch.no_grad()
@@ -241,7 +241,12 @@ class TorchTrainer(FlatTrainer):
     def _flat(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [k, classes] and targets [k]."""
         logits, targets = self._rules.compared(self._forward(batch), self._placed(batch.targets))
-        return logits.flatten(0, -2).float(), targets.flatten()
+        return self._with_offset(logits.flatten(0, -2)), targets.flatten()
+
+    def _with_offset(self, logits: Tensor) -> Tensor:
+        """Float32 logits, as the loss and answers want them."""
+        logits, offset = logits.float(), self._label_offset.now
+        return logits if offset is None else logits + self._placed(offset)
 
 
 @torch.no_grad()

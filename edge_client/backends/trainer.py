@@ -26,19 +26,21 @@ from edge_client.backends.base import (
     Evaluation,
     Export,
     FoundAnswer,
+    LabelMix,
     Level,
     Prediction,
     RankReport,
 )
 from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer, batch_of
 from edge_client.backends.flat import FlatGroup
+from edge_client.backends.label_offset import LabelOffset
 from edge_client.data import Example
 from edge_client.factors import Factor
 from edge_client.peft_export import save_pretrained
 from edge_client.splits import batch_indices
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
-from protocol.federation import FederationSettings, OptimizerState, WireDtype
+from protocol.federation import FederationSettings, Group, OptimizerState, WireDtype
 from protocol.methods import HetLoRA
 from protocol.peft_layout import PeftAdapter
 from protocol.tensors import NamedTensors, TensorSpec, truncated
@@ -112,6 +114,8 @@ class FlatTrainer(abc.ABC):
         self._state = AlgorithmState()
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
         self._rules = rules_for(settings.task)
+        head = self._algorithm.layout(settings.adapter).head
+        self._label_offset = LabelOffset(settings.task, head_is_personal=head is Group.PERSONAL)
 
     def become(self, seed: int) -> None:
         """Be another device, one that has just begun: for simulations of many in one process."""
@@ -119,6 +123,7 @@ class FlatTrainer(abc.ABC):
         self._algorithm = algorithm_for(self._settings, seed)
         self._state = AlgorithmState()
         self._own_common = None
+        self._label_offset.forget()
         start = {
             name: start_of(name, shape, self._shape.head_modules, self._settings.seed, seed)
             for name, shape in self._personal.shapes.items()
@@ -240,9 +245,8 @@ class FlatTrainer(abc.ABC):
             for name, array in arrays.items()
         }
 
-    def train(
-        self, rows: Sequence[EncodedRow], first_step: int, round_number: int = 1
-    ) -> LocalResult:
+    def train(self, rows: EncodedRows, first_step: int, round_number: int = 1) -> LocalResult:
+        self._label_offset.learn(self._rules.log_shares(rows))
         if self._settings.training.optimizer_state is OptimizerState.RESET:
             self._state.forget_moments()
         # Without dropout, quantised or not: nothing here is random.
@@ -254,7 +258,8 @@ class FlatTrainer(abc.ABC):
             plans(self._settings, round_number),
         )
 
-    def personalise(self, rows: Sequence[EncodedRow]) -> None:
+    def personalise(self, rows: EncodedRows) -> None:
+        self._label_offset.learn(self._rules.log_shares(rows))
         shared = self._common.values * 1.0
         try:
             self._algorithm.personalise(self.oracle, self._stream(rows, 0))
@@ -263,14 +268,14 @@ class FlatTrainer(abc.ABC):
         finally:
             self._common.values[:] = shared
 
-    def evaluate(self, rows: EncodedRows, level: Level) -> Evaluation:
-        with self._at(level):
+    def evaluate(self, rows: EncodedRows, level: Level, mix: LabelMix = LabelMix.OWN) -> Evaluation:
+        with self._at(level), self._label_offset.answering(mix):
             return self._evaluate(rows)
 
     def predict(
-        self, rows: Sequence[Example], level: Level
+        self, rows: Sequence[Example], level: Level, mix: LabelMix = LabelMix.OWN
     ) -> list[Prediction] | list[FoundAnswer]:
-        with self._at(level):
+        with self._at(level), self._label_offset.answering(mix):
             return self._rules.predict(rows, self._model_now)
 
     def generate(self, prompt: str, new_tokens_max: int, level: Level = Level.PERSONAL) -> str:
@@ -288,8 +293,8 @@ class FlatTrainer(abc.ABC):
     def save_pretrained(
         self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: EncodedRows
     ) -> Export:
-        full = self.evaluate(rows, Level.PERSONAL) if rows else None
-        with self._at(Level.PERSONAL):
+        with self._at(Level.PERSONAL), self._label_offset.left_out():  # as PEFT will answer
+            full = self._evaluate(rows) if rows else None
             trained = self._trained()
             smaller = {
                 name: factor_math.cut(*trained.factors[name], rank) for name, rank in ranks.items()

@@ -123,6 +123,10 @@ class TaskRules(abc.ABC):
         """Logits [..., classes] beside the targets [...] that they foretell; torch's or NumPy's."""
         return logits, targets
 
+    def log_shares(self, rows: EncodedRows) -> NDArray[np.float32] | None:  # noqa: ARG002
+        """The log of each label's share of some rows, [labels]; None where there are no labels."""
+        return None
+
     @abc.abstractmethod
     def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
         """Loss and scores on rows."""

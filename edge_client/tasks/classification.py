@@ -53,6 +53,13 @@ class Classification(TaskRules):
     def targets(self, rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
         return np.array([row.targets[0] for row in rows], np.int64)
 
+    def log_shares(self, rows: EncodedRows) -> NDArray[np.float32]:
+        """With one row more that has all labels in equal parts: none is impossible."""
+        labels = len(self.task.labels)
+        counts = np.bincount(rows.targets[:, 0], minlength=labels) + 1.0 / labels
+        shares: NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
+        return shares
+
     def evaluate(self, rows: EncodedRows, model: Model) -> Evaluation:
         whole = score_of(rows, model)
         hits, labels = whole.hits, whole.labels

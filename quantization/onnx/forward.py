@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantization.artifact import LOGITS, LOSS, SCALE, TARGETS
+from quantization.artifact import LABEL_OFFSET, LOGITS, LOSS, SCALE, TARGETS
 from quantization.backbone import Backbone, logits_of
 from quantization.bnb import dense_weight, embeddings, is_transposed, linear_shape
 from quantization.checkpoint import output_embeddings, stacked_weights
@@ -88,7 +88,7 @@ class _RowLinear(nn.Module):
 
 
 class _Model(nn.Module):
-    """The model as a function of arrays: batch, targets, scale, and the factors of each layer."""
+    """The model as a function of arrays: batch, the loss's own, scale, factors of each layer."""
 
     def __init__(self, backbone: Backbone, layers: Sequence[str], names: Sequence[str]) -> None:
         super().__init__()
@@ -100,6 +100,7 @@ class _Model(nn.Module):
     def forward(self, *arrays: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(self._names, arrays, strict=True))
         scale, targets = given.pop(SCALE), given.pop(TARGETS)
+        offset = given.pop(LABEL_OFFSET, None)
         for name, layer in self._layers.items():
             layer.factors = (given.pop(f"{name}.down"), given.pop(f"{name}.up"), scale)
         logits = logits_of(self.model(**given), given["attention_mask"])
@@ -107,6 +108,8 @@ class _Model(nn.Module):
             # Each token's logits foretell the next one. Moving the targets copies no logits.
             targets = functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
         rows, wanted = logits.flatten(0, -2), targets.flatten()
+        if offset is not None:
+            rows = rows + offset
         return functional.cross_entropy(rows, wanted, ignore_index=IGNORED), logits
 
     def by_torch(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -201,6 +204,9 @@ def _example(backbone: Backbone, layers: Sequence[str]) -> tuple[list[str], tupl
     values = dict.fromkeys(batch, tokens)
     shape = backbone.task.target_shape(_ROWS, _LENGTH)
     values[TARGETS] = torch.ones(shape, dtype=torch.int64)
+    if backbone.task is TaskKind.SEQUENCE_CLASSIFICATION:
+        model: Any = backbone.model
+        values[LABEL_OFFSET] = torch.zeros(model.config.num_labels)
     values[SCALE] = torch.tensor(1.0)
     for name in layers:
         layer: Any = backbone.model.get_submodule(name)
@@ -236,6 +242,8 @@ def _traced(wrapper: _Model, names: Sequence[str], example: tuple[Tensor, ...]) 
 
 
 def _dynamic_axes(name: str, value: Tensor) -> dict[int, str]:
+    if name == LABEL_OFFSET:
+        return {}
     if name.endswith(".down"):
         return {0: "k"}
     if name.endswith(".up"):

@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import helper
 from onnxruntime.capi import _pybind_state as runtime
 
-from quantization.artifact import LOGITS, LOSS, TARGETS, gradient_name
+from quantization.artifact import LABEL_OFFSET, LOGITS, LOSS, TARGETS, gradient_name
 from quantization.errors import ArtifactError, MissingExtraError
 from quantization.onnx.editing import Writer, rename
 from quantization.onnx.forward import Forward
@@ -22,7 +22,7 @@ _FACTORS: Final = (("down", "A", "C", 0), ("up", "B", "D", 1))
 
 
 def gradient_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto:
-    """Batch, targets, scale, factors and head -> loss and a gradient for each factor and head.
+    """Batch, what the loss takes, scale, factors and head -> loss and gradients of the last two.
 
     Raises:
         ArtifactError: the model has an operator without a gradient, or one that cannot be lowered.
@@ -60,7 +60,7 @@ def evaluation_graph(forward: Forward, layers: Sequence[str]) -> onnx.ModelProto
     model = onnx.ModelProto()
     model.CopyFrom(forward.model)
     _keep_outputs(model, [LOGITS])
-    inputs = [value for value in model.graph.input if value.name != TARGETS]
+    inputs = [v for v in model.graph.input if v.name not in (TARGETS, LABEL_OFFSET)]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     lower(model)

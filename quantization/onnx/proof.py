@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from quantization.artifact import LOGITS, LOSS, SCALE, TARGETS, gradient_name
+from quantization.artifact import LABEL_OFFSET, LOGITS, LOSS, SCALE, TARGETS, gradient_name
 from quantization.errors import ArtifactError
 from quantization.manifest import Manifest
 from quantization.onnx.forward import Forward
@@ -75,6 +75,8 @@ def _batch(forward: Forward, manifest: Manifest) -> Arrays:
         case TaskKind.QUESTION_ANSWERING:
             targets = np.array([[1, length - 1], [IGNORED, IGNORED], [0, 2]])
     arrays = {name: arrays[name] for name in forward.batch_inputs}
+    if manifest.label_count:
+        arrays[LABEL_OFFSET] = np.linspace(-1, 1, manifest.label_count, dtype=np.float32)
     return arrays | {TARGETS: targets, SCALE: np.array(_SCALE, np.float32)}
 
 

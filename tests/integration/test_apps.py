@@ -16,7 +16,7 @@ import pytest
 from edge_client import cli, worker
 from edge_client.algorithms.base import Gradients
 from edge_client.backends import loading
-from edge_client.backends.base import Evaluation, Level
+from edge_client.backends.base import Evaluation, LabelMix, Level
 from edge_client.backends.encoding import Batch, EncodedRows
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.client import EdgeClient
@@ -137,9 +137,11 @@ def test_a_run_looks_at_so_many_held_out_rows_and_evaluate_at_all(
     """Twenty thousand rows would be minutes before the first round, and twice that in each."""
     looked_at: list[int] = []
 
-    def evaluate(trainer: TorchTrainer, rows: EncodedRows, level: Level) -> Evaluation:
+    def evaluate(
+        trainer: TorchTrainer, rows: EncodedRows, level: Level, *mix: LabelMix
+    ) -> Evaluation:
         looked_at.append(len(rows))
-        return plain(trainer, rows, level)
+        return plain(trainer, rows, level, *mix)
 
     plain = TorchTrainer.evaluate
     monkeypatch.setattr(TorchTrainer, "evaluate", evaluate)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from edge_client.backends.base import Level
+from edge_client.backends.base import LabelMix, Level
 from edge_client.backends.trainer import FlatTrainer
 from edge_client.data import Answer, Example
 from edge_client.splits import seeded
@@ -17,6 +17,7 @@ from protocol.federation import (
     Adapter,
     Backbone,
     FederationSettings,
+    Loss,
     Task,
     TaskKind,
     Training,
@@ -103,6 +104,9 @@ def _cases() -> dict[str, Case]:
         "stories-homlora": (HomLoRA(), {"micro_batch_size": 2}),
     }
     found = [Case(n, "minilm-none", _minilm(a, **more)) for n, (a, more) in of_minilm.items()]
+    plain = _minilm(PF2LoRA())
+    balanced = replace(plain, task=replace(plain.task, loss=Loss.BALANCED_SOFTMAX))
+    found.append(Case("minilm-balanced", "minilm-none", balanced))
     found += [Case(n, "stories-none", _stories(a, **more)) for n, (a, more) in of_stories.items()]
     found.append(Case("answers", "answers-none", _answers(PF2LoRA(), micro_batch_size=4)))
     long = {"minilm", "minilm-sgd", "stories", "stories-sgd"}
@@ -130,7 +134,7 @@ def rows_of(case: Case) -> list[Example]:
         Example(
             text[:40] if is_causal else text,
             texts[-1 - i][:60] if i % 3 else None,
-            None if is_causal else i % 2,
+            None if is_causal else int(i % 3 == 1),
         )
         for i, text in enumerate(texts[:20])
     ]
@@ -179,15 +183,16 @@ def outlook(trainer: FlatTrainer, case: Case, folder: Path) -> dict[str, Any]:
     """What a device is asked besides training, in plain numbers; PEFT files go into the folder."""
     settle(trainer)
     rows = trainer.encode(rows_of(case))
+    trainer.personalise(rows)
     ranks = dict.fromkeys(trainer.rank_report(), 2)
     base = "the base model"
     for name, wanted in (("whole", {}), ("cut", ranks)):
         trainer.save_pretrained(folder / name, base, wanted, rows)
+    evaluations = [trainer.evaluate(rows, level) for level in Level]
+    if case.settings.task.labels:
+        evaluations.append(trainer.evaluate(rows, Level.PERSONAL, LabelMix.EVEN))
     found: dict[str, Any] = {
-        "levels": [
-            [found.loss, *found.scores.values()]
-            for found in (trainer.evaluate(rows, level) for level in Level)
-        ],
+        "levels": [[one.loss, *one.scores.values()] for one in evaluations],
         "ranks": [list(astuple(one)) for one in trainer.rank_report().values()],
     }
     if case.settings.task.kind is TaskKind.CAUSAL_LM:

@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
         )
         steps: dict[str, Any] = follow(trainer, case)
         np.savez(folder / f"{case.name}.npz", **steps)
-        if case.name in ("minilm", "stories", "answers"):
+        if case.name in ("minilm", "minilm-balanced", "stories", "answers"):
             found = outlook(trainer, case, folder / f"{case.name}.peft")
             (folder / f"{case.name}.json").write_text(json.dumps(found))
 

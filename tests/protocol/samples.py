@@ -47,7 +47,7 @@ SETTINGS = FederationSettings(
 SAMPLES: dict[type[Message], Message] = {
     type(message): message
     for message in (
-        Hello((2,), "test", 65536, 4096),
+        Hello((3,), "test", 65536, 4096),
         Challenge(bytes(range(32))),
         Join("demo", b"\x01" * 32, b"\x02" * 32, "token", b"\x03" * 64),
         Joined(SETTINGS),

@@ -16,6 +16,7 @@ from protocol.federation import (
     Backbone,
     FederationSettings,
     Group,
+    Loss,
     Mode,
     Rounds,
     Task,
@@ -76,10 +77,10 @@ def of_class(cls: Any) -> st.SearchStrategy[Any]:
 
 def _built(cls: type[Any], values: tuple[Any, ...]) -> Any:
     if cls is Task:
-        kind, labels, length = values
+        kind, labels, length, loss = values
         labelled = kind is TaskKind.SEQUENCE_CLASSIFICATION
         labels = (*dict.fromkeys(labels), "0 one", "0 two") if labelled else ()
-        values = (kind, labels, length)
+        values = (kind, labels, length, loss if labelled else Loss.CROSS_ENTROPY)
     if cls is Rounds:
         count, cohort, _, deadline_s, weighting, _, *rest = values
         values = (count, cohort, cohort, deadline_s, weighting, cohort, *rest)

@@ -79,7 +79,7 @@ def test_without_a_common_version_both_lists_are_named() -> None:
 
 def test_a_message_larger_than_the_other_side_takes_is_not_sent() -> None:
     pair = _pair()
-    pair[Role.COORDINATOR].receive(pair[Role.DEVICE].send(Hello((2,), "small", 2048, 1024)))
+    pair[Role.COORDINATOR].receive(pair[Role.DEVICE].send(Hello((3,), "small", 2048, 1024)))
     with pytest.raises(RemoteProtocolError, match="takes 2048") as no:
         pair[Role.COORDINATOR].send(Goodbye("x" * 2048))
     assert no.value.code is ErrorCode.LIMIT

@@ -16,7 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from quantization.artifact import SCALE, TARGETS, Artifact, gradient_name, load_artifact
+from quantization.artifact import (
+    LABEL_OFFSET,
+    SCALE,
+    TARGETS,
+    Artifact,
+    gradient_name,
+    load_artifact,
+)
 from quantization.manifest import ArtifactScheme, EmbeddingScheme, Manifest
 from quantization.tasks import TaskKind
 
@@ -110,13 +117,17 @@ def _by_torch(backbone: str, artifact: Artifact, use: Any) -> tuple[dict[str, An
     wanted, rows = torch.from_numpy(targets), logits
     if manifest.task is TaskKind.CAUSAL_LM:
         rows, wanted = logits[:, :-1], wanted[:, 1:]
-    loss = functional.cross_entropy(rows.flatten(0, -2), wanted.flatten())
+    given = {TARGETS: targets, SCALE: np.array(adapter.scaling, np.float32)}
+    rows = rows.flatten(0, -2)
+    if manifest.label_count:
+        given[LABEL_OFFSET] = rng.normal(0, 1, manifest.label_count).astype(np.float32)
+        rows = rows + torch.from_numpy(given[LABEL_OFFSET])
+    loss = functional.cross_entropy(rows, wanted.flatten())
     loss.backward()
     arrays = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     gradients = {gradient_name(name): p.grad.numpy() for name, p in parameters.items()}
-    scale = np.array(adapter.scaling, np.float32)
     return (
-        batch | {TARGETS: targets, SCALE: scale} | arrays,
+        batch | given | arrays,
         {"loss": loss.detach().numpy(), "logits": logits.detach().numpy()} | gradients,
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantization.artifact import LOGITS, LOSS, SCALE, TARGETS, gradient_name, write_manifest
+from quantization.artifact import LOGITS, LOSS, SCALE, gradient_name, loss_inputs, write_manifest
 from quantization.manifest import (
     EVALUATION_GRAPH,
     GRADIENT_GRAPH,
@@ -94,7 +94,7 @@ def sample_inputs() -> dict[str, tuple[int, ...]]:
 def gradient_graph(*fields: bytes) -> bytes:
     """That of the sample."""
     outputs = [LOSS, *map(gradient_name, SAMPLE.trainable())]
-    return graph({**sample_inputs(), TARGETS: (0,)}, outputs, *fields)
+    return graph(sample_inputs() | loss_inputs(SAMPLE), outputs, *fields)
 
 
 def write_sample(folder: Path, gradient: bytes | None = None) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantization.artifact import gradient_name, load_artifact
+from quantization.artifact import gradient_name, load_artifact, loss_inputs
 from quantization.errors import ArtifactError
 from quantization.graph_file import ExternalData, read_outline
 from quantization.manifest import FILES, MANIFEST, WEIGHTS, manifest_bytes, read_manifest
@@ -131,7 +131,7 @@ def test_a_foreign_file(folder):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"format": 2}, "format 2 is not known here: this version reads 3"),
+        ({"format": 2}, "format 2 is not known here: this version reads 4"),
         ({"format": ...}, "format is missing"),
         ({"scheme": "int2"}, "'int2' is none of none, int8, int4, nf4"),
         ({"task": "regression"}, "'regression' is none of"),
@@ -235,7 +235,7 @@ def test_sizes_that_are_not_the_graph_s(folder):
 
 
 def test_a_graph_with_other_outputs(tmp_path):
-    write_sample(tmp_path, graph({**sample_inputs(), "targets": (0,)}, ["loss"]))
+    write_sample(tmp_path, graph(sample_inputs() | loss_inputs(SAMPLE), ["loss"]))
     missing = sorted(map(gradient_name, SAMPLE.trainable()))[0]
     assert "outputs are not the manifest's" in refusal(tmp_path)
     assert missing in refusal(tmp_path)
@@ -274,5 +274,5 @@ def test_an_outline_tells_what_the_graph_says(folder):
     outline = read_outline(folder / "gradient.onnx")
     assert outline.external == [ExternalData(WEIGHTS, 0, WEIGHT_BYTES)]
     assert outline.domains == {""}
-    assert outline.inputs == {**sample_inputs(), "targets": (0,)}
+    assert outline.inputs == {**sample_inputs(), "targets": (0,), "label_offset": (2,)}
     assert outline.inputs["bert.query.B"] == (3, 0)
