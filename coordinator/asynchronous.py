@@ -8,6 +8,7 @@ deadline, over the rounds; a report of more than `staleness_max` base versions a
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, replace
 from typing import Final
@@ -36,18 +37,22 @@ class AsynchronousMachine(Machine):
 
     def __init__(self, snapshot: Snapshot, rng: random.Random, *, hold_s: float) -> None:
         super().__init__(snapshot, rng, hold_s=hold_s)
+        # In the order of their deadlines, so that no event looks at all of them: each that is given
+        # ends later than those before it, also where the clock is set back (_bring_near).
         self._under_way = {
             one.device: Given(one.assignment, one.round, one.deadline_at)
-            for one in snapshot.awaited
+            for one in sorted(snapshot.awaited, key=lambda one: one.deadline_at)
         }
+        # Of those under way, who waits all the same, with nothing to show for it.
+        self._empty_handed: set[str] = set()
         # How many assignments were given in the open round: no two get the same id.
         self._given = len(snapshot.open_round.cohort) if snapshot.open_round else 0
         self._refused_devices: set[str] = set()  # in the open round: they wait for the next
 
     def next_tick_at(self) -> float | None:
         times = [self._waiting.next_release_at()]
-        if self.phase is Phase.OPEN and self._waiting:
-            times += [given.deadline_at for given in self._under_way.values()]
+        if self.phase is Phase.OPEN and self._waiting and self._under_way:
+            times.append(next(iter(self._under_way.values())).deadline_at)
         return min((time for time in times if time is not None), default=None)
 
     def given_in(self, device: str, assignment: str) -> int | None:
@@ -65,7 +70,8 @@ class AsynchronousMachine(Machine):
         given = self._under_way.get(device)
         if given and given.number == self._opened().number and now < given.deadline_at:
             return [self._assign(device)]
-        # It has nothing to show for an older one: the newest base version is for it, too.
+        if given:  # the newest base version is for it, too
+            self._empty_handed.add(device)
         self._waiting.add(device, now)
         return self._proceed(now)
 
@@ -121,17 +127,21 @@ class AsynchronousMachine(Machine):
         return OpenRound(round_.number, round_.attempt, None, ())
 
     def _give(self, now: float) -> list[Action]:
-        self._under_way = {d: g for d, g in self._under_way.items() if now < g.deadline_at}
+        ended = itertools.takewhile(lambda one: one[1].deadline_at <= now, self._under_way.items())
+        for device, _ in list(ended):
+            del self._under_way[device]
         if self._wish is not Wish.RUN:
             return []
         rounds = self._settings.rounds
         # Where no more may be under way, those that are may be asked anew.
         is_full = len(self._under_way) >= rounds.cohort
-        able = [
+        self._empty_handed = {
             device
-            for device in (self._under_way if is_full else self._waiting)
-            if device in self._waiting and device not in self._refused_devices
-        ]
+            for device in self._empty_handed
+            if device in self._waiting and device in self._under_way
+        }
+        candidates = self._empty_handed if is_full else self._waiting
+        able = [device for device in candidates if device not in self._refused_devices]
         actions: list[Action] = []
         for device in in_order_of_choice(able, rounds.selection, self._last_asked, self._rng):
             others = len(self._under_way) - (device in self._under_way)
@@ -146,6 +156,7 @@ class AsynchronousMachine(Machine):
         assignment = self._assignment_id(device, self._given)
         self._given += 1
         deadline_at = now + self._settings.rounds.deadline_s
+        self._under_way.pop(device, None)  # whose place would be among the earlier ones
         self._under_way[device] = Given(assignment, round_.number, deadline_at)
         added = AddAssignment(round_.number, round_.attempt, device, assignment, deadline_at)
         return [added, self._assign(device)]

@@ -53,7 +53,8 @@ class RateSettings:
 class ServerSettings:
     """`[server]`: where to listen, what to keep where, and how much of everything.
 
-    `hold_s` is how long a waiting device is held before it is told to come back later;
+    `hold_s` is how long a waiting device is held before it is told to come back later: to hold it
+    costs a ping now and then, its coming back a connection with all its proofs;
     `uploads_mib` and `downloads_mib` bound the memory of all transfers under way together.
     `certificate` and `key` are PEM files for TLS; with `client_ca` devices must have certificates
     of that authority too. Without TLS only loopback is listened on, unless `insecure` allows it.
@@ -67,7 +68,7 @@ class ServerSettings:
     port: Annotated[int, Integer(0, 65535)] = 8765
     store: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)] = "sqlite:///pf2lora.sqlite"
     start: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)] = "start.safetensors"
-    hold_s: Annotated[float, Real(0.1, 60.0)] = 20.0
+    hold_s: Annotated[float, Real(0.1, 60.0)] = 60.0
     exit_when_finished: bool = False
     connections_max: Annotated[int, Integer(1, 1_000_000)] = 10_000
     uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 48

@@ -8,12 +8,14 @@ otherwise its key is written down as pending, and the device may come back
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NoReturn
 
 from coordinator.blocking import RunBlocking
 from coordinator.errors import RefusedError
@@ -36,6 +38,9 @@ PENDING_MAX: Final = 1000
 PENDING_KEPT_S: Final = 24 * 3600.0
 # Where enrolment is open, so many keys of devices that were never asked in a round.
 NEWCOMERS_MAX: Final = 10_000
+# Devices that are looked at together: enough to share a flush to the disk, few enough to be soon
+# done, and that the store's other calls need not wait long.
+LOOKED_AT_TOGETHER_MAX: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,23 @@ class Admitted:
         statement = report_statement(report, federation, self.device)
         if not is_signed(self.key, report.signature, statement):
             raise RefusedError(ErrorCode.SIGNATURE, "the report's signature is not this device's")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A device that has proven its key and waits to be let in."""
+
+    device: str
+    join: Join
+    answer: asyncio.Future[None]
+
+    def settle(self, refusal: Exception | None) -> None:
+        if self.answer.done():  # its connection is gone
+            return
+        if refusal is None:
+            self.answer.set_result(None)
+        else:
+            self.answer.set_exception(refusal)
 
 
 class Gate:
@@ -83,8 +105,11 @@ class Gate:
         # Looking for those that may be forgotten is dear: once for every tenth of them that comes.
         self._added_at_once = max(1, newcomers_max // 10)
         self._newcomers_kept = newcomers_max - self._added_at_once
-        self._added = 0
+        self._room_for = 0  # so many more, until it is time to look
         self._forgotten = 0
+        self._together_max = min(LOOKED_AT_TOGETHER_MAX, self._added_at_once)
+        self._asked: deque[_Asked] = deque()
+        self._looking: asyncio.Task[None] | None = None
 
     async def admit(self, join: Join, nonce: bytes, version: int, channel: bytes) -> Admitted:
         """The device that has answered the challenge `nonce`.
@@ -105,7 +130,11 @@ class Gate:
                 "the device was shown another certificate: someone is in between",
             )
         device = device_id(join.key)
-        await self._run_blocking(partial(self._check, device, join))
+        asked = _Asked(device, join, asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+        await asked.answer
         return Admitted(device, join.key)
 
     async def keep(self, admitted: Admitted) -> None:
@@ -118,31 +147,74 @@ class Gate:
         found = await self._run_blocking(self._devices.barred)
         return {device: _refusal(record) for device, record in found.items()}
 
-    def _check(self, device: str, join: Join) -> None:
-        record = self._devices.find(device)
-        status = record.status if record else None
-        if record and status in BARRED:
+    async def _look(self) -> None:
+        """Answer all who ask. Those that come while the store is busy share its next calls."""
+        try:
+            while self._asked:
+                count = min(len(self._asked), self._together_max)
+                some = [self._asked.popleft() for _ in range(count)]
+                refusals: Sequence[Exception | None]
+                try:
+                    refusals = await self._run_blocking(partial(self._check, some))
+                except Exception as error:  # the store's, met by each of them
+                    refusals = [error] * count
+                for asked, refusal in zip(some, refusals, strict=True):
+                    asked.settle(refusal)
+        finally:
+            self._looking = None
+
+    def _check(self, some: Sequence[_Asked]) -> list[RefusedError | None]:
+        """Why each is not let in; None for those that are, whose keys are kept."""
+        known = self._devices.find_all([asked.device for asked in some])
+        new: dict[str, DeviceRecord] = {}
+        refusals: list[RefusedError | None] = []
+        for asked in some:
+            refusal = None
+            try:
+                newcomer = self._check_one(asked.device, asked.join, known.get(asked.device))
+                if newcomer:
+                    new[asked.device] = newcomer
+            except RefusedError as error:
+                refusal = error
+            refusals.append(refusal)
+        self._let_in(list(new.values()))
+        return refusals
+
+    def _check_one(
+        self, device: str, join: Join, record: DeviceRecord | None
+    ) -> DeviceRecord | None:
+        """What is yet to be kept of a device that is let in, if anything."""
+        if record and record.status in BARRED:
             raise _refusal(record)
-        if status is DeviceStatus.APPROVED:
-            return
+        if record and record.status is DeviceStatus.APPROVED:
+            return None
         if join.token:
             self._enrol(device, join)
-        elif self._is_open:
-            self._let_in(device, join.key, record)
-        else:
+            return None
+        if not self._is_open:
             self._ask_for_approval(device, join.key, record)
+        return self._newcomer(device, join.key, record)
+
+    def _newcomer(
+        self, device: str, key: bytes, record: DeviceRecord | None
+    ) -> DeviceRecord | None:
+        if record and record.status is not DeviceStatus.PENDING:
+            return None
+        return DeviceRecord(device, key, DeviceStatus.OPEN, self._clock())
 
     def _let_in_again(self, admitted: Admitted) -> None:
         record = self._devices.find(admitted.device)
-        self._let_in(admitted.device, admitted.key, record)
+        newcomer = self._newcomer(admitted.device, admitted.key, record)
+        self._let_in([newcomer] if newcomer else [])
 
-    def _let_in(self, device: str, key: bytes, record: DeviceRecord | None) -> None:
-        if record and record.status is not DeviceStatus.PENDING:
+    def _let_in(self, newcomers: Sequence[DeviceRecord]) -> None:
+        if not newcomers:
             return
-        if self._added % self._added_at_once == 0:
+        if self._room_for < len(newcomers):
             self._forgotten += self._devices.forget_newcomers(self._newcomers_kept)
-        self._added += 1
-        self._add(device, key, DeviceStatus.OPEN)
+            self._room_for = self._added_at_once
+        self._room_for -= len(newcomers)
+        self._devices.add(*newcomers)
 
     def _enrol(self, device: str, join: Join) -> None:
         now = self._clock()
@@ -152,19 +224,16 @@ class Gate:
             raise RefusedError(ErrorCode.TOKEN, f"the enrolment token {use.value}")
         log.info("device %s enrolled by token", device)
 
-    def _ask_for_approval(self, device: str, key: bytes, record: DeviceRecord | None) -> None:
+    def _ask_for_approval(self, device: str, key: bytes, record: DeviceRecord | None) -> NoReturn:
         if record is None or record.status is not DeviceStatus.PENDING:
             waiting = self._devices.count_pending(self._clock() - PENDING_KEPT_S)
             if waiting >= PENDING_MAX:
                 raise RefusedError(
                     ErrorCode.PENDING, f"{waiting} devices wait for approval already; use a token"
                 )
-            self._add(device, key, DeviceStatus.PENDING)
+            self._devices.add(DeviceRecord(device, key, DeviceStatus.PENDING, self._clock()))
             log.warning("device %s waits for approval", device)
         raise RefusedError(ErrorCode.PENDING, f"device {device} waits for the operator's approval")
-
-    def _add(self, device: str, key: bytes, status: DeviceStatus) -> None:
-        self._devices.add(DeviceRecord(device, key, status, self._clock()))
 
 
 def _refusal(record: DeviceRecord) -> RefusedError:

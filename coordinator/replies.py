@@ -45,3 +45,11 @@ class Replies:
         question = self._questions.pop(device, None)
         if question is not None:
             question.reply.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Nobody will be answered any more."""
+        for question in self._questions.values():
+            if not question.reply.done():
+                question.reply.set_exception(error)
+                question.reply.exception()  # who asked may be gone
+        self._questions.clear()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
-# Less than a device waits for an answer (edge_client/session.py).
-WAIT_S: Final = 30.0
+# Less than a device waits for an answer (edge_client/session.py), and not much less: to wait costs
+# a connection that is there, to come back a new one with all its proofs.
+WAIT_S: Final = 70.0
 TURN_S: Final = 20.0
 
 
@@ -54,7 +55,8 @@ class Room:
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._used_bytes = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        # Who waits, each for so many bytes, in the order of their coming.
+        self._waiting: OrderedDict[asyncio.Future[None], int] = OrderedDict()
         self._let_in_count = 0
 
     @property
@@ -86,7 +88,7 @@ class Room:
             return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ahead, let_in_before = len(self._waiting), self._let_in_count
-        self._waiting.append((wanted, turn))
+        self._waiting[turn] = wanted
         try:
             async with asyncio.timeout(WAIT_S):
                 await turn
@@ -94,8 +96,7 @@ class Room:
             if turn.done() and not turn.cancelled():  # given and given up in the same moment
                 self._leave(wanted)
             else:
-                with contextlib.suppress(ValueError):  # it has been passed over already
-                    self._waiting.remove((wanted, turn))
+                self._waiting.pop(turn, None)  # if it has not been passed over already
                 self._let_in()
             if isinstance(error, TimeoutError):
                 raise NoRoomError(
@@ -110,14 +111,14 @@ class Room:
 
     def _let_in(self) -> None:
         while self._waiting:
-            wanted, turn = self._waiting[0]
+            turn, wanted = next(iter(self._waiting.items()))
             if not turn.cancelled():  # as where it gives up in this very moment
                 if self._used_bytes + wanted > self._bytes_max:
                     return
                 self._used_bytes += wanted
                 self._let_in_count += 1
                 turn.set_result(None)
-            self._waiting.popleft()
+            del self._waiting[turn]
 
 
 def _retry_after_s(ahead: int, let_in: int) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from typing import Final
 
 from coordinator.control import Wish
@@ -43,13 +42,15 @@ class RoundMachine(Machine):
         # replaced. After a restart those not here may be training, and are not counted as gone.
         self._missing: dict[str, float] = {}
         self._replaced: set[str] = set()
+        # Who waits and is not of the cohort, and so can take the place of one that has vanished.
+        self._spare: set[str] = set()
 
     def next_tick_at(self) -> float | None:
         times = [self._waiting.next_release_at()]
         if self.phase is Phase.OPEN:
             times.append(self._deadline_at)
             first = next(iter(self._missing), None)
-            if first is not None and self._wish is Wish.RUN and any(self._substitutes()):
+            if first is not None and self._wish is Wish.RUN and self._spare:
                 times.append(self._vanished_at(first))
         if self.phase is Phase.GATHERING and self._goal_since is not None:
             times.append(self._goal_since + GATHER_S)
@@ -73,6 +74,8 @@ class RoundMachine(Machine):
         if self._is_awaited(device):
             return [self._assign(device)]
         self._waiting.add(device, now)
+        if device not in self._cohort:
+            self._spare.add(device)
         self._away.pop(device, None)
         return self._proceed(now)
 
@@ -87,6 +90,7 @@ class RoundMachine(Machine):
 
     def _leave(self, device: str, now: float) -> None:
         if self._waiting.remove(device):
+            self._spare.discard(device)
             self._away[device] = now + AWAY_GRACE_S
         elif self._is_awaited(device) and device not in self._replaced:
             self._missing.pop(device, None)
@@ -94,6 +98,7 @@ class RoundMachine(Machine):
 
     def _expel(self, device: str) -> str | None:
         self._waiting.remove(device)
+        self._spare.discard(device)
         self._away.pop(device, None)
         return self._cohort[device] if self._is_awaited(device) else None
 
@@ -164,6 +169,7 @@ class RoundMachine(Machine):
         present = [device for device in chosen if self._waiting.remove(device)]
         self._missing = dict.fromkeys(set(chosen) - set(present), now)
         self._replaced = set()
+        self._spare = set(self._waiting)
         return [
             OpenRound(round_.number, round_.attempt, self._deadline_at, cohort),
             *map(self._assign, present),
@@ -187,14 +193,12 @@ class RoundMachine(Machine):
         rounds = self._settings.rounds
         if now > self._deadline_at - REPLACED_SHARE * rounds.deadline_s:
             self._missing.clear()  # too late for anyone
-        if self._wish is not Wish.RUN:
+        if self._wish is not Wish.RUN or not self._spare:
             return []
         gone = itertools.takewhile(lambda device: self._vanished_at(device) <= now, self._missing)
         if not (vanished := sorted(gone)):
             return []
-        order = in_order_of_choice(
-            self._substitutes(), rounds.selection, self._last_asked, self._rng
-        )
+        order = in_order_of_choice(self._spare, rounds.selection, self._last_asked, self._rng)
         actions: list[Action] = []
         for device, substitute in zip(vanished, order, strict=False):
             del self._missing[device]
@@ -205,6 +209,7 @@ class RoundMachine(Machine):
     def _ask_also(self, device: str) -> list[Action]:
         round_ = self._opened()
         self._waiting.remove(device)
+        self._spare.discard(device)
         self._last_asked[device] = round_.number
         assignment = self._cohort[device] = self._assignment_id(device)
         added = AddAssignment(round_.number, round_.attempt, device, assignment, None)
@@ -214,14 +219,12 @@ class RoundMachine(Machine):
         grace_s = min(AWAY_GRACE_S, VANISHED_SHARE * self._settings.rounds.deadline_s)
         return self._missing[device] + grace_s
 
-    def _substitutes(self) -> Iterator[str]:
-        return (device for device in self._waiting if device not in self._cohort)
-
     # --- those that wait ----------------------------------------------------------------------
 
     def _release_held(self, now: float) -> list[Retry]:
         released = super()._release_held(now)
         for retry in released:
+            self._spare.discard(retry.device)
             self._away[retry.device] = now + retry.after_s + retry.spread_s + AWAY_GRACE_S
         return released
 

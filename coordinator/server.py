@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import contextlib
 import gc
 import logging
@@ -46,6 +47,8 @@ CLOSE_TIMEOUT_S: Final = 5.0
 QUEUE_MESSAGES_MAX: Final = 2
 WRITE_BYTES_MAX: Final = 64 * limits.KIB
 KERNEL_SEND_BYTES: Final = 512 * limits.KIB
+# asyncio gives each TLS connection a buffer of 256 KiB for its whole life.
+TLS_BUFFER_BYTES: Final = 32 * limits.KIB
 # Over the cap, so many connections at a time are told when to come back; more are dropped.
 TURNED_AWAY_MAX: Final = 256
 TURNED_AWAY_RETRY_S: Final = 30.0
@@ -118,6 +121,8 @@ class CoordinatorServer:
     async def __aenter__(self) -> CoordinatorServer:
         server = self._configuration.server
         self.tls = server_tls(server)
+        if self.tls:
+            asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
         rates = server.rates
         self._roster = Roster(
             server.uploads_mib * limits.MIB,

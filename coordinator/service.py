@@ -1,8 +1,8 @@
 """One federation at work: carries the round machine's actions out against store and sessions.
 
-Every event passes through one lock, so that what is on disk, what the machine believes and what
-devices are told never part. A failing store ends the service: nothing is acknowledged that is not
-kept, and no round goes on that is not written down.
+One task handles all events, so that what is on disk, what the machine believes and what devices are
+told never part. A failing store ends the service: nothing is acknowledged that is not kept, and no
+round goes on that is not written down.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import UnionType
 from typing import Final, cast
@@ -21,6 +21,7 @@ from coordinator.arrivals import Arrivals, Arrived
 from coordinator.asynchronous import AsynchronousMachine
 from coordinator.base_version import BaseVersion
 from coordinator.blocking import RunBlocking, StoreCalls
+from coordinator.errors import StoreError
 from coordinator.events import (
     Action,
     AddAssignment,
@@ -43,17 +44,14 @@ from coordinator.events import (
     Ticked,
 )
 from coordinator.happenings import Acted, Observer, unobserved
+from coordinator.log import FederationLog
 from coordinator.machine import Machine, Phase
 from coordinator.replies import Replies
 from coordinator.round_book import RoundBook
 from coordinator.rounds import RoundMachine
 from coordinator.screening import Bounds, Screening
 from coordinator.settings_change import settings_change
-from coordinator.store.base import (
-    Member,
-    Snapshot,
-    Store,
-)
+from coordinator.store.base import Member, Snapshot, Store
 from coordinator.uploads import Uploads
 from coordinator.wishes import Wishes
 from protocol.federation import FederationSettings, Mode
@@ -67,7 +65,7 @@ from protocol.messages import (
     Resume,
     RetryWindow,
 )
-from protocol.tensors import NamedTensors, Payload
+from protocol.tensors import NamedTensors
 
 log = logging.getLogger("pf2lora.coordinator")
 
@@ -95,25 +93,24 @@ class FederationService:
         self.settings = settings
         self._start = start
         self._screening = Screening(store.devices, bounds)
-        self._ranks: dict[
-            str, int
-        ] = {}  # of connected devices, as they said at their last check-in
+        self._ranks: dict[str, int] = {}  # of connected devices, at their last check-in
         self._store = store
         self._rng = rng
         self._run_blocking = run_blocking
         self._hold_s = hold_s
         self._control_every_s = control_every_s
         self._call = StoreCalls(settings.name, run_blocking)
+        self._log = FederationLog(log, settings.name)
         self._wishes = Wishes(settings.name, store, run_blocking)
         self._controller: asyncio.Task[None] | None = None
         self._clock = clock
         self._observe = observe
-        self._lock = asyncio.Lock()
-        self._events: deque[Event] = deque()  # yet to be handled
+        # Yet to be handled, and who is to know when they are.
+        self._events: deque[tuple[Event, asyncio.Future[None] | None]] = deque()
+        self._worker: asyncio.Task[None] | None = None  # while there is something to handle
         self._replies = Replies()
         self.uploads = Uploads(settings.name, store, run_blocking)
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._unfinished: set[str] = set()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -131,8 +128,8 @@ class FederationService:
             snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
         elif snapshot.settings != self.settings:
             snapshot = await self._changed(snapshot)
-        told = snapshot.rounds_done, self.settings.rounds.count
-        log.info("%s %s: %d of %d rounds are done", self.settings.name, how, *told)
+        rounds = snapshot.rounds_done, self.settings.rounds.count
+        log.info("%s %s: %d of %d rounds are done", self.settings.name, how, *rounds)
         self._restore(snapshot)
         await self.uploads.open()
         if snapshot.open_round:
@@ -224,60 +221,71 @@ class FederationService:
             except Exception as error:
                 self._fail(error)  # nobody would obey the operator from here on
 
-    # --- events in, actions out ---------------------------------------------------------------
-
     async def _ask(self, device: str, event: Event | Arrived, answers: type | UnionType) -> Message:
         reply = self._replies.expect(device, answers)
-        await self._drive(event)
+        self._tell(event)
         return await reply
 
     def _forget(self, device: str) -> None:
         self._replies.forget(device)
         self._ranks.pop(device, None)
 
-    async def _drive(self, event: Event | Arrived) -> None:
-        # A session that is cancelled must not stop a change halfway.
-        await asyncio.shield(self._driving(event))
+    async def _drive(self, event: Event) -> None:
+        """Have an event handled, and wait for that."""
+        handled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tell(event, handled)
+        await handled
 
-    def _driving(self, event: Event | Arrived) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._drive_whole(event))
-        self._tasks.add(task)
-        task.add_done_callback(self._driven)
-        return task
-
-    def _driven(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # it is with `self.failure` already, where the server waits for it
-
-    async def _drive_whole(self, event: Event | Arrived) -> None:
+    def _tell(self, event: Event | Arrived, handled: asyncio.Future[None] | None = None) -> None:
+        """Have an event handled; `handled` is done when it is, or has failed."""
+        if self.failure.done():
+            raise ConnectionError("the coordinator is stopping")
         if isinstance(event, Arrived):
             self._arrivals.add(event)
         else:
-            self._events.append(event)
-        async with self._lock:
-            if self.failure.done():
-                raise ConnectionError("the coordinator is stopping")
-            try:
-                # Whoever has the lock handles what the others have left meanwhile.
-                while self._arrivals or self._events:
-                    await self._handle_next()
-            except Exception as error:
-                # The machine may now believe what the store does not hold: go no further.
-                self._fail(error)
-                raise
-        self._schedule_tick()
+            self._events.append((event, handled))
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        """Handle all that there is: one task, which no session's end stops halfway."""
+        try:
+            while self._arrivals or self._events:
+                await self._handle_some()
+                self._schedule_tick()
+        except Exception as error:
+            self._fail(error)  # the machine may believe what the store does not hold
+        finally:
+            self._worker = None
 
     def _fail(self, error: Exception) -> None:
-        if not self.failure.done():
-            self.failure.set_exception(error)
-            self.failure.exception()  # nobody waits for it yet where it is opening that failed
+        if self.failure.done():
+            return
+        self.failure.set_exception(error)
+        self.failure.exception()  # nobody waits for it yet where it is opening that failed
+        self._schedule_tick()  # there are none any more
+        self._log.error("%s", error)
+        whose = "'s store" if isinstance(error, StoreError) else ""
+        self._replies.fail(ConnectionError(f"the coordinator{whose} has failed"))  # naming no file
+        for _, handled in self._events:
+            if handled and not handled.done():
+                handled.set_exception(error)
 
-    async def _handle_next(self) -> None:
-        if self._arrivals:
-            events = deque(await self._keep_some())
-        else:
-            events = deque([self._events.popleft()])
+    async def _handle_some(self) -> None:
+        """Keep one lot of reports, then handle what has been asked: neither waits for all others.
+
+        Each report that is kept lets one more be sent, and who sends holds memory until it is kept.
+        """
+        await self._handle(await self._keep_some())
+        for _ in range(len(self._events)):
+            event, handled = self._events[0]
+            await self._handle([event])
+            self._events.popleft()
+            if handled and not handled.done():
+                handled.set_result(None)
+
+    async def _handle(self, some: Sequence[Event]) -> None:
+        events = deque(some)
         while events:
             event = events.popleft()
             if isinstance(event, Refused):
@@ -309,16 +317,15 @@ class FederationService:
                 member = Member(device, assignment)
                 await self._call(self._store.add_assignment, number, attempt, member, deadline_at)
             case Assign(device, assignment, number, deadline_at):
-                self._replies.give(
-                    device, self._assignment(device, assignment, number, deadline_at)
-                )
+                assigned = self._assignment(device, assignment, number, deadline_at)
+                self._replies.give(device, assigned)
             case Retry(device, after_s, spread_s, reason):
                 self._replies.give(device, RetryWindow(after_s, spread_s, reason))
             case Finish(device):
-                payload = self._payload_for(device)
-                rounds = self._machine.rounds_done
+                payload = self._base.offer(self._ranks.get(device, 0))
                 self._unfinished.discard(device)
-                self._replies.give(device, Finished(rounds, payload.digest, payload))
+                done = self._machine.rounds_done
+                self._replies.give(device, Finished(done, payload.digest, payload))
             case TakeUpdate(device, _):
                 self._replies.give(device, Resume(0))
             case DropUpdate(_, assignment):
@@ -347,15 +354,10 @@ class FederationService:
     def _assignment(
         self, device: str, assignment: str, number: int, deadline_at: float
     ) -> Assignment:
-        payload = self._payload_for(device)
+        payload = self._base.offer(self._ranks.get(device, 0))
         # A clock that has been set back must not promise more than there ever was.
         remaining_s = min(max(0.0, deadline_at - self._clock()), self.settings.rounds.deadline_s)
         return Assignment(assignment, number, self._base.version, remaining_s, payload)
-
-    def _payload_for(self, device: str) -> Payload:
-        return self._base.offer(self._ranks.get(device, 0))
-
-    # --- state --------------------------------------------------------------------------------
 
     async def _changed(self, snapshot: Snapshot) -> Snapshot:
         """Where it stands once the store has the settings that are given now."""
@@ -363,12 +365,11 @@ class FederationService:
             log.info("%s: %s", self.settings.name, line)
         record = snapshot.open_round
         if record:  # what it may still be, and what it may hold, followed from the earlier ones
-            closing = record.number, record.attempt, None, self._clock()
-            await self._call(self._store.close_round, *closing)
+            close = self._store.close_round
+            await self._call(close, record.number, record.attempt, None, self._clock())
             log.warning("%s: round %d is abandoned for them", self.settings.name, record.number)
         await self._run_blocking(partial(self._store.change_settings, self.settings))
-        changed = await self._call(self._store.load)
-        return cast(Snapshot, changed)
+        return cast(Snapshot, await self._call(self._store.load))
 
     def _restore(self, snapshot: Snapshot) -> None:
         self._base = BaseVersion(self.settings, snapshot.base, snapshot.memory)
@@ -392,7 +393,6 @@ class FederationService:
             self._timer = None
         at = self._machine.next_tick_at()
         if at is not None and not self.failure.done():
-            loop = asyncio.get_running_loop()
             # Rather late than early: a timer that came too soon would be set anew at once.
             wait_s = max(0.0, at - self._clock()) + TICK_LATE_S
-            self._timer = loop.call_later(wait_s, self._driving, Ticked())
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._tell, Ticked())

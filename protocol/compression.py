@@ -52,17 +52,24 @@ def quantize(values: Array, bits: int) -> bytes:
     return b"".join((absmax.tobytes(), codes.tobytes()))
 
 
-def dequantize(data: Buffer, count: int, bits: int) -> Array:
-    """The vector of `count` numbers that `quantize` wrote, nearly."""
+def dequantize(
+    data: Buffer, count: int, bits: int, begin: int = 0, end: int | None = None
+) -> Array:
+    """Of the vector of `count` numbers that `quantize` wrote, nearly, those in `[begin, end)`."""
+    end = count if end is None else end
     absmax = np.frombuffer(data, np.float32, blocks_of(count))
-    packed = np.frombuffer(data, np.uint8, offset=4 * len(absmax))
+    codes_at = 4 * len(absmax)
     if bits == 8:
-        codes = packed.view(np.int8).astype(np.float32)
+        codes = np.frombuffer(data, np.int8, end - begin, codes_at + begin).astype(np.float32)
     else:
-        pairs = np.stack([packed & 15, packed >> 4], 1).reshape(-1)[:count]
-        codes = pairs.astype(np.float32) - 8
+        first = begin // 2
+        packed = np.frombuffer(data, np.uint8, (end + 1) // 2 - first, codes_at + first)
+        pairs = np.stack([packed & 15, packed >> 4], 1).reshape(-1)[begin - 2 * first :]
+        codes = pairs[: end - begin].astype(np.float32) - 8
+    block = begin // BLOCK
+    units = np.repeat(absmax[block : blocks_of(end)] / np.float32(_LEVELS[bits]), BLOCK)
     with np.errstate(invalid="ignore"):
-        values: Array = codes * np.repeat(absmax / np.float32(_LEVELS[bits]), BLOCK)[:count]
+        values: Array = codes * units[begin - block * BLOCK :][: end - begin]
     return values
 
 
@@ -86,13 +93,18 @@ def topk(values: Array) -> bytes:
         return places.tobytes() + values[places].astype(np.float16).tobytes()
 
 
-def from_topk(data: Buffer, count: int) -> Array:
-    """The vector of `count` numbers, zero but for those that travelled."""
+def from_topk(data: Buffer, count: int, begin: int = 0, end: int | None = None) -> Array:
+    """Of the vector of `count` numbers, zero but for those that travelled, those in `[begin, end)`.
+
+    NaN where a place is outside of the tensor or they are out of order.
+    """
+    end = count if end is None else end
     kept = topk_count(count)
     places = np.frombuffer(data, np.uint32, kept)
     values = np.frombuffer(data, np.float16, kept, 4 * kept).astype(np.float32)
     if kept and (places.max() >= count or np.any(places[1:] <= places[:-1])):
-        return np.full(count, np.nan, np.float32)
-    whole = np.zeros(count, np.float32)
-    whole[places] = values
-    return whole
+        return np.full(end - begin, np.nan, np.float32)
+    low, high = np.searchsorted(places, (begin, end))
+    numbers = np.zeros(end - begin, np.float32)
+    numbers[places[low:high] - begin] = values[low:high]
+    return numbers

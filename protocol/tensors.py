@@ -181,6 +181,39 @@ def _encode(array: Array, dtype: WireDtype) -> bytes:
             return compression.topk(values.reshape(-1))
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Numbers `[begin, end)` of one tensor, whose bytes are at `offset` of the bundle's buffer."""
+
+    spec: TensorSpec
+    offset: int
+    begin: int
+    end: int
+
+    def decoded(self, data: Buffer) -> Array:
+        """These numbers as float32, from the bytes of the whole tensor."""
+        match self.spec.dtype:
+            case WireDtype.INT8:
+                return compression.dequantize(data, self.spec.count, 8, self.begin, self.end)
+            case WireDtype.INT4:
+                return compression.dequantize(data, self.spec.count, 4, self.begin, self.end)
+            case WireDtype.TOPK:
+                return compression.from_topk(data, self.spec.count, self.begin, self.end)
+            case plain:
+                return decoded(data, plain, self.spec.count)[self.begin : self.end]
+
+
+def stretches(specs: Iterable[TensorSpec], begin: int, end: int) -> list[Stretch]:
+    """Where the numbers `[begin, end)` of a bundle's flat vector are."""
+    found, first, offset = [], 0, 0
+    for spec in specs:
+        low, high = max(begin - first, 0), min(end - first, spec.count)
+        if low < high:
+            found.append(Stretch(spec, offset, low, high))
+        first, offset = first + spec.count, offset + spec.size_bytes
+    return found
+
+
 def decoded(data: Buffer, dtype: WireDtype, count: int) -> Array:
     """The `count` numbers in these bytes, as a float32 vector."""
     match dtype:

@@ -20,7 +20,7 @@ from coordinator.control import Control, Wish
 from coordinator.store.devices import DeviceStore
 from protocol.federation import FederationSettings
 from protocol.messages import Metric
-from protocol.tensors import Array, NamedTensors, decoded
+from protocol.tensors import Array, NamedTensors, TensorSpec, decoded, stretches
 
 # How many base versions are kept to go back to.
 BASES_KEPT: Final = 20
@@ -275,6 +275,11 @@ class StoredReports:
         staleness = self._store.staleness(*self._round)
         return np.array([staleness_factor(one) for one in staleness], np.float32)
 
+    @cached_property
+    def _specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors of each: they fit the base version."""
+        return next(self._store.reports(*self._round)).update.specs
+
     def block(self, begin: int, end: int) -> Array:
         block = np.empty((self.count, end - begin), np.float32)
         for place, row in zip(block, self._rows(begin, end), strict=True):
@@ -288,6 +293,12 @@ class StoredReports:
             size = self._dtype.bytes_of(1)
             for row in self._store.blocks(*self._round, begin * size, end * size):
                 yield decoded(row, self._dtype, end - begin)
-        else:  # coordinates have no places of their own: one whole at a time
-            for report in self._store.reports(*self._round):
-                yield report.update.flat()[begin:end]
+        elif begin < end:
+            # Of those tensors that have the coordinates, and of these the coordinates alone.
+            wanted = stretches(self._specs, begin, end)
+            first, last = wanted[0], wanted[-1]
+            ends_at = last.offset + last.spec.size_bytes
+            for row in self._store.blocks(*self._round, first.offset, ends_at):
+                yield np.concatenate(
+                    [one.decoded(row[one.offset - first.offset :]) for one in wanted]
+                )

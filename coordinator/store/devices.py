@@ -57,11 +57,17 @@ class DeviceStore(Protocol):
     def find(self, device: str) -> DeviceRecord | None:
         """The device of this id."""
 
+    def find_all(self, devices: Sequence[str]) -> dict[str, DeviceRecord]:
+        """Those of these devices that are known, by id."""
+
     def all(self) -> list[DeviceRecord]:
         """Every device, by id."""
 
-    def add(self, record: DeviceRecord) -> None:
-        """Keep a device, in place of what was known of it."""
+    def add(self, *records: DeviceRecord) -> None:
+        """Keep devices, each in place of what was known of it: all of them or none.
+
+        Together they cost one write to the disk.
+        """
 
     def set_status(self, device: str, status: DeviceStatus, reason: str) -> bool:
         """Change how a device stands; False if there is none. Approval forgets rejections."""

@@ -32,11 +32,14 @@ class MemoryDevices:
     def find(self, device: str) -> DeviceRecord | None:
         return self._devices.get(device)
 
+    def find_all(self, devices: Sequence[str]) -> dict[str, DeviceRecord]:
+        return {device: self._devices[device] for device in devices if device in self._devices}
+
     def all(self) -> list[DeviceRecord]:
         return [self._devices[device] for device in sorted(self._devices)]
 
-    def add(self, record: DeviceRecord) -> None:
-        self._devices[record.device] = record
+    def add(self, *records: DeviceRecord) -> None:
+        self._devices |= {record.device: record for record in records}
 
     def set_status(self, device: str, status: DeviceStatus, reason: str) -> bool:
         record = self._devices.get(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -34,13 +35,18 @@ class SqlDevices:
         with self._begin() as db:
             return _found(db, device)
 
+    def find_all(self, devices_: Sequence[str]) -> dict[str, DeviceRecord]:
+        with self._begin() as db:
+            rows = db.execute(sa.select(devices).where(devices.c.device.in_(devices_)))
+            return {row.device: _record(row) for row in rows}
+
     def all(self) -> list[DeviceRecord]:
         with self._begin() as db:
             return [_record(row) for row in db.execute(sa.select(devices).order_by("device"))]
 
-    def add(self, record: DeviceRecord) -> None:
+    def add(self, *records: DeviceRecord) -> None:
         with self._begin() as db:
-            _put(db, record)
+            _put(db, records)
 
     def set_status(self, device: str, status: DeviceStatus, reason: str) -> bool:
         forgotten = {"rejected": 0} if status is DeviceStatus.APPROVED else {}
@@ -67,7 +73,7 @@ class SqlDevices:
                 .values(used_by=record.device)
             )
             if taken.rowcount == 1:
-                _put(db, record)
+                _put(db, [record])
                 return TokenUse.ACCEPTED
             row = db.execute(sa.select(tokens).where(is_this)).first()
         if row is None:
@@ -117,18 +123,10 @@ def _found(db: sa.Connection, device: str) -> DeviceRecord | None:
     return _record(row) if row else None
 
 
-def _put(db: sa.Connection, record: DeviceRecord) -> None:
-    db.execute(devices.delete().where(devices.c.device == record.device))
-    db.execute(
-        devices.insert().values(
-            device=record.device,
-            key=record.key,
-            status=record.status.value,
-            seen_at=record.seen_at,
-            rejected=record.rejected,
-            reason=record.reason,
-        )
-    )
+def _put(db: sa.Connection, records: Sequence[DeviceRecord]) -> None:
+    ids = [record.device for record in records]
+    db.execute(devices.delete().where(devices.c.device.in_(ids)))
+    db.execute(devices.insert(), [{**asdict(one), "status": one.status.value} for one in records])
 
 
 def _record(row: sa.Row[Any]) -> DeviceRecord:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,7 @@ from coordinator.events import (
 )
 from coordinator.machine import Machine, Phase
 from coordinator.rounds import RoundMachine
-from coordinator.store.base import Snapshot
+from coordinator.store.base import Awaited, Snapshot
 from coordinator.waiting import Waiting
 from protocol.federation import Mode
 from protocol.messages import ReceiptStatus
@@ -254,3 +257,95 @@ def test_the_longest_gone_is_replaced_first_and_who_leaves_again_is_gone_from_th
 
 def _assigned(actions: list[Action]) -> list[str]:
     return [action.device for action in actions if isinstance(action, Assign)]
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+def test_an_event_costs_no_more_where_thousands_are_under_way_or_wait(mode: Mode) -> None:
+    assert _steps_of_an_event(mode, 1000) <= _steps_of_an_event(mode, 100) + 20
+
+
+def _steps_of_an_event(mode: Mode, count: int) -> int:
+    """How many lines are run for the events of a few devices, among so many others.
+
+    All are under way but for some that are away, and (where there are rounds) half that are done.
+    """
+    rules = settings(mode=mode, cohort=count, report_goal=count, deadline_s=DEADLINE_S)
+    snapshot = Snapshot(rules, 0, {}, BASE, None, frozenset(), {})
+    kind = AsynchronousMachine if mode is Mode.ASYNCHRONOUS else RoundMachine
+    driver = Driver(kind(snapshot, random.Random(0), hold_s=HOLD_S), count)
+    driver.tell(Ticked())
+    devices = [f"device-{number}" for number in range(count)]
+    for device in devices:
+        driver.tell(CheckedIn(device))
+    assert len(driver.has) == count
+    if mode is Mode.SYNCHRONOUS:
+        for device in devices[: count // 2]:
+            driver.tell(Uploaded(device, driver.has[device]))
+            driver.tell(CheckedIn(device))
+    events: list[Event] = [
+        *(Left(device) for device in devices[-9:]),
+        CheckedIn("one more"),
+        *(CheckedIn(device) for device in devices[-9:-6]),
+        Uploaded(devices[-9], driver.has[devices[-9]]),
+        CheckedIn(devices[-9]),
+    ]
+
+    def tell_all() -> None:
+        for event in events:
+            driver.machine.handle(event, driver.now)
+            driver.machine.next_tick_at()
+
+    return _lines_run(tell_all)
+
+
+def _lines_run(call: Callable[[], object]) -> int:
+    """A measure of work that no other process has a part in."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_the_assignment_that_ends_first_is_the_first_to_end_also_after_a_restart() -> None:
+    rules = settings(mode=Mode.ASYNCHRONOUS, cohort=2, report_goal=2, deadline_s=DEADLINE_S)
+    # As the store gives them: by device.
+    awaited = tuple(
+        Awaited(device, f"of {device}", 1, deadline_at, BASE.digest())
+        for device, deadline_at in (("a", 20.0), ("b", 10.0))
+    )
+    snapshot = Snapshot(rules, 0, {}, BASE, None, frozenset(), {}, awaited=awaited)
+    machine = AsynchronousMachine(snapshot, random.Random(0), hold_s=1e6)
+    machine.handle(Ticked(), 0.0)
+    for device in ("c", "d", "e"):
+        assert _assigned(machine.handle(CheckedIn(device), 0.0)) == []
+    assert machine.next_tick_at() == 10.0
+    (third,) = _assigned(machine.handle(Ticked(), 10.0))
+    assert machine.next_tick_at() == 20.0
+    (fourth,) = _assigned(machine.handle(Ticked(), 20.0))
+    assert machine.next_tick_at() == 10.0 + DEADLINE_S
+    machine.handle(Ticked(), 5.0)  # the clock is set back
+    assert machine.next_tick_at() == 5.0 + DEADLINE_S
+    (_,) = _assigned(machine.handle(Ticked(), 5.0 + DEADLINE_S))
+    assert {third, fourth} < {"c", "d", "e"}
+
+
+def test_who_comes_back_without_its_report_is_asked_anew_though_no_place_is_free() -> None:
+    rules = settings(mode=Mode.ASYNCHRONOUS, cohort=1, report_goal=1, deadline_s=DEADLINE_S)
+    awaited = (Awaited("a", "of a", 0, 10.0, BASE.digest()),)
+    snapshot = Snapshot(rules, 0, {}, BASE, None, frozenset(), {}, awaited=awaited)
+    machine = AsynchronousMachine(snapshot, random.Random(0), hold_s=1e6)
+    machine.handle(Wished(Wish.PAUSE), 0.0)
+    for device in ("a", "b"):
+        assert _assigned(machine.handle(CheckedIn(device), 0.0)) == []
+    assert _assigned(machine.handle(Wished(Wish.RUN), 1.0)) == ["a"]
+    assert machine.next_tick_at() == 1.0 + DEADLINE_S

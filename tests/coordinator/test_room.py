@@ -68,7 +68,7 @@ def test_a_crowd_that_finds_no_room_comes_back_no_faster_than_there_is() -> None
             except NoRoomError as error:
                 told.append(error.retry_after_s)
 
-        await asyncio.gather(*(transfer() for _ in range(331)))
+        await asyncio.gather(*(transfer() for _ in range(301 + int(WAIT_S))))
         return told
 
     told = sorted(simulate(scenario))

@@ -228,6 +228,25 @@ def test_a_block_costs_the_memory_of_one_report_whatever_their_number(
     assert peak_bytes < 8 * flat.nbytes
 
 
+@pytest.mark.parametrize("dtype", list(WireDtype), ids=lambda dtype: dtype.value)
+def test_a_block_decodes_no_other_numbers_than_its_own(dtype: WireDtype) -> None:
+    """Or the time that a rule takes would grow with the square of the reports' number."""
+    flat = np.linspace(-1, 1, 100_000, dtype=np.float32)
+    specs = [TensorSpec(name, WireDtype.FLOAT32, (50_000,)) for name in ("x", "y")]
+    update = NamedTensors.from_flat(specs, flat, dtype)
+    store = MemoryStore()
+    store.create(SETTINGS, BASE)
+    store.open_round("demo", _round())
+    store.keep_reports("demo", [replace(_report("a"), update=update)])
+    reports = StoredReports(store, replace(SETTINGS, update_dtype=dtype), 1, 1)
+    tracemalloc.start()
+    block = reports.block(49_990, 50_010)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(block[0], update.flat()[49_990:50_010])
+    assert peak_bytes < 2 * len(update.buffer) + 20_000
+
+
 # --- server steps ---------------------------------------------------------------------------------
 
 STEPS: list[ServerStep] = [Average(), FedAvgM(0.5, 0.9), FedAdam(), FedYogi()]

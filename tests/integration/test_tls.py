@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -118,6 +120,23 @@ def test_a_device_that_cannot_trust_its_coordinator_says_why_and_sends_nothing(
     with pytest.raises(UnreachableError, match=problem):
         asyncio.run(scenario())
     assert reached == []
+
+
+def test_a_connection_over_tls_takes_little_memory(tmp_path: Path) -> None:
+    """asyncio has 256 KiB for each as it is; here both ends are in one process."""
+
+    async def scenario() -> int:
+        async with opened(tmp_path) as outside, contextlib.AsyncExitStack() as stack:
+            dial = websocket_dial(
+                f"wss://127.0.0.1:{outside.server.port}", TlsFiles(tmp_path / "ca.pem")
+            )
+            tracemalloc.start()
+            stack.callback(tracemalloc.stop)
+            for _ in range(5):
+                stack.push_async_callback((await dial()).close)
+            return tracemalloc.get_traced_memory()[0] // 5
+
+    assert asyncio.run(scenario()) < 2 * 128 * 1024
 
 
 def test_an_untrusted_certificate_is_not_tried_again_at_first(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 
 from protocol.compression import BLOCK, TOPK_ONE_IN, topk_count
 from protocol.federation import WireDtype
-from protocol.tensors import NamedTensors, TensorSpec
+from protocol.tensors import NamedTensors, TensorSpec, stretches
 
 LOSSY = [WireDtype.INT8, WireDtype.INT4, WireDtype.TOPK]
 vectors = arrays.arrays(
@@ -87,3 +87,21 @@ def test_a_place_outside_the_tensor_makes_it_unusable() -> None:
         buffer = np.array(places, np.uint32).tobytes() + np.ones(2, np.float16).tobytes()
         tensors = NamedTensors((TensorSpec("x", WireDtype.TOPK, (count,)),), buffer)
         assert np.isnan(tensors.flat()).all()
+
+
+@pytest.mark.parametrize("dtype", list(WireDtype), ids=lambda dtype: dtype.value)
+def test_a_stretch_of_numbers_is_what_it_is_in_the_whole(dtype: WireDtype) -> None:
+    rng = np.random.default_rng(0)
+    by_name = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (("a", (3, 100)), ("b", (7,)), ("c", (3, 501)))
+    }
+    tensors = NamedTensors.from_arrays(by_name, dtype)
+    whole = tensors.flat()
+    for begin, end in (*rng.integers(0, len(whole) + 1, (300, 2)), (0, len(whole)), (300, 307)):
+        found = [
+            one.decoded(tensors.buffer[one.offset : one.offset + one.spec.size_bytes])
+            for one in stretches(tensors.specs, begin, end)
+        ]
+        expected = whole[begin:end]
+        assert np.array_equal(np.concatenate(found) if found else expected[:0], expected)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
-from coordinator.enrolment import PENDING_KEPT_S, PENDING_MAX
+from coordinator import errors as coordinator_errors
+from coordinator.enrolment import PENDING_KEPT_S, PENDING_MAX, Admitted, Gate
+from coordinator.errors import StoreError
 from coordinator.screening import Bounds
 from coordinator.store.devices import DeviceRecord, DeviceStatus
+from coordinator.store.memory import MemoryStore
 from edge_client.errors import RefusedError
 from edge_client.identity import Identity
 from protocol.errors import ErrorCode
 from protocol.federation import Mode, Selection
 from protocol.link import LinkClosedError
-from protocol.messages import Assignment, CheckIn, Joined, Refusal
+from protocol.messages import Assignment, CheckIn, Join, Joined, Refusal
+from protocol.signing import UNSIGNED, join_statement
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
 from tests.simulation.raw_device import RawDevice
@@ -26,6 +33,8 @@ from tests.simulation.world import (
     World,
     settings,
 )
+
+Result = TypeVar("Result")
 
 
 def _devices(count: int) -> list[FakeDevice]:
@@ -100,6 +109,58 @@ def test_fresh_keys_do_not_fill_the_store_and_who_reports_is_remembered() -> Non
     unknown, waiting = simulate(scenario)
     assert waiting.trained == [2]  # on the connection on which it was forgotten
     assert not unknown
+
+
+class CountedStore(MemoryStore):
+    """Counts the writes that new keys cost; the last of them may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+        self.is_full = False
+        add = self.devices.add
+
+        def counted(*records: DeviceRecord) -> None:
+            if self.is_full:
+                raise StoreError("no room")
+            self.writes += 1
+            add(*records)
+
+        self.devices.add = counted  # type: ignore[method-assign]
+
+
+def test_those_who_come_together_share_a_write_and_are_judged_each_by_itself() -> None:
+    async def join(gate: Gate, name: str) -> Admitted:
+        identity = Identity.named(name)
+        asked = Join("sim", identity.key, b"", "", UNSIGNED)
+        signature = identity.sign(join_statement(asked, b"nonce", 1))
+        return await gate.admit(replace(asked, signature=signature), b"nonce", 1, b"")
+
+    async def slowly(call: Callable[[], Result]) -> Result:
+        await asyncio.sleep(0.01)
+        return call()
+
+    async def scenario() -> None:
+        store = CountedStore()
+        revoked = Identity.named("device-7")
+        record = DeviceRecord(revoked.device, revoked.key, DeviceStatus.REVOKED, 0.0)
+        store.devices.add(record)
+        gate = Gate(store.devices, is_open=True, run_blocking=slowly)
+        names = [f"device-{number}" for number in range(40)]
+        answers = await asyncio.gather(*(join(gate, n) for n in names), return_exceptions=True)
+        assert [type(one) for one in answers].count(Admitted) == 39
+        assert isinstance(answers[7], coordinator_errors.RefusedError)
+        assert len(store.devices.all()) == 40
+        assert store.writes <= 3
+        store.is_full = True
+        answers = await asyncio.gather(
+            *(join(gate, f"{n}, new") for n in "abc"), return_exceptions=True
+        )
+        assert {type(one) for one in answers} == {StoreError}
+        store.is_full = False
+        assert isinstance(await join(gate, "a, new"), Admitted)
+
+    simulate(scenario)
 
 
 def test_a_revoked_device_leaves_the_round_to_the_others() -> None:
@@ -177,7 +238,7 @@ def _poisoned(update: NamedTensors) -> NamedTensors:
 def test_who_repeats_bad_reports_is_quarantined_until_approval(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    devices, bad = _devices(2), FakeDevice("bad", training_s=1.0, damage=_poisoned)
+    devices, bad = _devices(2), FakeDevice("bad", training_s=0.5, damage=_poisoned)
     rules = settings(count=8, cohort=3, report_goal=2, minimum_reports=2, deadline_s=1e6)
 
     async def scenario() -> World:

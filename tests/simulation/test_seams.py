@@ -96,6 +96,34 @@ def test_a_deadline_that_comes_while_reports_are_written_leaves_none_of_them_out
     simulate(scenario)
 
 
+def test_a_question_waits_for_one_write_though_reports_come_all_the_while() -> None:
+    """Whom they let wait holds memory for its update, and does not send it."""
+    names = [f"device-{number}" for number in range(32)]
+
+    async def scenario() -> list[float]:
+        desk = Desk(settings(count=1, cohort=len(names), deadline_s=1000.0))
+        await desk.service.open()
+        asked = await desk.assigned(*names)
+        desk.writing_s = 1.0
+        loop = asyncio.get_running_loop()
+        waits: list[float] = []
+
+        async def take_part(number: int, name: str) -> None:
+            await asyncio.sleep(0.4 * number)
+            began_at = loop.time()
+            assert isinstance(await desk.service.offer(name, _report(asked[name])), Resume)
+            waits.append(loop.time() - began_at)
+            began_at = loop.time()
+            await desk.service.take(name, _report(asked[name]), UPDATE)
+            waits.append(loop.time() - began_at)
+
+        await asyncio.gather(*(take_part(*one) for one in enumerate(names)))
+        return waits
+
+    # Who comes while one lot is written is in the next one, unless that ends the round.
+    assert max(simulate(scenario)[:-6]) <= 2.0
+
+
 @pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
 def test_the_parts_of_an_expelled_device_go_with_it(mode: Mode) -> None:
     rules = settings(mode=mode, count=2, cohort=2, report_goal=1, deadline_s=1000.0)

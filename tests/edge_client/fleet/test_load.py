@@ -176,6 +176,7 @@ def test_it_ends_when_its_time_is_over_wherever_it_stands() -> None:
     figures, took_s = _run(_plan(run_time_s=60.0), world)
     assert took_s == pytest.approx(60.0, abs=1.0)
     assert figures.accepted > 0
+    assert figures.errors == {}  # that it ends is nobody's fault
     assert figures.connected == 0
 
 
@@ -187,6 +188,7 @@ def test_it_ends_when_it_is_told_to() -> None:
     figures, took_s = _run(_plan(), World(settings(**ALL | {"count": 100_000})), stop)
     assert took_s == pytest.approx(33.0, abs=1.0)
     assert figures.accepted > 0
+    assert figures.errors == {}  # that it ends is nobody's fault
 
 
 def test_devices_begin_at_a_rate() -> None:
