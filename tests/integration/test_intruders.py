@@ -162,7 +162,7 @@ JOINING: dict[Attack, tuple[ErrorCode, str]] = {
     _another_federation: (ErrorCode.UNKNOWN_FEDERATION, "no federation 'other' here"),
     _does_not_join: (ErrorCode.UNEXPECTED_MESSAGE, "CheckIn from DEVICE in OPEN"),
     _does_not_greet: (ErrorCode.UNEXPECTED_MESSAGE, "CheckIn from DEVICE in NEW"),
-    _speaks_the_version_before: (ErrorCode.VERSION, "coordinator speaks 2, device speaks 1"),
+    _speaks_the_version_before: (ErrorCode.VERSION, "coordinator speaks 3, device speaks 1"),
 }
 
 
