@@ -94,8 +94,7 @@ def _rows(
     lines = []
     for method, records in ordered:
         lines.append(_row(method + suffix, records, task))
-        if "even_mix" in records[0]:
-            even = [_for_even_mix(record) for record in records]
+        if even := [_for_even_mix(record) for record in records if "even_mix" in record]:
             lines.append(_row(f"{method}{suffix}, for an even mix", even, task))
     majority = [r["majority"] for records in methods.values() for r in records if r["majority"]]
     if majority and counts:
