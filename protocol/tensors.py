@@ -192,15 +192,7 @@ class Stretch:
 
     def decoded(self, data: Buffer) -> Array:
         """These numbers as float32, from the bytes of the whole tensor."""
-        match self.spec.dtype:
-            case WireDtype.INT8:
-                return compression.dequantize(data, self.spec.count, 8, self.begin, self.end)
-            case WireDtype.INT4:
-                return compression.dequantize(data, self.spec.count, 4, self.begin, self.end)
-            case WireDtype.TOPK:
-                return compression.from_topk(data, self.spec.count, self.begin, self.end)
-            case plain:
-                return decoded(data, plain, self.spec.count)[self.begin : self.end]
+        return decoded(data, self.spec.dtype, self.spec.count, self.begin, self.end)
 
 
 def stretches(specs: Iterable[TensorSpec], begin: int, end: int) -> list[Stretch]:
@@ -214,21 +206,24 @@ def stretches(specs: Iterable[TensorSpec], begin: int, end: int) -> list[Stretch
     return found
 
 
-def decoded(data: Buffer, dtype: WireDtype, count: int) -> Array:
-    """The `count` numbers in these bytes, as a float32 vector."""
+def decoded(
+    data: Buffer, dtype: WireDtype, count: int, begin: int = 0, end: int | None = None
+) -> Array:
+    """Of the `count` numbers in these bytes those in `[begin, end)`, as a float32 vector."""
     match dtype:
         case WireDtype.FLOAT32:
-            return np.frombuffer(data, np.float32)
+            return np.frombuffer(data, np.float32)[begin:end]
         case WireDtype.FLOAT16:
-            return np.frombuffer(data, np.float16).astype(np.float32)
+            return np.frombuffer(data, np.float16)[begin:end].astype(np.float32)
         case WireDtype.BFLOAT16:
-            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+            halves = np.frombuffer(data, np.uint16)[begin:end]
+            return (halves.astype(np.uint32) << 16).view(np.float32)
         case WireDtype.INT8:
-            return compression.dequantize(data, count, 8)
+            return compression.dequantize(data, count, 8, begin, end)
         case WireDtype.INT4:
-            return compression.dequantize(data, count, 4)
+            return compression.dequantize(data, count, 4, begin, end)
         case WireDtype.TOPK:
-            return compression.from_topk(data, count)
+            return compression.from_topk(data, count, begin, end)
 
 
 def _bfloat16_from_float32(values: Array) -> NDArray[np.uint16]:
