@@ -25,8 +25,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## one coordinator and four devices on this machine, real text, a real backbone
 	$(BIN)/python examples/demo.py --data $(DATA) $(DEMO_FLAGS)
 
+# A file of tests stays in one process, which makes once what all of them use.
+TEST_PROCESSES ?= 2
 test: $(INSTALLED)  ## every fast test
-	$(BIN)/python -m pytest -q -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 # What a coordinator's machine has: the package without extras, and no torch.
 CORE := .venv-core
