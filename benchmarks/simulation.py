@@ -119,10 +119,8 @@ class SimulatedDevice:
         self.trainer.set_common(base)
         for level in (Level.PERSONAL, Level.COMMON):
             self._evaluate(rounds, level)
-            with contextlib.suppress(ConfigurationError):  # not every model can answer so
-                self.results[rounds, f"{level.name.lower()} even"] = [
-                    measured(self.trainer, rows, level, LabelMix.EVEN) for rows in self.evaluation
-                ]
+            if self.settings.task.labels:
+                self._evaluate_for_even_mix(rounds, level)
             if self.settings.task.kind is TaskKind.CAUSAL_LM and self.generated_rows:
                 found = self.results[rounds, level.name.lower()]
                 for one, rows in zip(found, self.evaluation, strict=True):
@@ -140,6 +138,12 @@ class SimulatedDevice:
         self.results[done, level.name.lower()] = [
             measured(self.trainer, rows, level) for rows in self.evaluation
         ]
+
+    def _evaluate_for_even_mix(self, done: int, level: Level) -> None:
+        with contextlib.suppress(ConfigurationError):  # not every model can answer so
+            self.results[done, f"{level.name.lower()} even"] = [
+                measured(self.trainer, rows, level, LabelMix.EVEN) for rows in self.evaluation
+            ]
 
     def _count_bytes(self) -> None:
         for link in self.links:
