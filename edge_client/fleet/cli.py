@@ -26,6 +26,7 @@ from edge_client.fleet.plan import Plan
 from edge_client.fleet.report import Files, as_json, progress_line, table
 from edge_client.fleet.thresholds import Threshold, read_threshold
 from edge_client.session import check_joining
+from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 
 FAILED, USAGE, MISSED, NOBODY = 1, 2, 3, 4
@@ -153,6 +154,13 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         help="PEM file of the authorities to trust for wss",
     )
     theirs.add_argument(
+        "--client-certificate",
+        metavar="FILE",
+        type=Path,
+        help="PEM file, where TLS is mutual; all devices show it",
+    )
+    theirs.add_argument("--client-key", metavar="FILE", type=Path, help="its private key")
+    theirs.add_argument(
         "--token-file",
         metavar="FILE",
         type=Path,
@@ -222,7 +230,13 @@ def _target(options: argparse.Namespace) -> Theirs | Own:
     Raises:
         ConfigurationError: naming the flag.
     """
-    of_theirs = ("spoil_federation", "ca_file", "token_file")
+    of_theirs = (
+        "spoil_federation",
+        "ca_file",
+        "client_certificate",
+        "client_key",
+        "token_file",
+    )
     of_own = ("layers", "rank", "width", "set")
     for name in of_own if options.coordinator else of_theirs:
         if getattr(options, name):
@@ -245,9 +259,12 @@ def _theirs(options: argparse.Namespace) -> Theirs:
             "the federation's very name, if that is meant",
         )
     target = Theirs(
-        options.coordinator, options.spoil_federation, options.ca_file, _tokens(options)
+        options.coordinator,
+        options.spoil_federation,
+        TlsFiles(options.ca_file, options.client_certificate, options.client_key),
+        _tokens(options),
     )
-    websocket_dial(target.address)  # refuses what is no address
+    websocket_dial(target.address, target.tls)  # refuses what cannot be used
     for token in target.tokens or ("",):
         check_joining(target.federation, token)
     return target

@@ -26,7 +26,7 @@ class Theirs:
 
     address: str
     federation: str
-    ca_file: Path | None = None
+    tls: TlsFiles = TlsFiles()  # noqa: RUF009 - it is frozen
     tokens: tuple[str, ...] = ()
 
 
@@ -77,7 +77,7 @@ async def _run(plan: Plan, target: Theirs, own: OwnCoordinator | None, tell: Tel
     meter = Meter()
     fleet = Fleet(
         plan,
-        websocket_dial(target.address, TlsFiles(target.ca_file)),
+        websocket_dial(target.address, target.tls),
         target.federation,
         tokens=target.tokens,
         tick=lambda: tell(_row(fleet.figures, meter)),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
+import sys
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +69,26 @@ def test_over_mutual_tls_another_certificate_gets_nowhere(
 
     asyncio.run(scenario())
     assert reached == []
+
+
+def test_a_load_test_shows_the_certificate_it_is_given(tmp_path: Path) -> None:
+    async def scenario() -> tuple[int | None, dict[str, Any]]:
+        Authority(tmp_path / "clients").issue_client("load", 1.0)
+        async with opened(tmp_path, client_ca="clients/ca.pem", enrolment="open") as outside:
+            address = f"wss://127.0.0.1:{outside.server.port}"
+            flags = f"--coordinator {address} --spoil-federation sim --ca-file {tmp_path}/ca.pem"
+            own = f"{tmp_path}/clients/client-load"
+            flags += f" --client-certificate {own}.pem --client-key {own}.key"
+            command = f"{sys.executable} -m edge_client.fleet.cli --devices 2 --run-time 1s --json"
+            process = await asyncio.create_subprocess_exec(
+                *f"{command} {flags}".split(), stdout=asyncio.subprocess.PIPE
+            )
+            said, _ = await process.communicate()
+            return process.returncode, json.loads(said)
+
+    code, report = asyncio.run(scenario())
+    assert code == 0
+    assert report["joined"] == 2
 
 
 def _certify(folder: Path, host: str, days: float) -> None:
