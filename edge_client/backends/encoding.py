@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, Final, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from edge_client.errors import DataError
 from quantization.tasks import IGNORED
 
 Numbers = Sequence[int] | NDArray[Any]
+
+# So many characters for each token that is wanted: of nearly any text enough at once.
+_CHARACTERS_A_TOKEN: Final = 64
 
 
 class Tokenizer(Protocol):
@@ -148,6 +151,20 @@ class Batch:
     def weight(self) -> int:
         """How many targets the mean loss is over."""
         return int((self.targets != IGNORED).sum())
+
+
+def beginning(text: str, tokenizer: Tokenizer, tokens_max: int) -> str:
+    """A text, or of a long one as much as its first `tokens_max` tokens are made of.
+
+    A tokenizer takes hundreds of bytes for every token, also for those that are cut off then.
+    """
+    size, enough = _CHARACTERS_A_TOKEN * tokens_max, 2 * tokens_max
+    while size < len(text):
+        ids, _ = tokenizer.encode(text[:size], special=False, length_max=enough)
+        if len(ids) >= enough:  # of which the last may be of a word that is cut
+            return text[:size]
+        size *= 4
+    return text
 
 
 def check_ids(

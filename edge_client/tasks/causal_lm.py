@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation
-from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer, padded
+from edge_client.backends.encoding import (
+    Batch,
+    EncodedRow,
+    EncodedRows,
+    Tokenizer,
+    beginning,
+    padded,
+)
 from edge_client.data import Example, FieldNames, RawRow
 from edge_client.errors import DataError
 from edge_client.tasks.base import Model, TaskRules, score_of
@@ -34,19 +41,20 @@ class CausalLM(TaskRules):
         return Example(text, pair, None, place=row.place)
 
     def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
-        ids, silent = list(tokenizer.encode(row.text)[0]), 0
+        length = self.task.max_length
+        ids, silent = list(tokenizer.encode(beginning(row.text, tokenizer, length))[0]), 0
         if row.text_pair is not None:
             silent = len(ids)
-            ids += tokenizer.encode(row.text_pair, special=False)[0]
+            ids += tokenizer.encode(beginning(row.text_pair, tokenizer, length), special=False)[0]
         end = tokenizer.end_id
         ids += [end] if end is not None and ids[-1:] != [end] else []
-        ids = ids[: self.task.max_length]
+        ids = ids[:length]
         # The first token is never foretold; a prompt's tokens are, but do not count.
         begin = max(silent, 1)
         if begin >= len(ids):
             why = "" if row.text_pair is None else ", for its prompt takes all of it"
             raise DataError(
-                f"a text leaves no token to learn within max_length {self.task.max_length}{why}: "
+                f"a text leaves no token to learn within max_length {length}{why}: "
                 f"{row.text[:40]!r}"
             )
         return [EncodedRow(ids, None, (begin,))]

