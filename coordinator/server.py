@@ -177,6 +177,7 @@ class CoordinatorServer:
                     await self._ended.wait()
         await asyncio.gather(*(session.hang_up() for session in self._sessions))
         await self._server.wait_closed()
+        self._roster.refusals.sum_up()
         self._keeping_out.cancel()
         self.federations.close()
         await self.watch.end()
