@@ -40,7 +40,7 @@ class AdminServer:
         config = uvicorn.Config(
             app,
             log_config=None,
-            log_level="warning",
+            log_level="error",  # it warns of every request that is none, or is one too many
             access_log=False,
             lifespan="off",
             server_header=False,

@@ -326,6 +326,15 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tls
 
 
+def test_who_sends_no_http_gets_an_answer_and_no_line_of_the_log(
+    admin: AdminPort, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(("127.0.0.1", admin.port), 30) as other:
+        other.sendall(b"\x16\x03\x01 is no request\r\n\r\n")
+        assert other.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_connections_that_say_nothing_are_dropped_beyond_a_number(
     url: str, tls: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
