@@ -23,6 +23,7 @@ from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
 from coordinator.security import Enrolment, check_exposure
 from coordinator.start_file import read_start
 from coordinator.store.database import SQLITE, address_of
+from coordinator.waiting import HOLD_S
 from protocol import limits
 from protocol.federation import FederationSettings, start_settings
 from protocol.fingerprints import difference
@@ -68,7 +69,7 @@ class ServerSettings:
     port: Annotated[int, Integer(0, 65535)] = 8765
     store: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)] = "sqlite:///pf2lora.sqlite"
     start: Annotated[str, Text(limits.TEXT_BYTES_MAX, 1)] = "start.safetensors"
-    hold_s: Annotated[float, Real(0.1, 60.0)] = 60.0
+    hold_s: Annotated[float, Real(0.1, 60.0)] = HOLD_S
     exit_when_finished: bool = False
     connections_max: Annotated[int, Integer(1, 1_000_000)] = 10_000
     uploads_mib: Annotated[int, Integer(1, 1 << 20)] = 48

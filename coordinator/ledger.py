@@ -94,8 +94,8 @@ class Ledger:
 
         def put_in_order() -> None:
             with self._database.begin() as db:
-                count_kept_again(db, federations)
-                all_away(db, federations)
+                count_kept_again(db)
+                all_away(db)
                 for federation in federations:
                     sum_up_last_rounds(db, federation)
 

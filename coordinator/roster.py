@@ -9,6 +9,7 @@ from coordinator.enrolment import Gate
 from coordinator.errors import RefusedError
 from coordinator.federations import Federations
 from coordinator.rates import Buckets
+from coordinator.refusals import Refusals
 from coordinator.room import Room
 from coordinator.session import DeviceSession
 from protocol import limits
@@ -23,7 +24,8 @@ JOINS_BURST_S: Final = 100.0
 class Roster:
     """The joined sessions, one a device and federation: a newer takes an older one's place.
 
-    They share the memory for transfers, and the count of how often each device connects.
+    They share the memory for transfers, the count of how often each device connects, and what the
+    log says of refusals.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Roster:
         self.downloads = Room(downloads_bytes_max)
         clock = asyncio.get_running_loop().time
         self.joins = Buckets(joins_s, JOINS_BURST_S * joins_s, clock)
+        self.refusals = Refusals()
 
     def __len__(self) -> int:
         return len(self._sessions)

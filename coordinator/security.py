@@ -85,11 +85,8 @@ def server_tls(server: ServerSettings) -> ServerTls | None:
         return None
     for name in ("certificate", "key", "client_ca"):  # OpenSSL does not say which is missing
         _check_readable(f"server.{name}", getattr(server, name))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # An encrypted key would otherwise be asked for on the terminal, where a daemon has none.
-        context.load_cert_chain(server.certificate, server.key, password="")
+        context = tls_with(server.certificate, server.key)
         own = x509.load_pem_x509_certificates(Path(server.certificate).read_bytes())[0]
     except (OSError, ValueError) as error:
         raise ConfigurationError(
@@ -104,6 +101,19 @@ def server_tls(server: ServerSettings) -> ServerTls | None:
             ) from error
         context.verify_mode = ssl.CERT_REQUIRED
     return ServerTls(context, channel_of(own.public_bytes(Encoding.DER)), own.not_valid_after_utc)
+
+
+def tls_with(certificate: str, key: str) -> ssl.SSLContext:
+    """TLS 1.2 or newer with the PEM files of a certificate and its key.
+
+    Raises:
+        OSError, ValueError: a file cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # An encrypted key would otherwise be asked for on the terminal, where a daemon has none.
+    context.load_cert_chain(certificate, key, password="")
+    return context
 
 
 def _check_readable(key: str, path: str) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import asyncio.sslproto
 import contextlib
 import gc
 import logging
 import random
 import resource
 import signal
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from websockets.asyncio.server import Server, ServerConnection
@@ -21,6 +18,7 @@ from websockets.asyncio.server import serve as serve_websocket
 from websockets.exceptions import ConnectionClosed
 
 from coordinator.config import Configuration, Federation
+from coordinator.counted import Counted, CountedTls, Headcount
 from coordinator.enrolment import Gate
 from coordinator.errors import AddressError
 from coordinator.federations import Federations
@@ -40,15 +38,11 @@ log = logging.getLogger("pf2lora.coordinator")
 # A half-open link, or a frame that never ends, is known by the ping that nobody answers.
 PING_INTERVAL_S: Final = 20.0
 PONG_TIMEOUT_S: Final = 60.0
-OPEN_TIMEOUT_S: Final = 10.0  # from TCP's handshake to WebSocket's
+OPEN_TIMEOUT_S: Final = 10.0  # for TLS's handshake, and for WebSocket's
 CLOSE_TIMEOUT_S: Final = 5.0
-# What one connection may hold: messages read and not yet asked for, and bytes not yet sent. The
-# kernel's buffer for sending is small, so that pings are not stuck behind minutes of download.
+# What one connection may hold: messages read and not yet asked for, and bytes not yet sent.
 QUEUE_MESSAGES_MAX: Final = 2
 WRITE_BYTES_MAX: Final = 64 * limits.KIB
-KERNEL_SEND_BYTES: Final = 512 * limits.KIB
-# asyncio gives each TLS connection a buffer of 256 KiB for its whole life.
-TLS_BUFFER_BYTES: Final = 32 * limits.KIB
 # Over the cap, so many connections at a time are told when to come back; more are dropped.
 TURNED_AWAY_MAX: Final = 256
 TURNED_AWAY_RETRY_S: Final = 30.0
@@ -112,7 +106,6 @@ class CoordinatorServer:
     def __init__(self, configuration: Configuration) -> None:
         self._configuration = configuration
         self._sessions: set[DeviceSession] = set()
-        self._open = 0  # TCP connections, also those that have not said a word
         # One thread for the store: its calls stay in order and off the event loop.
         self._store_thread = ThreadPoolExecutor(1, "store")
         self._ended = asyncio.Event()  # some connection has
@@ -121,8 +114,6 @@ class CoordinatorServer:
     async def __aenter__(self) -> CoordinatorServer:
         server = self._configuration.server
         self.tls = server_tls(server)
-        if self.tls:
-            asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
         rates = server.rates
         self._roster = Roster(
             server.uploads_mib * limits.MIB,
@@ -132,6 +123,8 @@ class CoordinatorServer:
         self._visits = _buckets(rates.connections_per_address, CONNECTIONS_BURST_S)
         self._messages = _buckets(rates.messages_per_address, MESSAGES_BURST_S)
         self._connections_max = _affordable(server.connections_max)
+        # Of those that have not said a word as well.
+        self.headcount = Headcount(self._connections_max + TURNED_AWAY_MAX)
         self._store = await self._run_blocking(lambda: SqlStore(server.store, sole=True))
         self.watch = Watch(
             self._configuration.admin,
@@ -177,6 +170,7 @@ class CoordinatorServer:
                     await self._ended.wait()
         await asyncio.gather(*(session.hang_up() for session in self._sessions))
         await self._server.wait_closed()
+        self._roster.refusals.sum_up()
         self._keeping_out.cancel()
         self.federations.close()
         await self.watch.end()
@@ -233,13 +227,12 @@ class CoordinatorServer:
                 self._handle,
                 server.host,
                 server.port,
-                create_connection=cast(type[ServerConnection], partial(_Counted, self)),
+                create_connection=cast(type[ServerConnection], self._protocol),
                 max_size=limits.MESSAGE_BYTES_MAX,
                 max_queue=QUEUE_MESSAGES_MAX,
                 write_limit=WRITE_BYTES_MAX,
                 open_timeout=OPEN_TIMEOUT_S,
                 close_timeout=CLOSE_TIMEOUT_S,
-                ssl=self.tls.context if self.tls else None,
                 compression=None,
                 ping_interval=PING_INTERVAL_S,
                 ping_timeout=PONG_TIMEOUT_S,
@@ -247,14 +240,17 @@ class CoordinatorServer:
         except OSError as error:
             raise AddressError("server", server.host, server.port, error) from error
 
-    def arrived(self) -> bool:
-        """One connection more, as yet without a word; False if there is no room even to refuse."""
-        self._open += 1
-        return self._open <= self._connections_max + TURNED_AWAY_MAX
-
-    def went(self) -> None:
-        """One connection less."""
-        self._open -= 1
+    def _protocol(self, *args: Any, **options: Any) -> asyncio.BaseProtocol:
+        """What the bytes of a new connection go to."""
+        if self.tls is None:
+            return _CountedWebSocket(self.headcount, *args, **options)
+        return CountedTls(
+            self.headcount,
+            ServerConnection(*args, **options),
+            self.tls.context,
+            handshake_timeout_s=OPEN_TIMEOUT_S,
+            shutdown_timeout_s=CLOSE_TIMEOUT_S,
+        )
 
     async def _handle(self, connection: ServerConnection) -> None:
         for greeting in (connection.request, connection.response):
@@ -311,24 +307,8 @@ class CoordinatorServer:
         return await asyncio.get_running_loop().run_in_executor(self._store_thread, call)
 
 
-class _Counted(ServerConnection):
-    """A connection that counts from its first packet on, not from its first word."""
-
-    def __init__(self, server: CoordinatorServer, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._counted_by = server
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        kernel_socket = transport.get_extra_info("socket")
-        if kernel_socket is not None:
-            kernel_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_SEND_BYTES)
-        if not self._counted_by.arrived():
-            self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._counted_by.went()
-        super().connection_lost(exc)
+class _CountedWebSocket(Counted, ServerConnection):
+    """A WebSocket without TLS."""
 
 
 def _buckets(rate_s: float, burst_s: float) -> Buckets:

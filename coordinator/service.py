@@ -53,6 +53,7 @@ from coordinator.screening import Bounds, Screening
 from coordinator.settings_change import settings_change
 from coordinator.store.base import Member, Snapshot, Store
 from coordinator.uploads import Uploads
+from coordinator.waiting import HOLD_S
 from coordinator.wishes import Wishes
 from protocol.federation import FederationSettings, Mode
 from protocol.messages import (
@@ -83,7 +84,7 @@ class FederationService:
         *,
         rng: random.Random,
         run_blocking: RunBlocking,
-        hold_s: float = 20.0,
+        hold_s: float = HOLD_S,
         control_every_s: float = 0.0,
         clock: Callable[[], float] = time.time,
         observe: Observer = unobserved,

@@ -342,9 +342,7 @@ class DeviceSession:
     ) -> None:
         if self._connection.state is State.CLOSED:
             return
-        about = {"federation": self.federation, "device": self.device, "code": code.value}
-        who = self.device or "a device"
-        log.warning("refused %s: %s: %s", who, code.value, reason, extra=about)
+        self._roster.refusals.tell(self.federation, self.device, code, reason)
         short = reason.encode()[:500].decode(errors="ignore")
         with contextlib.suppress(LinkClosedError):
             await self._put(Refusal(code, short, retry_after_s))

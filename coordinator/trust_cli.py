@@ -8,6 +8,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any, Final
 
 from coordinator.certificates import Authority
 from coordinator.errors import ConfigurationError
-from coordinator.store.devices import DeviceRecord, DeviceStatus
+from coordinator.store.devices import DeviceRecord, DeviceStatus, TokenRecord, token_digest
 from coordinator.store.sql import SqlStore
 
 TOKENS_MAX: Final = 10_000
+TOKEN_ID_DIGITS: Final = 16
 _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -38,6 +40,8 @@ def add_commands(commands: Any) -> None:
         ("approve", _approve, "let devices take part; lifts a quarantine or revocation"),
         ("revoke", _revoke, "shut devices out, also in the middle of a session"),
         ("token", _token, "make tokens that enrol a device each; shown this once"),
+        ("list-tokens", _list_tokens, "every token by its id, and what became of it"),
+        ("revoke-token", _revoke_token, "let tokens that were not used enrol nobody"),
     ):
         action = actions.add_parser(name, help=about)
         action.set_defaults(command=function)
@@ -50,6 +54,9 @@ def add_commands(commands: Any) -> None:
         if function is _token:
             action.add_argument("--expires", default="1h", help="30m, 1h, 7d, ...; default 1h")
             action.add_argument("--count", type=int, default=1, help="how many, default 1")
+        if function is _revoke_token:
+            action.add_argument("token", nargs="*", help="it, its id, or the beginning of its id")
+            action.add_argument("--all", action="store_true", help="all that were not used")
 
 
 def _certs(options: argparse.Namespace) -> int:
@@ -89,10 +96,14 @@ class _Line:
     def text(self) -> str:
         record = self.record
         # Of its first word, or its token: /api/devices says when it was last heard of.
-        since = datetime.fromtimestamp(record.seen_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        since = _time_text(record.seen_at)
         rejected = f"  {record.rejected} rejected" if record.rejected else ""
         reason = f"  {record.reason}" if record.reason else ""
         return f"{record.device}  {record.status.value:<11}  since {since}{rejected}{reason}"
+
+
+def _time_text(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -116,7 +127,7 @@ def _set(options: argparse.Namespace, status: DeviceStatus, reason: str) -> int:
     """Write it down: a daemon on this store sees it within a second."""
     with _store(options) as store:
         known = [record.device for record in store.devices.all()]
-        chosen = [_chosen(known, beginning) for beginning in options.device]
+        chosen = [_chosen("device", known, beginning) for beginning in options.device]
         for device in chosen:
             store.devices.set_status(device, status, reason)
     for device in chosen:
@@ -125,13 +136,13 @@ def _set(options: argparse.Namespace, status: DeviceStatus, reason: str) -> int:
     return 0
 
 
-def _chosen(known: list[str], beginning: str) -> str:
+def _chosen(what: str, known: list[str], beginning: str) -> str:
     if not beginning:  # as from a variable that was never set
-        raise ConfigurationError("device", "is empty; give its id, or the beginning of it")
-    found = [device for device in known if device.startswith(beginning)]
+        raise ConfigurationError(what, "is empty; give its id, or the beginning of it")
+    found = [one for one in known if one.startswith(beginning)]
     if len(found) != 1:
-        problem = f"{len(found)} devices begin with" if found else "the store has no device"
-        raise ConfigurationError("device", f"{problem} {beginning!r}")
+        problem = f"{len(found)} {what}s begin with" if found else f"the store has no {what}"
+        raise ConfigurationError(what, f"{problem} {beginning!r}")
     return found[0]
 
 
@@ -140,12 +151,67 @@ def _token(options: argparse.Namespace) -> int:
     if not 1 <= options.count <= TOKENS_MAX:
         raise ConfigurationError("--count", f"expected 1 to {TOKENS_MAX}, got {options.count}")
     with _store(options) as store:
-        tokens = [secrets.token_urlsafe(24) for _ in range(options.count)]
+        # Nothing that a shell or a parser of flags takes for something else, as a "-" in front.
+        tokens = [secrets.token_hex(24) for _ in range(options.count)]
         store.devices.add_tokens(tokens, expires_at)
     for token in tokens:
-        facts = {"token": token, "expires_at": expires_at}
+        facts = {"token": token, "id": _id_of(token_digest(token)), "expires_at": expires_at}
         print(json.dumps(facts) if options.json else token)
     return 0
+
+
+def _id_of(digest: str) -> str:
+    """What a token is called: it tells nobody what the token is."""
+    return digest[:TOKEN_ID_DIGITS]
+
+
+def _list_tokens(options: argparse.Namespace) -> int:
+    with _store(options) as store:
+        records = store.devices.tokens()
+    for record in records:
+        status, more = "unused", f"until {_time_text(record.expires_at)}"
+        if record.used_by is not None:
+            status, more = "used", f"by {record.used_by}"
+        elif record.expires_at <= time.time():
+            status, more = "expired", f"since {_time_text(record.expires_at)}"
+        facts = {
+            "id": _id_of(record.digest),
+            "status": status,
+            "expires_at": record.expires_at,
+            "device": record.used_by,
+        }
+        print(json.dumps(facts) if options.json else f"{facts['id']}  {status:<7}  {more}")
+    return 0
+
+
+def _revoke_token(options: argparse.Namespace) -> int:
+    """Write it down: it is asked for whenever a device comes with a token."""
+    if options.all == bool(options.token):
+        raise ConfigurationError("token", "expected tokens or their ids, or else --all")
+    with _store(options) as store:
+        known = store.devices.tokens()
+        if options.all:
+            chosen = [token.digest for token in known if token.used_by is None]
+        else:
+            chosen = [_chosen_token(known, given) for given in options.token]
+        if chosen:
+            store.devices.revoke_tokens(chosen)
+        left = {token.digest: token.used_by for token in store.devices.tokens()}
+    for digest in chosen:
+        if digest not in left:
+            facts = {"id": _id_of(digest), "status": "revoked"}
+            print(json.dumps(facts) if options.json else f"{facts['id']}: revoked")
+    used = [f"{_id_of(digest)} by device {left[digest]}" for digest in chosen if digest in left]
+    if used:
+        problem = f"used already, so that it is the device to revoke: {', '.join(used)}"
+        raise ConfigurationError("token", problem)
+    return 0
+
+
+def _chosen_token(known: Sequence[TokenRecord], given: str) -> str:
+    digests = [token.digest for token in known]
+    itself = token_digest(given)
+    return itself if itself in digests else _chosen("token", digests, given)
 
 
 def _seconds(text: str) -> float:

@@ -10,6 +10,7 @@ from typing import Final
 from coordinator.events import Retry
 from protocol.federation import Selection
 
+HOLD_S: Final = 60.0
 RETRY_AFTER_S: Final = 1.0
 RETRY_SPREAD_S: Final = 2.0
 

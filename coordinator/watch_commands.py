@@ -21,8 +21,9 @@ LOOK_EVERY_S: Final = 1.0
 def status(options: argparse.Namespace) -> int:
     """Print where each federation stands."""
     with contextlib.closing(SqlStore(options.store, create=False)) as store:
+        running = store.database.is_coordinated
         for federation in _look(store, options.name):
-            print(_json(federation) if options.json else _status_text(federation))
+            print(_json(federation, running) if options.json else _status_text(federation, running))
     return 0
 
 
@@ -37,8 +38,9 @@ def watch(options: argparse.Namespace) -> int:
         contextlib.suppress(KeyboardInterrupt, BrokenPipeError),
     ):
         while True:
+            running = store.database.is_coordinated
             for federation in _look(store, options.name):
-                line = _json(federation) if options.json else _line(federation)
+                line = _json(federation, running) if options.json else _line(federation, running)
                 if shown.get(federation.name) != line:
                     shown[federation.name] = line
                     print(
@@ -85,16 +87,19 @@ def _look(store: SqlStore, name: str | None) -> list[FederationView]:
     return [federation for federation in found if federation.name == wanted]
 
 
-def _json(federation: FederationView) -> str:
-    return json.dumps(views.as_json(federation))
+def _json(federation: FederationView, running: bool | None) -> str:
+    return json.dumps(views.as_json(federation) | {"coordinator_running": running})
 
 
-def _status_text(federation: FederationView) -> str:
+def _status_text(federation: FederationView, running: bool | None) -> str:
+    """`running`: whether a coordinator runs on the store; None where that cannot be known."""
+    left = ("  no coordinator is running on this store: all is as the last one left it",)
     return "\n".join(
         (
             f"{federation.name}: {federation.algorithm} on {federation.backbone}",
+            *(left if running is False else ()),
             f"  rounds   {federation.rounds_done} of {federation.rounds} done; "
-            f"{_round_text(federation)}",
+            f"{_round_text(federation, countdown=running is not False)}",
             f"  devices  {_devices_text(federation)}",
             f"  reports  {federation.kept} kept, {federation.rejected} rejected",
             f"  bytes    {_size(federation.sent_bytes)} sent by devices, "
@@ -103,14 +108,15 @@ def _status_text(federation: FederationView) -> str:
     )
 
 
-def _line(federation: FederationView) -> str:
+def _line(federation: FederationView, running: bool | None) -> str:
+    left = "; no coordinator is running" if running is False else ""
     return (
         f"{federation.name}  {federation.rounds_done}/{federation.rounds} rounds  "
-        f"{_round_text(federation, countdown=False)}  ({_devices_text(federation)})"
+        f"{_round_text(federation, countdown=False)}  ({_devices_text(federation)}{left})"
     )
 
 
-def _round_text(federation: FederationView, *, countdown: bool = True) -> str:
+def _round_text(federation: FederationView, *, countdown: bool) -> str:
     open_round = federation.open_round
     if open_round is None:
         if federation.rounds_done >= federation.rounds:

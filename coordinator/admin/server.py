@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from coordinator.counted import Counted, CountedTls, Headcount
 from coordinator.errors import AddressError
+from coordinator.security import tls_with
 
 DRAIN_S: Final = 2
 # A connection without a request is let go so soon, and at most twice so late.
 REQUEST_TIMEOUT_S: Final = 10.0
+# Over so many requests are answered with 503; beyond twice as many connections are dropped.
 CONNECTIONS_MAX: Final = 256
 BACKLOG: Final = 128
 
@@ -32,19 +35,19 @@ class AdminServer:
         self, app: ASGIApp, host: str, port: int, certificate: str = "", key: str = ""
     ) -> None:
         self._socket = _listen(host, port)
+        self._headcount = Headcount(2 * CONNECTIONS_MAX)
+        self._tls = tls_with(certificate, key) if certificate else None
         config = uvicorn.Config(
             app,
             log_config=None,
-            log_level="warning",
+            log_level="error",  # it warns of every request that is none, or is one too many
             access_log=False,
             lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
             limit_concurrency=CONNECTIONS_MAX,
-            http=_Impatient,
+            http=cast(type[asyncio.Protocol], self._protocol),
             h11_max_incomplete_event_size=16 * 1024,
-            ssl_certfile=certificate or None,
-            ssl_keyfile=key or None,
         )
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
@@ -57,6 +60,18 @@ class AdminServer:
     def open(self) -> None:
         """Begin to answer."""
         self._serving = asyncio.create_task(self._server.serve([self._socket]))
+
+    def _protocol(self, **options: Any) -> asyncio.BaseProtocol:
+        """What the bytes of a new connection go to."""
+        if self._tls is None:
+            return _CountedHttp(self._headcount, **options)
+        return CountedTls(
+            self._headcount,
+            _Impatient(**options),
+            self._tls,
+            handshake_timeout_s=REQUEST_TIMEOUT_S,
+            shutdown_timeout_s=DRAIN_S,
+        )
 
     async def close(self) -> None:
         """Answer what is under way, and end."""
@@ -85,6 +100,10 @@ class _Impatient(H11Protocol):
             self.transport.close()
         else:
             self._look = self.loop.call_later(REQUEST_TIMEOUT_S, self._let_go_if_idle)
+
+
+class _CountedHttp(Counted, _Impatient):
+    """HTTP without TLS."""
 
 
 class _Server(uvicorn.Server):

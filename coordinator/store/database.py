@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,9 @@ SQLITE: Final = "sqlite:///"
 # Updates are large: large pages make them cheaper to write and to read parts of.
 PAGE_BYTES: Final = 16384
 WAL_BYTES: Final = 16 << 20
+# Whoever asks `is_coordinated` has the lock for a moment: one that is taken is tried again.
+LOCK_TRIES: Final = 5
+LOCK_AGAIN_S: Final = 0.02
 NOT_WRITABLE: Final = ("readonly database", "unable to open database file")
 
 
@@ -50,14 +54,33 @@ class Database:
             # SQLAlchemy hides a password in this form.
             self.label = f"the store {url if url.startswith(SQLITE) else address}"
             self._engine = _engine(address, create)
+            self._path = _file(address)
             if sole:
-                self._lock = _lock(address)
-                self._path = Path(str(address.database))
+                self._lock = _lock(self._path)
                 self._identity = _identity(self._path)
 
     @property
     def is_sqlite(self) -> bool:
         return self._engine.dialect.name == "sqlite"
+
+    @property
+    def is_coordinated(self) -> bool | None:
+        """Whether a process has it for itself now; None where that cannot be known."""
+        if self._path is None:
+            return None
+        try:
+            lock = os.open(_lock_file(self._path), os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError:  # another user's, as a rule
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[sa.Connection]:
@@ -152,27 +175,36 @@ def address_of(url: str) -> sa.URL:
     return sa.make_url(url)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: Path | None) -> tuple[int, int] | None:
     """Which file a path names, if any."""
     try:
-        found = path.stat()
+        found = path.stat() if path else None
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return (found.st_dev, found.st_ino) if found else None
 
 
-def _lock(address: sa.URL) -> int:
+def _lock_file(path: Path) -> Path:
+    # A file of its own: closing the database's would let go SQLite's locks on it. By whatever name
+    # a store is reached, it has one.
+    path = path.resolve()
+    return path.with_name(f"{path.name}.lock")
+
+
+def _lock(path: Path | None) -> int:
     """Hold a file's lock, which the system lets go with the process, however that ends."""
-    path = _file(address)
     if path is None:
         raise OSError("only a SQLite file can be kept for one coordinator alone")
-    # A file of its own: closing the database's would let go SQLite's locks on it.
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise OSError("another coordinator is running on it") from None
+    lock = os.open(_lock_file(path), os.O_RDWR | os.O_CREAT, 0o600)
+    for tries_left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not tries_left:
+                os.close(lock)
+                raise OSError("another coordinator is running on it") from None
+            time.sleep(LOCK_AGAIN_S)
     return lock
 
 

@@ -42,6 +42,15 @@ class DeviceRecord:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """What is kept of an enrolment token; `used_by` is the device that it has enrolled."""
+
+    digest: str
+    expires_at: float
+    used_by: str | None = None
+
+
 class TokenUse(Enum):
     """What became of an attempt to enrol with a token."""
 
@@ -74,6 +83,12 @@ class DeviceStore(Protocol):
 
     def add_tokens(self, tokens: Sequence[str], expires_at: float) -> None:
         """Let each enrol one device until then; only their digests are kept."""
+
+    def tokens(self) -> list[TokenRecord]:
+        """Every token, those that expire first in front."""
+
+    def revoke_tokens(self, digests: Sequence[str]) -> None:
+        """Forget those of these tokens that were not used; what another has enrolled stays."""
 
     def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
         """Use a token up for this device, which is then kept; both or neither."""

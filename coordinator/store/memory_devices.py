@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from coordinator.store.devices import (
     BARRED,
     DeviceRecord,
     DeviceStatus,
+    TokenRecord,
     TokenUse,
     token_digest,
 )
-
-
-@dataclass(slots=True)
-class _Token:
-    expires_at: float
-    used: bool = False
 
 
 class MemoryDevices:
@@ -27,7 +22,7 @@ class MemoryDevices:
         """`asked` are the devices that were ever asked in a round."""
         self._asked = asked
         self._devices: dict[str, DeviceRecord] = {}
-        self._tokens: dict[str, _Token] = {}
+        self._tokens: dict[str, TokenRecord] = {}
 
     def find(self, device: str) -> DeviceRecord | None:
         return self._devices.get(device)
@@ -50,17 +45,26 @@ class MemoryDevices:
         return True
 
     def add_tokens(self, tokens: Sequence[str], expires_at: float) -> None:
-        self._tokens |= {token_digest(token): _Token(expires_at) for token in tokens}
+        new = [TokenRecord(token_digest(token), expires_at) for token in tokens]
+        self._tokens |= {record.digest: record for record in new}
+
+    def tokens(self) -> list[TokenRecord]:
+        return sorted(self._tokens.values(), key=lambda token: (token.expires_at, token.digest))
+
+    def revoke_tokens(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            if digest in self._tokens and self._tokens[digest].used_by is None:
+                del self._tokens[digest]
 
     def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
         found = self._tokens.get(token_digest(token))
         if found is None:
             return TokenUse.UNKNOWN
-        if found.used:
+        if found.used_by is not None:
             return TokenUse.USED
         if found.expires_at <= now:
             return TokenUse.EXPIRED
-        found.used = True
+        self._tokens[found.digest] = replace(found, used_by=record.device)
         self.add(record)
         return TokenUse.ACCEPTED
 

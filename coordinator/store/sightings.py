@@ -7,7 +7,7 @@ apart from the store's own transactions. How many reports are kept is counted ag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
@@ -70,6 +70,8 @@ _OF_DEVICE: Final = sa.and_(
     sightings.c.federation == sa.bindparam("of_federation"),
     sightings.c.device == sa.bindparam("of_device"),
 )
+_CONNECTED: Final = (DeviceState.WAITING, DeviceState.TRAINING, DeviceState.SENDING)
+_IS_CONNECTED: Final = sightings.c.state.in_([state.value for state in _CONNECTED])
 _ADD: Final = (
     sightings.update()
     .where(_OF_DEVICE)
@@ -115,19 +117,18 @@ def write_sightings(db: sa.Connection, seen: Mapping[tuple[str, str], Sighting])
         db.execute(_TELL, told)
 
 
-def all_away(db: sa.Connection, federations: Iterable[str]) -> None:
-    """No device is connected: the coordinator has just started, or is ending."""
-    connected = _connected(federations)
-    db.execute(sightings.update().where(connected).values(state=DeviceState.AWAY.value))
+def all_away(db: sa.Connection) -> None:
+    """No device is connected: the coordinator, which is alone on its store, has just started."""
+    db.execute(sightings.update().where(_IS_CONNECTED).values(state=DeviceState.AWAY.value))
 
 
-def count_kept_again(db: sa.Connection, federations: Iterable[str]) -> None:
+def count_kept_again(db: sa.Connection) -> None:
     """Count the reports of devices that were connected when a coordinator was killed.
 
     The last second's were not written down. Call it before `all_away`; after an orderly end there
     is nothing to count.
     """
-    cut_off = sa.select(sightings.c.federation, sightings.c.device).where(_connected(federations))
+    cut_off = sa.select(sightings.c.federation, sightings.c.device).where(_IS_CONNECTED)
     if db.execute(cut_off.limit(1)).first() is None:
         return
     of_member = members.c.federation, members.c.device
@@ -144,14 +145,6 @@ def count_kept_again(db: sa.Connection, federations: Iterable[str]) -> None:
     if rows:
         set_kept = sightings.update().where(_OF_DEVICE).values(kept=sa.bindparam("new_kept"))
         db.execute(set_kept, rows)
-
-
-def _connected(federations: Iterable[str]) -> sa.ColumnElement[bool]:
-    states = (DeviceState.WAITING, DeviceState.TRAINING, DeviceState.SENDING)
-    return sa.and_(
-        sightings.c.federation.in_(list(federations)),
-        sightings.c.state.in_([state.value for state in states]),
-    )
 
 
 def sum_up_round(db: sa.Connection, federation: str, number: int, attempt: int) -> None:

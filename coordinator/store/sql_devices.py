@@ -13,6 +13,7 @@ from coordinator.store.devices import (
     BARRED,
     DeviceRecord,
     DeviceStatus,
+    TokenRecord,
     TokenUse,
     token_digest,
 )
@@ -62,6 +63,17 @@ class SqlDevices:
         added = [{"digest": token_digest(token), "expires_at": expires_at} for token in new]
         with self._begin() as db:
             db.execute(tokens.insert(), added)
+
+    def tokens(self) -> list[TokenRecord]:
+        with self._begin() as db:
+            rows = db.execute(sa.select(tokens).order_by("expires_at", "digest"))
+            return [TokenRecord(row.digest, row.expires_at, row.used_by) for row in rows]
+
+    def revoke_tokens(self, digests: Sequence[str]) -> None:
+        is_this = tokens.c.digest == sa.bindparam("revoked")
+        unused = tokens.delete().where(is_this, tokens.c.used_by.is_(None))
+        with self._begin() as db:
+            db.execute(unused, [{"revoked": digest} for digest in digests])
 
     def enrol(self, record: DeviceRecord, token: str, now: float) -> TokenUse:
         is_this = tokens.c.digest == token_digest(token)

@@ -319,9 +319,38 @@ def test_off_loopback_the_token_travels_by_tls_unless_the_operator_says_so(
     assert config.load(path, files, environ).admin_certificate == ("", "")  # on loopback
 
 
-def test_with_a_certificate_the_admin_port_speaks_tls(url: str, tmp_path: Path) -> None:
-    tls = tmp_path / "tls"
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tls = tmp_path_factory.mktemp("tls")
     assert cli.main(["certs", "--out", str(tls), "--host", "127.0.0.1"]) == 0
+    return tls
+
+
+def test_who_sends_no_http_gets_an_answer_and_no_line_of_the_log(
+    admin: AdminPort, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(("127.0.0.1", admin.port), 30) as other:
+        other.sendall(b"\x16\x03\x01 is no request\r\n\r\n")
+        assert other.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_connections_that_say_nothing_are_dropped_beyond_a_number(
+    url: str, tls: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    monkeypatch.setattr("coordinator.admin.server.REQUEST_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr("coordinator.admin.server.CONNECTIONS_MAX", 2)
+    certificate = (str(tls / "server.pem"), str(tls / "server.key")) if secure else ("", "")
+    with admin_port(url, certificate=certificate) as admin, contextlib.ExitStack() as opened:
+        *_, last = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", admin.port), 30))
+            for _ in range(5)
+        ]
+        assert last.recv(1) == b""
+
+
+def test_with_a_certificate_the_admin_port_speaks_tls(url: str, tls: Path) -> None:
     certificate = (str(tls / "server.pem"), str(tls / "server.key"))
     with admin_port(url, certificate=certificate) as admin:
         assert str(admin.watch.address).startswith("https://127.0.0.1:")

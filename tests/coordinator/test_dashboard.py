@@ -169,3 +169,5 @@ def test_it_says_so_when_the_coordinator_is_gone(
         page.open(other.address)
         page.until("document.querySelector('.link').classList.contains('live')")
     page.until("document.querySelector('.link').classList.contains('lost')")
+    page.until("document.getElementById('notice').textContent.includes('all is as it was at ')")
+    assert page.ask("document.getElementById('notice').hidden") is False

@@ -132,6 +132,93 @@ def test_a_token_that_cannot_be_made_is_named(
     assert problem in capsys.readouterr().err
 
 
+def _made(url: str, capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, str]]:
+    assert _run(url, "token", "--json", *flags) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_tokens_are_listed_by_their_ids_and_what_became_of_them(
+    url: str, devices: DeviceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices.add_tokens(["late"], 86400.0)
+    used, unused = _made(url, capsys, "--count", "2")
+    devices.enrol(PENDING, used["token"], time.time())
+    assert _run(url, "list-tokens", "--json") == 0
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {one["id"]: (one["status"], one["device"]) for one in listed} == {
+        listed[0]["id"]: ("expired", None),
+        used["id"]: ("used", "aa11"),
+        unused["id"]: ("unused", None),
+    }
+    assert _run(url, "list-tokens") == 0
+    told = capsys.readouterr().out
+    assert f"{listed[0]['id']}  expired  since 1970-01-02 00:00:00\n" in told
+    assert f"{used['id']}  used     by aa11\n" in told
+    assert f"{unused['id']}  unused   until 20" in told
+    assert unused["token"] not in told
+
+
+def test_a_leaked_token_is_revoked_by_itself_or_by_its_id(
+    url: str, devices: DeviceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaked, mistaken, good = _made(url, capsys, "--count", "3")
+    assert _run(url, "revoke-token", leaked["token"], mistaken["id"][:10]) == 0
+    assert capsys.readouterr().out == f"{leaked['id']}: revoked\n{mistaken['id']}: revoked\n"
+    for token in (leaked, mistaken):
+        assert devices.enrol(PENDING, token["token"], 0.0) is TokenUse.UNKNOWN
+    assert devices.enrol(PENDING, good["token"], 0.0) is TokenUse.ACCEPTED
+
+
+def test_of_a_token_that_was_used_the_device_is_named_and_the_others_are_revoked(
+    url: str, devices: DeviceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used, unused = _made(url, capsys, "--count", "2")
+    devices.enrol(PENDING, used["token"], 0.0)
+    assert _run(url, "revoke-token", "--json", used["token"], unused["token"]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"id": unused["id"], "status": "revoked"}
+    assert f"it is the device to revoke: {used['id']} by device aa11" in told.err
+
+
+def test_all_tokens_that_were_not_used_are_revoked_at_once(
+    url: str, devices: DeviceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used, *_ = _made(url, capsys, "--count", "30")
+    devices.enrol(PENDING, used["token"], 0.0)
+    for revoked in (29, 0):
+        assert _run(url, "revoke-token", "--all") == 0
+        assert capsys.readouterr().out.count(": revoked\n") == revoked
+    assert [token.used_by for token in devices.tokens()] == ["aa11"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["none"], "token: the store has no token 'none'"),
+        ([""], "token: is empty; give its id"),
+        ([], "token: expected tokens or their ids, or else --all"),
+        (["one", "--all"], "token: expected tokens or their ids, or else --all"),
+    ],
+)
+def test_a_token_that_is_none_revokes_nothing(
+    url: str,
+    devices: DeviceStore,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    devices.add_tokens(["one"], 100.0)
+    assert _run(url, "revoke-token", *arguments) == 2
+    assert problem in capsys.readouterr().err
+    assert len(devices.tokens()) == 1
+
+
+def test_a_token_is_never_taken_for_a_flag(
+    url: str, devices: DeviceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert all(one["token"].isalnum() for one in _made(url, capsys, "--count", "200"))
+
+
 def test_looking_makes_no_store(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

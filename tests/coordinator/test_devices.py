@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from coordinator.store.base import Member, RoundRecord, Store
-from coordinator.store.devices import DeviceRecord, DeviceStatus, DeviceStore, TokenUse
+from coordinator.store.devices import (
+    DeviceRecord,
+    DeviceStatus,
+    DeviceStore,
+    TokenRecord,
+    TokenUse,
+    token_digest,
+)
 from coordinator.store.memory import MemoryStore
 from coordinator.store.sql import SqlStore
 from tests.coordinator.test_store import BASE
@@ -60,6 +67,21 @@ class DeviceStoreContract:
         assert devices.find("aa") == approved
         assert devices.enrol(replace(TWO), "secret", 99.0) is TokenUse.USED
         assert devices.find("bb") is None
+
+    def test_a_token_that_was_revoked_enrols_nobody(self, devices: DeviceStore) -> None:
+        devices.add_tokens(["used", "leaked"], 100.0)
+        devices.add_tokens(["good"], 90.0)
+        devices.enrol(ONE, "used", 50.0)
+        good, *others = devices.tokens()
+        assert good == TokenRecord(token_digest("good"), 90.0)
+        used = TokenRecord(token_digest("used"), 100.0, "aa")
+        assert sorted(others, key=str) == sorted(
+            [used, TokenRecord(token_digest("leaked"), 100.0)], key=str
+        )
+        devices.revoke_tokens([token_digest("leaked"), token_digest("used"), token_digest("none")])
+        assert devices.tokens() == [good, used]
+        assert devices.enrol(TWO, "leaked", 50.0) is TokenUse.UNKNOWN
+        assert devices.enrol(TWO, "good", 50.0) is TokenUse.ACCEPTED
 
     def test_a_token_enrols_a_device_that_was_pending(self, devices: DeviceStore) -> None:
         devices.add(ONE)

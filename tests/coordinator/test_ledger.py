@@ -168,6 +168,14 @@ def test_after_a_restart_nobody_is_connected(store: SqlStore) -> None:
     assert states == {"d": "away", "e": "away", "f": "finished"}
 
 
+def test_after_a_restart_nobody_is_connected_to_a_federation_that_is_not_run_any_more(
+    store: SqlStore,
+) -> None:
+    _after(store, _said(JOINED), _said(ASSIGNED))
+    asyncio.run(Ledger(store.database, at_once).begin(["another"]))
+    assert [one.state for one in _devices(store).devices] == ["away"]
+
+
 def test_reports_of_the_second_before_a_crash_are_counted_at_the_next_start(
     store: SqlStore,
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import os
 import re
 import shutil
 import signal
@@ -268,8 +270,33 @@ def test_one_coordinator_has_a_store_for_itself_and_commands_read_beside_it(
         with contextlib.closing(SqlStore(url, sole=True)):
             with pytest.raises(StoreError, match=r"s\.sqlite: another coordinator is run"):
                 SqlStore(url, sole=True)
-            SqlStore(url, create=False).close()
+            with contextlib.closing(SqlStore(url, create=False)) as beside:
+                assert beside.database.is_coordinated
+        with contextlib.closing(SqlStore(url, create=False)) as beside:
+            assert beside.database.is_coordinated is False
     assert stat.S_IMODE((tmp_path / "s.sqlite.lock").stat().st_mode) == 0o600
+
+
+def test_a_store_is_one_coordinators_by_whatever_name_it_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "current.sqlite").symlink_to(tmp_path / "s.sqlite")
+    with contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite", sole=True)):
+        other = f"sqlite:///{tmp_path}/current.sqlite"
+        with pytest.raises(StoreError, match="another coordinator is running on it"):
+            SqlStore(other, sole=True)
+        with contextlib.closing(SqlStore(other, create=False)) as beside:
+            assert beside.database.is_coordinated
+
+
+def test_asking_whether_a_coordinator_runs_keeps_none_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that asks has the lock for a moment."""
+    url = f"sqlite:///{tmp_path}/s.sqlite"
+    SqlStore(url, sole=True).close()
+    asking = os.open(tmp_path / "s.sqlite.lock", os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda _: os.close(asking))
+    SqlStore(url, sole=True).close()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import os
 import signal
 import socket
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.errors import AddressError, ConfigurationError, StoreError
 from coordinator.systemd import ALIVE, READY, ServiceManager
 from tests.coordinator.federation_file import write_federation
+
+UNIT = Path(__file__).parents[2] / "examples/systemd/pf2lora-coordinator.service"
 
 
 @pytest.fixture
@@ -44,6 +48,19 @@ def test_the_daemon_tells_ready_alive_and_stopping(
         pass
     _, log = daemon.communicate()
     assert daemon.returncode == 0, log
+
+
+def test_the_unit_restarts_what_a_restart_may_mend_and_not_without_end() -> None:
+    unit = configparser.ConfigParser()
+    unit.read_string(UNIT.read_text())
+    service, limits = unit["Service"], unit["Unit"]
+    kept_down = {int(code) for code in service["RestartPreventExitStatus"].split()}
+    for_a_person = {ConfigurationError.exit_code, StoreError.exit_code, AddressError.exit_code}
+    assert kept_down == for_a_person
+    assert service["Restart"] == "on-failure"
+    # The slowest failure that there is: systemd gives a start 90 s.
+    slowest_s = 90 + int(service["RestartSec"])
+    assert int(limits["StartLimitBurst"]) * slowest_s < int(limits["StartLimitIntervalSec"])
 
 
 def test_an_abstract_socket_is_meant_by_an_at() -> None:

@@ -36,6 +36,14 @@ def url(store: SqlStore, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/s.sqlite"
 
 
+@pytest.fixture
+def coordinated(url: str) -> Iterator[None]:
+    """A coordinator runs on the store."""
+    with contextlib.closing(SqlStore(url, sole=True)):
+        yield
+
+
+@pytest.mark.usefixtures("coordinated")
 def test_status_tells_where_federations_stand(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "--store", url]) == 0
     told = capsys.readouterr().out
@@ -45,6 +53,25 @@ def test_status_tells_where_federations_stand(url: str, capsys: pytest.CaptureFi
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert (found["name"], found["open_round"]["reports"], found["wish"]) == ("reviews", 13, "run")
+
+
+def test_where_no_coordinator_runs_what_it_left_is_not_told_as_what_is(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "no coordinator is running on this store: all is as the last one left it\n"
+    with contextlib.closing(SqlStore(url, sole=True)):
+        assert cli.main(["status", "--store", url]) == 0
+        told = capsys.readouterr().out
+        assert "13 of 24 reports, " in told
+        assert said not in told
+        cli.main(["status", "--store", url, "--json"])
+        assert json.loads(capsys.readouterr().out)["coordinator_running"] is True
+    assert cli.main(["status", "--store", url]) == 0
+    told = capsys.readouterr().out
+    assert said in told
+    assert "13 of 24 reports\n" in told
+    cli.main(["status", "--store", url, "--json"])
+    assert json.loads(capsys.readouterr().out)["coordinator_running"] is False
 
 
 def test_a_buffer_is_told_by_the_reports_that_it_wants(
@@ -96,7 +123,9 @@ def test_watch_follows_until_it_is_interrupted(store: SqlStore, url: str, flags:
     command = [sys.executable, "-m", "coordinator.cli", "watch", "--store", url, *flags]
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
-    assert "reviews" in watching.stdout.readline()
+    first = watching.stdout.readline()
+    assert "reviews" in first
+    assert "no coordinator is running" in first or '"coordinator_running": false' in first
     with store.database.begin() as db:
         db.execute(federations.update().values(wish="pause", rounds_done=100))
     assert "100" in watching.stdout.readline()

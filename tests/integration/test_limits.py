@@ -15,6 +15,7 @@ from websockets.exceptions import WebSocketException
 
 from coordinator import server
 from coordinator.config import load
+from coordinator.refusals import LINES_MAX
 from coordinator.server import CoordinatorServer
 from edge_client.session import Session
 from edge_client.transport import websocket_dial
@@ -88,6 +89,23 @@ def test_over_the_cap_a_device_is_told_when_to_come_back(
 
     asyncio.run(scenario())
     assert device.final is not None
+
+
+def test_a_crowd_that_is_turned_away_does_not_flood_the_log_and_is_counted_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> bytes:
+        async with _configured(tmp_path, "connections_max = 1") as running:
+            async with connect(f"ws://127.0.0.1:{running.port}"):
+                for _ in range(30):
+                    await _first_word(running.port, default_hello("test"))
+            return running.watch._metrics.render()
+
+    assert b'pf2lora_refusals_total{code="busy"} 30.0' in asyncio.run(scenario())
+    lines = [line for line in caplog.messages if "refused" in line]
+    assert len(lines) == LINES_MAX + 1
+    assert lines[0] == "refused a device: busy: too many connections"
+    assert lines[-1] == f"refused {30 - LINES_MAX} more within 60 s: busy"
 
 
 def test_an_address_or_a_device_that_comes_too_often_is_told_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from coordinator import certificates, config
+from coordinator import certificates, config, server
 from coordinator.certificates import Authority
 from coordinator.server import CoordinatorServer
 from edge_client.errors import UnreachableError
@@ -146,7 +146,7 @@ def test_a_device_that_cannot_trust_its_coordinator_says_why_and_sends_nothing(
 
 
 def test_a_connection_over_tls_takes_little_memory(tmp_path: Path) -> None:
-    """asyncio has 256 KiB for each as it is; here both ends are in one process."""
+    """asyncio has 256 KiB for each, which the device's end, here in the same process, keeps."""
 
     async def scenario() -> int:
         async with opened(tmp_path) as outside, contextlib.AsyncExitStack() as stack:
@@ -159,7 +159,39 @@ def test_a_connection_over_tls_takes_little_memory(tmp_path: Path) -> None:
                 stack.push_async_callback((await dial()).close)
             return tracemalloc.get_traced_memory()[0] // 5
 
-    assert asyncio.run(scenario()) < 2 * 128 * 1024
+    assert asyncio.run(scenario()) < (256 + 128) * 1024
+
+
+def test_who_does_not_finish_the_handshake_is_counted_among_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "OPEN_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(server, "TURNED_AWAY_MAX", 2)
+
+    async def scenario() -> None:
+        async with opened(tmp_path, connections_max="1") as outside:
+            outside.approve(GOOD)
+            headcount, port = outside.server.headcount, outside.server.port
+
+            async def silent() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+                return await asyncio.open_connection("127.0.0.1", port)
+
+            waiting = [await silent() for _ in range(3)]
+            reader, writer = await silent()
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""  # the fourth is one too many, and let go at once
+            writer.close()
+            waiting[0][1].close()
+            waiting[1][1].write(b"this is no handshake")  # refused
+            while headcount.open > 1:  # noqa: ASYNC110 - it is on its way
+                await asyncio.sleep(0.01)
+            device = await outside.dial(GOOD)
+            assert isinstance(await device.join(), Joined)
+            assert headcount.open == 2
+            for _, writer in waiting:
+                writer.close()
+
+    asyncio.run(scenario())
 
 
 def test_an_untrusted_certificate_is_not_tried_again_at_first(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import numpy as np
 import pytest
 
+from coordinator.config import ServerSettings
 from coordinator.control import Control, Wish
 from coordinator.errors import StoreError
 from coordinator.happenings import Disconnected, Happening
@@ -74,6 +75,18 @@ class Desk:
 def _report(asked: Assignment) -> Report:
     told = (asked.assignment, asked.round, asked.base_version, 10, (), UPDATE.payload(), UNSIGNED)
     return Report(*told)
+
+
+def test_a_device_is_held_as_long_as_the_configuration_has_it_where_nobody_says_otherwise() -> None:
+    async def scenario() -> None:
+        desk = Desk(settings(count=1, cohort=2))
+        await desk.service.open()
+        answer = await desk.service.check_in("alone", 0)
+        assert isinstance(answer, RetryWindow)
+        held_s = asyncio.get_running_loop().time()
+        assert held_s == pytest.approx(ServerSettings().hold_s, abs=0.1)
+
+    simulate(scenario)
 
 
 def test_a_deadline_that_comes_while_reports_are_written_leaves_none_of_them_out() -> None:

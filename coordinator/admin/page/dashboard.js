@@ -294,6 +294,10 @@ function follow() {
     link.className = "link live";
   };
   source.onerror = () => {
+    if (link.textContent !== "reconnecting") {
+      find("notice").textContent = `The coordinator does not answer: all is as it was at ${new Date().toLocaleTimeString()}.`;
+      find("notice").hidden = false;
+    }
     link.textContent = "reconnecting";
     link.className = "link lost";
     // A browser gives up after an HTTP error, such as a proxy's while the coordinator restarts.
