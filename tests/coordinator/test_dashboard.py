@@ -18,7 +18,7 @@ from tests.coordinator.browser import Page, browser, needs_chromium
 from tests.coordinator.busy_store import busy_settings, fill_store
 
 pytestmark = needs_chromium
-LOADED_MS_MAX = 1000
+LOADED_CPU_S_MAX = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +49,16 @@ def admin(store: SqlStore, tmp_path: Path) -> Iterator[AdminPort]:
         yield port
 
 
-def test_a_thousand_devices_and_500_rounds_load_in_a_second_and_stay_live(
+def test_a_thousand_devices_and_500_rounds_load_with_little_cpu_and_stay_live(
     page: Page, admin: AdminPort, store: SqlStore
 ) -> None:
     page.look(width=1280, height=1500, dark=False)
     page.call("Network.setCacheDisabled", cacheDisabled=True)
-    took_ms: list[float] = []
-    while len(took_ms) < 10 and min(took_ms, default=LOADED_MS_MAX) >= LOADED_MS_MAX:
-        page.open(admin.address)  # again where the machine had other work
-        took_ms.append(page.ask("performance.getEntriesByName('shown')[0].startTime"))
-    print("loaded in ms:", [round(one) for one in took_ms])
-    assert min(took_ms) < LOADED_MS_MAX
+    page.call("Performance.enable", timeDomain="threadTicks")
+    page.open(admin.address)
+    cpu_s = page.metric("TaskDuration")
+    print(f"loaded with {cpu_s:.2f} s of the page's CPU")
+    assert cpu_s < LOADED_CPU_S_MAX
     assert page.ask("document.querySelectorAll('#rows tr').length") == 50
     assert page.ask("document.querySelectorAll('.plot .curve').length") == 6
     drawn = page.ask("document.querySelector('#chart-loss .curve').getAttribute('d')")
