@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -45,7 +45,7 @@ from protocol.methods import HetLoRA
 from protocol.peft_layout import PeftAdapter
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
-from quantization.seeded import factor_start, head_start, projection_start
+from quantization.seeded import start_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +56,6 @@ class Shape:
     head_modules: tuple[str, ...]
     scaling: float
     fan_in_fan_out: bool
-
-
-def start_of(
-    name: str,
-    shape: tuple[int, ...],
-    head_modules: Collection[str],
-    common_seed: int,
-    personal_seed: int,
-) -> np.ndarray[Any, Any]:
-    """What a trainable array begins with on the device of `personal_seed`, on every runtime."""
-    if is_below(name, head_modules):
-        return head_start(name, shape, common_seed)
-    layer, _, letter = name.rpartition(".")
-    if letter in "BD":
-        return np.zeros(shape, np.float32)
-    rank, inputs = shape
-    if letter in "PQ":
-        return projection_start((rank, inputs), common_seed, letter)
-    return factor_start(
-        (rank, inputs), common_seed if letter == "A" else personal_seed, layer, letter
-    )
 
 
 class FlatTrainer(abc.ABC):
