@@ -87,7 +87,7 @@ class OrtTrainer(FlatTrainer):
 
     def gradients(self, batch: Batch) -> Gradients:
         common, personal = self._common.gradients, self._personal.gradients
-        parts = self._parts(batch)
+        parts = self._batches.parts(batch)
         if len(parts) == 1:
             return Gradients(self._run(batch), common, personal)
         total, sums = 0.0, (common * 0.0, personal * 0.0)

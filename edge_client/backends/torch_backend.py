@@ -162,7 +162,7 @@ class TorchTrainer(FlatTrainer):
         self._common.gradients.zero_()
         self._personal.gradients.zero_()
         total = 0.0
-        for part in self._parts(batch):
+        for part in self._batches.parts(batch):
             loss = self._loss(part) * (part.weight / batch.weight)
             loss.backward()
             give_rooms_back()
@@ -179,7 +179,7 @@ class TorchTrainer(FlatTrainer):
         pieces = self._personal.views(vector).values()
         product = torch.zeros_like(self._common.values)
         into = self._common.views(product).values()
-        for part in self._parts(batch):
+        for part in self._batches.parts(batch):
             loss = self._loss(part) * (part.weight / batch.weight)
             gradients = torch.autograd.grad(loss, list(personal), create_graph=True)
             dot = torch.stack([(g * v).sum() for g, v in zip(gradients, pieces, strict=True)]).sum()

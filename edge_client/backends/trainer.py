@@ -1,4 +1,4 @@
-"""What every Trainer does alike, whatever runs its model: batches, levels, updates, evaluations.
+"""What every Trainer does alike, whatever runs its model: levels, training, updates, evaluations.
 
 A runtime's own part is small: the gradients of a batch, its logits or scores at a level, and each
 layer's factors. Vectors are NumPy's or torch's; nothing here imports torch.
@@ -10,7 +10,6 @@ import abc
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,13 +30,14 @@ from edge_client.backends.base import (
     Prediction,
     RankReport,
 )
-from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer, batch_of
+from edge_client.backends.batches import Batches
+from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.label_offset import LabelOffset
+from edge_client.backends.oracle import Oracle
 from edge_client.data import Example
 from edge_client.factors import Factor
 from edge_client.peft_export import save_pretrained
-from edge_client.splits import batch_indices
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
 from protocol.federation import FederationSettings, Group, OptimizerState, WireDtype
@@ -59,7 +59,7 @@ class Shape:
 
 
 class FlatTrainer(abc.ABC):
-    """A backends.base.Trainer and a GradientOracle on two flat groups of trainable arrays.
+    """A backends.base.Trainer on two flat groups of trainable arrays.
 
     The common adapter starts alike on all devices, from the federation's seed; `personal_seed`
     is this device's own, for its personal adapter and its batches. `length_max` is the longest
@@ -87,12 +87,10 @@ class FlatTrainer(abc.ABC):
         self._seed = personal_seed
         self._algorithm = algorithm_for(settings, personal_seed)
         self._common, self._personal = groups
-        self._personal_head = self._personal.values * 0.0
-        for name, view in self._personal.views(self._personal_head).items():
-            view[:] = float(is_below(name, shape.head_modules))
         self._state = AlgorithmState()
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
         self._rules = rules_for(settings.task)
+        self._batches = Batches(settings.training, self._rules, tokenizer, self.evaluation_batch)
         head = self._algorithm.layout(settings.adapter).head
         self._label_offset = LabelOffset(settings.task, head_is_personal=head is Group.PERSONAL)
 
@@ -153,32 +151,10 @@ class FlatTrainer(abc.ABC):
     def _running_at(self, level: Level) -> contextlib.AbstractContextManager[None]:
         """Within the block the adapted layers run with the levels up to `level` only."""
 
-    # --- algorithms.base.GradientOracle -------------------------------------------------------
-
-    @property
-    def oracle(self) -> Oracle:
-        """This model as algorithms see it."""
-        return Oracle(self, self._common.values, self._personal.values, self._personal_head)
-
-    def factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
-        """Views (A, B) of every adapted layer into a vector like the common one."""
-        views = self._common.views(vector)
-        return [(views[f"{name}.A"], views[f"{name}.B"]) for name in self._shape.layers]
-
-    def personal_factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
-        """Views (C, D) of every adapted layer into a vector like the personal one."""
-        views = self._personal.views(vector)
-        return [(views[f"{name}.C"], views[f"{name}.D"]) for name in self._shape.layers]
-
     # --- backends.base.Trainer ----------------------------------------------------------------
 
     def encode(self, rows: Sequence[Example]) -> EncodedRows:
         return self._rules.encode_all(rows, self._tokenizer)
-
-    def batch(self, rows: Sequence[EncodedRow]) -> Batch:
-        """Rows padded to the longest of them, with their targets."""
-        rows = list(rows)  # a row of many is made anew each time that it is asked for
-        return batch_of(rows, self._rules.targets(rows), self._tokenizer.pad_id)
 
     def common(self) -> NamedTensors:
         return NamedTensors.from_arrays(self._common.arrays())
@@ -232,7 +208,7 @@ class FlatTrainer(abc.ABC):
         return train(
             self._algorithm,
             self.oracle,
-            self._stream(rows, first_step * self._algorithm.batches_per_step),
+            self._batches.to_train(rows, first_step * self._algorithm.batches_per_step, self._seed),
             self._state,
             plans(self._settings, round_number),
         )
@@ -241,7 +217,7 @@ class FlatTrainer(abc.ABC):
         self._label_offset.learn(self._rules.log_shares(rows))
         shared = self._common.values * 1.0
         try:
-            self._algorithm.personalise(self.oracle, self._stream(rows, 0))
+            self._algorithm.personalise(self.oracle, self._batches.to_train(rows, 0, self._seed))
             if bool((shared != self._common.values).any()):
                 self._own_common = self._common.values * 1.0
         finally:
@@ -288,6 +264,18 @@ class FlatTrainer(abc.ABC):
                     after = self._evaluate(rows)
         return Export({n: len(down) for n, (down, _) in written.factors.items()}, full, after)
 
+    # --- for who looks at single steps -------------------------------------------------------
+
+    @property
+    def oracle(self) -> Oracle:
+        """This model as algorithms see it; made anew, since one that is kept keeps the model."""
+        shape = self._shape
+        return Oracle(self, self._common, self._personal, shape.layers, shape.head_modules)
+
+    def batch(self, rows: Sequence[EncodedRow]) -> Batch:
+        """Rows padded to the longest of them, with their targets."""
+        return self._batches.of(rows)
+
     # --- inside -------------------------------------------------------------------------------
 
     def _trained(self) -> PeftAdapter:
@@ -318,7 +306,8 @@ class FlatTrainer(abc.ABC):
 
     @property
     def _model_now(self) -> Model:
-        return Model(self._tokenizer, self._batches, self._score, self._logits, self._length_max)
+        batches = self._batches.to_evaluate
+        return Model(self._tokenizer, batches, self._score, self._logits, self._length_max)
 
     def _evaluate(self, rows: EncodedRows) -> Evaluation:
         return self._rules.evaluate(rows, self._model_now)
@@ -336,49 +325,3 @@ class FlatTrainer(abc.ABC):
         finally:
             if shared is not None:
                 self._common.values[:] = shared
-
-    def _stream(self, rows: Sequence[EncodedRow], first: int) -> Iterator[Batch]:
-        """Training batches from the first-th on, without end."""
-        size = self._settings.training.batch_size
-        for number in count(first):
-            (indices,) = batch_indices(len(rows), size, number, 1, self._seed)
-            chosen = [rows[i] for i in indices]
-            if self._settings.training.micro_batch_size:
-                chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
-            yield self.batch(chosen)
-
-    def _batches(self, rows: Sequence[EncodedRow]) -> Iterator[Batch]:
-        training = self._settings.training
-        size = self.evaluation_batch
-        if not self._rules.has_head:
-            # Logits of a whole vocabulary at each token: no more of them than training holds.
-            size = min(size, training.micro_batch_size or training.batch_size)
-        return self._batches_of(rows, size)
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """Parts of at most so many rows, each padded to its own longest.
-
-        Rows that come in order of their length leave little to pad.
-        """
-        size = self._settings.training.micro_batch_size
-        is_whole = not 0 < size < len(batch.rows)
-        return [batch] if is_whole else list(self._batches_of(batch.rows, size))
-
-    def _batches_of(self, rows: Sequence[EncodedRow], size: int) -> Iterator[Batch]:
-        return (self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
-
-
-class Oracle:
-    """A GradientOracle on a FlatTrainer; torch's vectors here have no autograd."""
-
-    def __init__(
-        self, trainer: FlatTrainer, common: Vector, personal: Vector, personal_head: Vector
-    ) -> None:
-        self.common = common
-        self.personal = personal
-        self.personal_head = personal_head
-        self.gradients = trainer.gradients
-        self.local_gradients = trainer.local_gradients
-        self.mixed_product = trainer.mixed_product
-        self.factors = trainer.factors
-        self.personal_factors = trainer.personal_factors
