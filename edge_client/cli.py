@@ -258,12 +258,12 @@ def _predict(options: argparse.Namespace) -> None:
         raise ConfigurationError("predict", "was given nothing", "a TEXT or --rows FILE")
     check_asked(rows)
     level = Level[options.level.upper()]
-    with _client(options) as client, client.worker.ready():
-        task = client.worker.settings.task
+    with _client(options) as client, client.worker.ready() as model:
+        task = model.settings.task
         if task.kind is TaskKind.CAUSAL_LM:
             _go_on(options, client, rows, level)
             return
-        for found in client.worker.predict(rows, level, LabelMix(options.label_mix)):
+        for found in model.predict(rows, level, LabelMix(options.label_mix)):
             say(options, *_answer(found, task.labels))
 
 
