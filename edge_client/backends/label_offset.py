@@ -43,19 +43,21 @@ class LabelOffset:
         """Within the block answers are for that mix.
 
         Raises:
-            ConfigurationError: what the model has learned of the labels' shares is not known.
+            ConfigurationError: the model cannot answer for it.
         """
         if mix is LabelMix.OWN:
             return contextlib.nullcontext()
         if not self._task.labels:
             problem = f"{self._task.kind.value} has no labels to be even"
             raise ConfigurationError("label_mix", problem, LabelMix.OWN.value)
-        if self._is_balanced or self._log_shares is None:
+        if self._is_balanced:
             return self.left_out()
         if not self._head_is_personal:
             problem = "a head that all devices share has learned no device's own shares of labels"
             use = f'task.loss = "{Loss.BALANCED_SOFTMAX.value}" in the federation'
             raise ConfigurationError("label_mix", problem, use)
+        if self._log_shares is None:
+            raise RuntimeError("no rows whose label shares the head has learned: personalise first")
         return self._being(-self._log_shares)
 
     def left_out(self) -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import pytest
 
 from edge_client import cli
 from edge_client.backends.base import Level
+from edge_client.backends.label_offset import LabelOffset
 from edge_client.client import EdgeClient, LabelMix
 from edge_client.errors import ConfigurationError
 from edge_client.tasks.base import cross_entropy
@@ -127,3 +128,13 @@ def test_what_cannot_answer_for_an_even_mix_says_so(tmp_path: Path) -> None:
     assert _logits(device, LabelMix.OWN).shape == (8, 2)
     with pytest.raises(SchemaError, match=r"^loss: must be 'cross-entropy': causal-lm"):
         Task(TaskKind.CAUSAL_LM, loss=Loss.BALANCED_SOFTMAX)
+
+
+def test_shares_that_nobody_has_counted_are_not_taken_for_none() -> None:
+    """A head that has learned them may have come out of the state folder, its rows not yet."""
+    offset = LabelOffset(SETTINGS.task, head_is_personal=True)
+    with pytest.raises(RuntimeError, match="personalise first"):
+        offset.answering(LabelMix.EVEN)
+    offset.learn(np.log(np.array([0.75, 0.25], np.float32)))
+    with offset.answering(LabelMix.EVEN):
+        assert np.exp(offset.added_to(np.zeros(2))) == pytest.approx([4 / 3, 4])
