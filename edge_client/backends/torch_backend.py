@@ -22,9 +22,9 @@ from edge_client.backends.encoding import Batch, Window, check_ids, window_of
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.loading import shared_name
 from edge_client.backends.trainer import FlatTrainer, Shape
-from edge_client.errors import ConfigurationError
+from edge_client.errors import AdapterError, ConfigurationError
 from edge_client.factors import Factor
-from edge_client.lora import AdapterError, active_level, inject, without_common
+from edge_client.lora import active_level, inject, without_common
 from edge_client.projected_lora import SharedPairs
 from edge_client.tasks.base import Score
 from protocol.federation import FederationSettings
