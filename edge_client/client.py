@@ -33,9 +33,10 @@ from edge_client.backends.loading import choose, load_trainer, shared_name
 from edge_client.data import FieldNames, check_asked, check_source, placed
 from edge_client.errors import ConfigurationError, DataError
 from edge_client.identity import Identity, new_key
+from edge_client.line import Traffic
 from edge_client.own_rows import DataSettings, DataSource
 from edge_client.private_store import PrivateStore
-from edge_client.session import Session, Traffic, check_joining
+from edge_client.session import Session, check_joining
 from edge_client.splits import check_share, whole_seed
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
@@ -354,8 +355,8 @@ class EdgeClient:
             identity=self._identity,
             rng=random.Random(),
             token=self._token,
+            traffic=self._traffic,
         )
-        session.traffic = self._traffic
         task = asyncio.ensure_future(session.run())
         self._running = (asyncio.get_running_loop(), task)
         # Whoever asks from here on finds `_running`.

@@ -77,7 +77,7 @@ class FlatTrainer(abc.ABC):
         groups: tuple[FlatGroup, FlatGroup],
         *,
         personal_seed: int,
-        length_max: int | None = None,
+        length_max: int | None,
     ) -> None:
         self.fingerprint = fingerprint
         self._settings = settings
