@@ -30,7 +30,7 @@ class Batches:
     def to_train(self, rows: Sequence[EncodedRow], first: int, seed: int) -> Iterator[Batch]:
         """The stream of the device of this seed from the first-th on, without end."""
         for number in count(first):
-            (indices,) = batch_indices(len(rows), self._training.batch_size, number, 1, seed)
+            indices = batch_indices(len(rows), self._training.batch_size, number, seed)
             chosen = [rows[i] for i in indices]
             if self._training.micro_batch_size:
                 chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
