@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -18,10 +18,11 @@ from torch.nn import functional
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Level
-from edge_client.backends.encoding import Batch, Window, check_ids, window_of
+from edge_client.backends.encoding import Batch
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.loading import shared_name
 from edge_client.backends.trainer import FlatTrainer, Shape
+from edge_client.backends.transformers_tokenizer import TransformersTokenizer
 from edge_client.errors import AdapterError, ConfigurationError
 from edge_client.factors import Factor
 from edge_client.lora import active_level, inject, without_common
@@ -37,57 +38,6 @@ from quantization.tasks import IGNORED
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
-
-
-class TransformersTokenizer:
-    """A tokenizer of transformers as an encoding.Tokenizer, for a model of so many embeddings."""
-
-    def __init__(self, tokenizer: Any, embedding_count: int) -> None:
-        self._tokenizer = tokenizer
-        self._embedding_count = embedding_count
-        self.pad_id: int = tokenizer.pad_token_id
-        self.end_id: int | None = tokenizer.eos_token_id
-
-    def encode(
-        self, text: str, pair: str | None = None, *, special: bool = True, length_max: int = 0
-    ) -> tuple[Sequence[int], Sequence[int] | None]:
-        cut = {"truncation": True, "max_length": length_max} if length_max else {}
-        encoded = self._tokenizer(text, pair, add_special_tokens=special, **cut)
-        ids = encoded["input_ids"]
-        self._check(ids, text)
-        return ids, encoded.get("token_type_ids")
-
-    def windows(self, question: str, context: str, length_max: int, overlap: int) -> list[Window]:
-        if not self._tokenizer.is_fast:
-            kind = type(self._tokenizer).__name__
-            raise AdapterError(f"{kind} does not say which characters a token stands for")
-        encoded = self._tokenizer(
-            question,
-            context,
-            truncation="only_second",
-            max_length=length_max,
-            stride=overlap,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        types = encoded.get("token_type_ids")
-        for ids in encoded["input_ids"]:
-            self._check(ids, context)
-        return [
-            window_of(
-                ids,
-                None if types is None else types[number],
-                encoded.sequence_ids(number),
-                encoded["offset_mapping"][number],
-            )
-            for number, ids in enumerate(encoded["input_ids"])
-        ]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _check(self, ids: Sequence[int], text: str) -> None:
-        check_ids(ids, self._embedding_count, text, self._tokenizer.convert_ids_to_tokens)
 
 
 def flat_group(parameters: Mapping[str, nn.Parameter], device: str) -> FlatGroup:
