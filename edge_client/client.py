@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -30,14 +30,13 @@ from edge_client.backends.base import (
     Trainer,
 )
 from edge_client.backends.loading import choose, load_trainer, shared_name
-from edge_client.data import FieldNames, check_asked, check_source, placed
-from edge_client.errors import ConfigurationError, DataError
+from edge_client.data import FieldNames, check_asked, placed
+from edge_client.errors import ConfigurationError
 from edge_client.identity import Identity, new_key
 from edge_client.line import Traffic
-from edge_client.own_rows import DataSettings, DataSource
+from edge_client.own_rows import DataSource, data_settings
 from edge_client.private_store import PrivateStore
 from edge_client.session import Session, check_joining
-from edge_client.splits import check_share, whole_seed
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from edge_client.worker import DeviceWorker, Progress
@@ -146,16 +145,7 @@ class EdgeClient:
             artifact=artifact,
             artifact_digest=artifact_digest,
         )
-        check_source(data)
-        if isinstance(data, Iterator):
-            kind = type(data).__name__
-            raise DataError(f"expected rows that can be read again, got {kind}", path="data")
-        if held_out is not None:
-            check_share(held_out)
-        if seed is not None:
-            seed = whole_seed(seed)
-        if not isinstance(fields, FieldNames | None):
-            raise ConfigurationError("fields", f"{fields!r}", f"a FieldNames of {__name__}")
+        rows = data_settings(data, fields, held_out, seed)
         check_joining(federation, token)
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
@@ -171,13 +161,7 @@ class EdgeClient:
         with contextlib.ExitStack() as opened:
             opened.enter_context(store.lock())
             self._identity = Identity.from_pem(store.secret("device.key", new_key))
-            self._worker = DeviceWorker(
-                DataSettings(data, fields or FieldNames(), held_out, seed),
-                store,
-                self._make_trainer,
-                progress,
-                tell_accuracy,
-            )
+            self._worker = DeviceWorker(rows, store, self._make_trainer, progress, tell_accuracy)
             self._open = opened.pop_all()
 
     def run(self) -> RunSummary:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.data import Example, FieldNames, shown
-from edge_client.errors import DataError
+from edge_client.data import Example, FieldNames, check_source, shown
+from edge_client.errors import ConfigurationError, DataError
 from edge_client.held_out import Division, Split, divide
 from edge_client.private_store import DeviceState
+from edge_client.splits import check_share, whole_seed
 from edge_client.tasks import read_rows
 from protocol.federation import Task
 from protocol.limits import EXAMPLES_MAX
@@ -43,3 +44,25 @@ class DataSettings:
             problem = f"{count} rows to train on; a device has {EXAMPLES_MAX} at most"
             raise DataError(problem, path=shown(self.source))
         return division
+
+
+def data_settings(
+    source: DataSource, fields: FieldNames | None, held_out: float | None, seed: int | None
+) -> DataSettings:
+    """What an app says of its rows, looked at before anything is loaded.
+
+    Raises:
+        ConfigurationError: of `fields`, `held_out` or `seed` one is none.
+        DataError: `source` is nothing that can be read, again and again.
+    """
+    check_source(source)
+    if isinstance(source, Iterator):
+        kind = type(source).__name__
+        raise DataError(f"expected rows that can be read again, got {kind}", path="data")
+    if held_out is not None:
+        check_share(held_out)
+    if seed is not None:
+        seed = whole_seed(seed)
+    if not isinstance(fields, FieldNames | None):
+        raise ConfigurationError("fields", f"{fields!r}", "a FieldNames of edge_client.client")
+    return DataSettings(source, fields or FieldNames(), held_out, seed)
