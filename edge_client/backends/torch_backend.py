@@ -25,7 +25,7 @@ from edge_client.backends.trainer import FlatTrainer, Shape
 from edge_client.backends.transformers_tokenizer import TransformersTokenizer
 from edge_client.errors import AdapterError, ConfigurationError
 from edge_client.factors import Factor
-from edge_client.lora import active_level, inject, without_common
+from edge_client.lora import TwoLevelAdapter, active_level, inject, without_common
 from edge_client.projected_lora import SharedPairs
 from edge_client.tasks.base import Score
 from protocol.federation import FederationSettings
@@ -62,31 +62,8 @@ class TorchTrainer(FlatTrainer):
     def __init__(
         self, settings: FederationSettings, backbone: Backbone, *, personal_seed: int
     ) -> None:
-        layout = algorithm_for(settings, personal_seed).layout(settings.adapter)
         self._model: nn.Module = backbone.model
-        shared = None
-        if layout.shared_width:
-            shared = SharedPairs(
-                rank=layout.common_rank,
-                width=layout.shared_width,
-                slots=layout.slots,
-                seed=settings.seed,
-                device=backbone.device,
-            )
-        self._adapter = inject(
-            backbone.model,
-            target_modules=settings.adapter.target_modules,
-            rank=layout.common_rank,
-            personal_rank=layout.personal_rank,
-            alpha=settings.adapter.alpha,
-            common_seed=settings.seed,
-            personal_seed=personal_seed,
-            modules_to_train=backbone.head_modules,
-            head=layout.head,
-            common_factors=layout.common,
-            personal_factors=layout.personal,
-            shared=shared,
-        )
+        self._adapter = _adapted(settings, backbone, personal_seed)
         _prove(backbone, settings.task.max_length)
         if settings.training.gradient_checkpointing:
             _checkpoint_gradients(backbone.model)
@@ -197,6 +174,36 @@ class TorchTrainer(FlatTrainer):
         """Float32 logits, as the loss and answers want them."""
         logits, offset = logits.float(), self._label_offset.now
         return logits if offset is None else logits + self._placed(offset)
+
+
+def _adapted(
+    settings: FederationSettings, backbone: Backbone, personal_seed: int
+) -> TwoLevelAdapter:
+    """Put the federation's adapter into the backbone, as its method wants it."""
+    layout = algorithm_for(settings, personal_seed).layout(settings.adapter)
+    shared = None
+    if layout.shared_width:
+        shared = SharedPairs(
+            rank=layout.common_rank,
+            width=layout.shared_width,
+            slots=layout.slots,
+            seed=settings.seed,
+            device=backbone.device,
+        )
+    return inject(
+        backbone.model,
+        target_modules=settings.adapter.target_modules,
+        rank=layout.common_rank,
+        personal_rank=layout.personal_rank,
+        alpha=settings.adapter.alpha,
+        common_seed=settings.seed,
+        personal_seed=personal_seed,
+        modules_to_train=backbone.head_modules,
+        head=layout.head,
+        common_factors=layout.common,
+        personal_factors=layout.personal,
+        shared=shared,
+    )
 
 
 @torch.no_grad()
