@@ -262,13 +262,16 @@ def _predict(options: argparse.Namespace) -> None:
     if not rows:
         raise ConfigurationError("predict", "was given nothing", "a TEXT or --rows FILE")
     check_asked(rows)
-    level = Level[options.level.upper()]
+    level, mix = Level[options.level.upper()], LabelMix(options.label_mix)
     with _client(options) as client, client.worker.ready() as model:
         task = model.settings.task
         if task.kind is TaskKind.CAUSAL_LM:
+            if mix is not LabelMix.OWN:
+                problem = f"{task.kind.value} has no labels to be {mix.value}"
+                raise ConfigurationError("label_mix", problem, LabelMix.OWN.value)
             _go_on(options, client, rows, level)
             return
-        for found in model.predict(rows, level, LabelMix(options.label_mix)):
+        for found in model.predict(rows, level, mix):
             say(options, *_answer(found, task.labels))
 
 
@@ -305,10 +308,11 @@ def _ranks(options: argparse.Namespace) -> None:
         check_drawing(options.png)
     with _client(options) as client:
         reports = client.rank_report()
-    if not options.json:
+    if options.json:
+        for layer, report in reports.items():
+            print(json.dumps(_rank_facts(layer, report)))
+    else:
         print(rank_table(reports))
-    for layer, report in reports.items() if options.json else ():
-        print(json.dumps(_rank_facts(layer, report)))
     if options.png:
         draw_ranks(reports, options.png)
         say(options, {"png": str(options.png)}, f"drew {options.png}")
