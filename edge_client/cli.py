@@ -16,12 +16,13 @@ from typing import Any
 
 from edge_client import backbone_cli
 from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, SCHEMES, say
-from edge_client.backends.base import FoundAnswer, LabelMix, Level, Prediction, RankReport
+from edge_client.backends.base import FoundAnswer, LabelMix, Level, Prediction
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
 from edge_client.command_end import exit_code_of
 from edge_client.data import Place, RawRow, check_asked, placed, raw_rows
 from edge_client.errors import ConfigurationError, DataError, EdgeClientError
+from edge_client.factors import RankReport
 from edge_client.rank_plot import check_drawing, draw_ranks
 from protocol.federation import TaskKind
 from quantization.schemes import COMPUTE_DTYPES

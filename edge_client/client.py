@@ -26,12 +26,12 @@ from edge_client.backends.base import (
     LabelMix,
     Level,
     Prediction,
-    RankReport,
     Trainer,
 )
 from edge_client.backends.loading import choose, load_trainer, shared_name
 from edge_client.data import FieldNames, check_asked, placed
 from edge_client.errors import ConfigurationError
+from edge_client.factors import RankReport
 from edge_client.identity import Identity, new_key
 from edge_client.line import Traffic
 from edge_client.own_rows import DataSource, data_settings

@@ -16,11 +16,12 @@ from typing import Final
 import numpy as np
 
 from edge_client.aside import aside
-from edge_client.backends.base import Level, RankReport, Trainer
+from edge_client.backends.base import Level, Trainer
 from edge_client.backends.encoding import EncodedRows
 from edge_client.data import Example
 from edge_client.device_model import DeviceModel
 from edge_client.errors import ConfigurationError, DivergedError
+from edge_client.factors import RankReport
 from edge_client.held_out import NO_DIGESTS, Division, choose_split, split_of, with_split
 from edge_client.own_rows import DataSettings
 from edge_client.private_store import DeviceState, Fact, Group, PrivateStore

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from edge_client import factors as factor_math
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, Vector, train
 from edge_client.algorithms.schedule import plans
@@ -28,7 +27,6 @@ from edge_client.backends.base import (
     LabelMix,
     Level,
     Prediction,
-    RankReport,
 )
 from edge_client.backends.batches import Batches
 from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer
@@ -36,7 +34,7 @@ from edge_client.backends.flat import FlatGroup
 from edge_client.backends.label_offset import LabelOffset
 from edge_client.backends.oracle import Oracle
 from edge_client.data import Example
-from edge_client.factors import Factor
+from edge_client.factors import Factor, RankReport, cut, rank_report
 from edge_client.peft_export import save_pretrained
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
@@ -243,7 +241,7 @@ class FlatTrainer(abc.ABC):
             return self._rules.generate(prompt, new_tokens_max, self._model_now)
 
     def rank_report(self) -> dict[str, RankReport]:
-        return {name: factor_math.rank_report(*self._factors(name)) for name in self._shape.layers}
+        return {name: rank_report(*self._factors(name)) for name in self._shape.layers}
 
     def save_pretrained(
         self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: EncodedRows
@@ -251,9 +249,7 @@ class FlatTrainer(abc.ABC):
         with self._at(Level.PERSONAL), self._label_offset.left_out():  # as PEFT will answer
             full = self._evaluate(rows) if rows else None
             trained = self._trained()
-            smaller = {
-                name: factor_math.cut(*trained.factors[name], rank) for name, rank in ranks.items()
-            }
+            smaller = {name: cut(*trained.factors[name], rank) for name, rank in ranks.items()}
             written = replace(trained, factors={**trained.factors, **smaller})
             save_pretrained(
                 written, folder, base_model_name=base_model, task=self._settings.task.kind
