@@ -203,6 +203,7 @@ class DeviceWorker:
         trainer = self.trainer
         facts: dict[str, Fact] = {"settings": settings_to_json(self.settings)}
         if rows := self._looked_at():
+            self._personalise()
             before = trainer.evaluate(rows, Level.BACKBONE)
             facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
         groups = {"personal": trainer.personal(), "optimizer": trainer.optimizer_state()}

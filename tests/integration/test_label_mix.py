@@ -88,6 +88,14 @@ def test_a_restart_changes_no_answer(tmp_path: Path) -> None:
     assert said(device) == said(Device(tmp_path, _settings(), rows=ROWS))
 
 
+def test_what_the_backbone_gave_before_is_for_the_own_mix_too(tmp_path: Path) -> None:
+    device = Device(tmp_path, _settings(), rows=ROWS)
+    with device.worker.ready() as model:
+        found = model.evaluate(model.held_out_rows, Level.BACKBONE)
+    assert device.state.facts["before_loss"] == found.loss
+    assert found.accuracy > 0.5
+
+
 def test_an_app_and_the_shell_ask_for_an_even_mix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +143,9 @@ def test_shares_that_nobody_has_counted_are_not_taken_for_none() -> None:
     offset = LabelOffset(SETTINGS.task, head_is_personal=True)
     with pytest.raises(RuntimeError, match="personalise first"):
         offset.answering(LabelMix.EVEN)
+    balanced = LabelOffset(_settings().task, head_is_personal=True)
+    with pytest.raises(RuntimeError, match="personalise first"):
+        balanced.answering(LabelMix.OWN)
     offset.learn(np.log(np.array([0.75, 0.25], np.float32)))
     with offset.answering(LabelMix.EVEN):
         assert np.exp(offset.added_to(np.zeros(2))) == pytest.approx([4 / 3, 4])
