@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edge_client.data import Answer, Example, find_labels
-from edge_client.splits import hold_out, seeded, split_by_skew
+from edge_client.splits import hold_out, sample, seeded, split_by_skew
 from protocol.federation import TaskKind
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -131,8 +131,7 @@ def deal(task: Task, split: str, seed: int) -> list[DeviceRows]:
             # The same cut for every seed, and gone from training in reports too.
             train, choices = hold_out(train, CHOICE_ROWS / len(train), 0)
             evaluation = evaluation if split == "test" else choices
-        if len(train) > task.rows:
-            _, train = hold_out(train, task.rows / len(train), seed)
+        train = sample(train, task.rows, seed)
         parts = split_by_skew(train, task.devices, task.skew or 0.0, seed)
         return _follow(parts, evaluation, seed)
     groups = sorted(set(training_keys))

@@ -38,7 +38,7 @@ def export(
         MissingExtraError: the extra `export` is not installed.
     """
     try:
-        from edge_client.lora import select_targets
+        from edge_client.target_modules import select_targets
         from quantization.backbone import load_backbone
         from quantization.onnx.export import export_artifact
     except ImportError as error:

@@ -9,19 +9,20 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edge_client import backbone_cli
 from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, SCHEMES, say
-from edge_client.backends.base import FoundAnswer, LabelMix, Level, Prediction, RankReport
+from edge_client.backends.base import FoundAnswer, LabelMix, Level, Prediction
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
 from edge_client.command_end import exit_code_of
 from edge_client.data import Place, RawRow, check_asked, placed, raw_rows
 from edge_client.errors import ConfigurationError, DataError, EdgeClientError
+from edge_client.factors import RankReport
 from edge_client.rank_plot import check_drawing, draw_ranks
 from protocol.federation import TaskKind
 from quantization.schemes import COMPUTE_DTYPES
@@ -68,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         "pf2lora-client", description="One device of a federation.", epilog=EXIT_CODES
     )
     commands = parser.add_subparsers(required=True, parser_class=_Command)
+    _add_run(commands)
+    _add_questions(commands)
+    backbone_cli.add_commands(commands)
+    return parser
 
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="take part until the federation's rounds are over")
     run.set_defaults(command=_run)
     run.add_argument("--coordinator", required=True, help="wss://host:port or ws://host:port")
@@ -88,32 +95,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_device_flags(run)
 
-    for name, function, about in (
-        ("evaluate", _evaluate, "loss and scores on the held-out rows at each level"),
-        ("predict", _predict, "label texts, answer questions or go on from prompts"),
-        ("ranks", _ranks, "the learned rank of each layer"),
-        ("save", _save, "write common + personal as a PEFT adapter"),
-    ):
-        command = commands.add_parser(name, help=about)
-        command.set_defaults(command=function)
-        _add_device_flags(command)
-        if name == "predict":
-            _add_asking_flags(command)
-        if name in ("evaluate", "predict"):
-            mixes = [mix.value for mix in LabelMix]
-            about = "answer for the device's own mix of labels (default), or for an even one"
-            command.add_argument("--label-mix", choices=mixes, default="own", help=about)
-        if name == "ranks":
-            command.add_argument("--png", type=Path, help="also draw a heat map into this file")
-        if name == "save":
-            command.add_argument("--out", required=True, type=Path)
-            command.add_argument(
-                "--rank", type=_rank, help='cut layers to a rank; "auto": to what --energy asks'
-            )
-            command.add_argument("--energy", type=float, default=0.99, help="default 0.99")
 
-    backbone_cli.add_commands(commands)
-    return parser
+def _add_questions(commands: Any) -> None:
+    """What is asked of a device that has been trained."""
+
+    def add(name: str, ask: Callable[[argparse.Namespace], None], about: str) -> Any:
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(command=ask)
+        _add_device_flags(command)
+        return command
+
+    evaluate = add("evaluate", _evaluate, "loss and scores on the held-out rows at each level")
+    predict = add("predict", _predict, "label texts, answer questions or go on from prompts")
+    _add_asking_flags(predict)
+    for command in (evaluate, predict):
+        mixes = [mix.value for mix in LabelMix]
+        about = "answer for the device's own mix of labels (default), or for an even one"
+        command.add_argument("--label-mix", choices=mixes, default="own", help=about)
+    ranks = add("ranks", _ranks, "the learned rank of each layer")
+    ranks.add_argument("--png", type=Path, help="also draw a heat map into this file")
+    save = add("save", _save, "write common + personal as a PEFT adapter")
+    save.add_argument("--out", required=True, type=Path)
+    save.add_argument(
+        "--rank", type=_rank, help='cut layers to a rank; "auto": to what --energy asks'
+    )
+    save.add_argument("--energy", type=float, default=0.99, help="default 0.99")
 
 
 def _add_device_flags(command: argparse.ArgumentParser) -> None:
@@ -257,13 +263,16 @@ def _predict(options: argparse.Namespace) -> None:
     if not rows:
         raise ConfigurationError("predict", "was given nothing", "a TEXT or --rows FILE")
     check_asked(rows)
-    level = Level[options.level.upper()]
-    with _client(options) as client, client.worker.ready():
-        task = client.worker.settings.task
+    level, mix = Level[options.level.upper()], LabelMix(options.label_mix)
+    with _client(options) as client, client.worker.ready() as model:
+        task = model.settings.task
         if task.kind is TaskKind.CAUSAL_LM:
+            if mix is not LabelMix.OWN:
+                problem = f"{task.kind.value} has no labels to be {mix.value}"
+                raise ConfigurationError("label_mix", problem, LabelMix.OWN.value)
             _go_on(options, client, rows, level)
             return
-        for found in client.worker.predict(rows, level, LabelMix(options.label_mix)):
+        for found in model.predict(rows, level, mix):
             say(options, *_answer(found, task.labels))
 
 
@@ -300,10 +309,11 @@ def _ranks(options: argparse.Namespace) -> None:
         check_drawing(options.png)
     with _client(options) as client:
         reports = client.rank_report()
-    if not options.json:
+    if options.json:
+        for layer, report in reports.items():
+            print(json.dumps(_rank_facts(layer, report)))
+    else:
         print(rank_table(reports))
-    for layer, report in reports.items() if options.json else ():
-        print(json.dumps(_rank_facts(layer, report)))
     if options.png:
         draw_ranks(reports, options.png)
         say(options, {"png": str(options.png)}, f"drew {options.png}")

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -26,19 +26,20 @@ from edge_client.backends.base import (
     LabelMix,
     Level,
     Prediction,
-    RankReport,
     Trainer,
 )
 from edge_client.backends.loading import choose, load_trainer, shared_name
-from edge_client.data import FieldNames, check_asked, check_source, placed
-from edge_client.errors import ConfigurationError, DataError
+from edge_client.data import FieldNames, check_asked, placed
+from edge_client.errors import ConfigurationError
+from edge_client.factors import RankReport
 from edge_client.identity import Identity, new_key
+from edge_client.line import Traffic
+from edge_client.own_rows import DataSource, data_settings
 from edge_client.private_store import PrivateStore
-from edge_client.session import Session, Traffic, check_joining
-from edge_client.splits import check_share, whole_seed
+from edge_client.session import Session, check_joining
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
-from edge_client.worker import DataSettings, DataSource, DeviceWorker, Progress
+from edge_client.worker import DeviceWorker, Progress
 from protocol.federation import FederationSettings
 from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
@@ -144,16 +145,7 @@ class EdgeClient:
             artifact=artifact,
             artifact_digest=artifact_digest,
         )
-        check_source(data)
-        if isinstance(data, Iterator):
-            kind = type(data).__name__
-            raise DataError(f"expected rows that can be read again, got {kind}", path="data")
-        if held_out is not None:
-            check_share(held_out)
-        if seed is not None:
-            seed = whole_seed(seed)
-        if not isinstance(fields, FieldNames | None):
-            raise ConfigurationError("fields", f"{fields!r}", f"a FieldNames of {__name__}")
+        rows = data_settings(data, fields, held_out, seed)
         check_joining(federation, token)
         tls = TlsFiles(ca_file, client_certificate, client_key)
         self._dial = websocket_dial(coordinator, tls)
@@ -169,13 +161,7 @@ class EdgeClient:
         with contextlib.ExitStack() as opened:
             opened.enter_context(store.lock())
             self._identity = Identity.from_pem(store.secret("device.key", new_key))
-            self._worker = DeviceWorker(
-                DataSettings(data, fields or FieldNames(), held_out, seed),
-                store,
-                self._make_trainer,
-                progress,
-                tell_accuracy,
-            )
+            self._worker = DeviceWorker(rows, store, self._make_trainer, progress, tell_accuracy)
             self._open = opened.pop_all()
 
     def run(self) -> RunSummary:
@@ -222,9 +208,9 @@ class EdgeClient:
             label_mix: EVEN answers as if all labels were equally frequent (docs/methods.md).
         """
         self._check_asked(level, label_mix)
-        with self._worker.ready():
-            rows = self._worker.held_out_rows if data is None else self._worker.read(data)
-            return self._worker.evaluate(rows, level, label_mix)
+        with self._worker.ready() as model:
+            rows = model.held_out_rows if data is None else model.read(data)
+            return model.evaluate(rows, level, label_mix)
 
     @overload
     def predict(
@@ -251,21 +237,21 @@ class EdgeClient:
         self._check_asked(level, label_mix)
         asked = placed(rows)
         check_asked(asked)
-        with self._worker.ready():
-            return self._worker.predict(asked, level, label_mix)
+        with self._worker.ready() as model:
+            return model.predict(asked, level, label_mix)
 
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
         self._check_asked(level)
         check_asked(placed([prompt]), prompts=True)
-        with self._worker.ready() as trainer:
-            return trainer.generate(prompt, new_tokens_max, level)
+        with self._worker.ready() as model:
+            return model.trainer.generate(prompt, new_tokens_max, level)
 
     def rank_report(self) -> dict[str, RankReport]:
         """The learned rank of `B A + D C`, layer by layer."""
         self._check_open()
-        with self._worker.ready() as trainer:
-            return trainer.rank_report()
+        with self._worker.ready() as model:
+            return model.trainer.rank_report()
 
     def save_pretrained(
         self, folder: str | Path, *, rank: int | str | None = None, energy: float = 0.99
@@ -282,12 +268,12 @@ class EdgeClient:
             The ranks written, and the evaluation of the held-out rows before and after the cut.
         """
         self._check_open()
-        with self._worker.ready():
-            shared, own = self._worker.settings.backbone, self._backbone
+        with self._worker.ready() as model:
+            shared, own = model.settings.backbone, self._backbone
             # A quantised folder PEFT cannot load.
             if own is None or (shared is not None and is_quantized(Path(own))):
-                own = shared_name(self._worker.settings)
-            return self._worker.save_pretrained(Path(folder), own, rank, energy)
+                own = shared_name(model.settings)
+            return model.save_pretrained(Path(folder), own, rank, energy)
 
     @property
     def device(self) -> str:
@@ -353,8 +339,8 @@ class EdgeClient:
             identity=self._identity,
             rng=random.Random(),
             token=self._token,
+            traffic=self._traffic,
         )
-        session.traffic = self._traffic
         task = asyncio.ensure_future(session.run())
         self._running = (asyncio.get_running_loop(), task)
         # Whoever asks from here on finds `_running`.

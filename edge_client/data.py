@@ -127,7 +127,7 @@ def check_asked(rows: Iterable[tuple[Place, object]], *, prompts: bool = False) 
             raise place.error(f"expected text, got {type(row).__name__}")
 
 
-def find_labels(paths: Iterable[Path], field: str = "label") -> list[str]:
+def find_labels(paths: Iterable[Path]) -> list[str]:
     """The distinct labels of some files, sorted; whole numbers count as their digits.
 
     Raises:
@@ -136,9 +136,9 @@ def find_labels(paths: Iterable[Path], field: str = "label") -> list[str]:
     found: set[str] = set()
     for path in paths:
         for place, row in raw_rows(path):
-            label = row.get(field) if isinstance(row, Mapping) else None
+            label = row.get("label") if isinstance(row, Mapping) else None
             if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
-                raise place.error("expected a label (text or whole number)", field)
+                raise place.error("expected a label (text or whole number)", "label")
             found.add(str(label))
     return sorted(found, key=lambda label: (len(label), label) if label.isdigit() else (99, label))
 

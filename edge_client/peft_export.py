@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 from safetensors.numpy import save
 
-from edge_client.backends.base import RankReport
 from edge_client.errors import ConfigurationError, StorageFullError
+from edge_client.factors import RankReport
 from edge_client.private_store import FULL
 from protocol.federation import TaskKind
 from protocol.peft_layout import (

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.backends.base import RankReport
 from edge_client.errors import ConfigurationError, MissingExtraError
+from edge_client.factors import RankReport
 
 
 def check_drawing(path: Path) -> Any:

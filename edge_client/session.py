@@ -14,17 +14,18 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, TypeVar, cast, overload
+from typing import Final, Protocol
 
 from edge_client.errors import ConfigurationError, RefusedError, UnreachableError
 from edge_client.identity import Identity
+from edge_client.line import ComeBackError, Line, Traffic
 from edge_client.transport import Dial, UntrustedError
-from protocol.connection import Connection, Role, default_hello
-from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
+from protocol.connection import default_hello
+from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.federation import FederationSettings
-from protocol.link import Link, LinkClosedError
+from protocol.link import LinkClosedError
 from protocol.messages import (
     Assignment,
     Challenge,
@@ -36,11 +37,9 @@ from protocol.messages import (
     Hello,
     Join,
     Joined,
-    Message,
     Metric,
     NameOrNone,
     Receipt,
-    Refusal,
     Report,
     Resume,
     RetryWindow,
@@ -54,21 +53,13 @@ from protocol.transfer import Receiver, chunks
 
 log = logging.getLogger("pf2lora.client")
 
-# Longer than a coordinator holds a waiting device, so that silence means a dead link.
-REPLY_TIMEOUT_S: Final = 90.0
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 60.0
-LAST_WORD_S: Final = 1.0
 # A coordinator that is busy says when to come back; it is there, so this is no failure to reach it.
 _BUSY: Final = (ErrorCode.BUSY, ErrorCode.DRAINING)
 # Before the first answer a wrong address is likelier than an outage: say so soon.
 FIRST_CONTACT_PATIENCE_S: Final = 15.0
 PATIENCE_S: Final = 24 * 3600.0
-
-A = TypeVar("A", bound=Message)
-B = TypeVar("B", bound=Message)
-C = TypeVar("C", bound=Message)
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,27 +108,6 @@ class Worker(Protocol):
         """No rounds are left; this is the final common adapter."""
 
 
-@dataclass(slots=True)
-class Traffic:
-    """Bytes of messages that went either way, over all connections of this run."""
-
-    sent_bytes: int = 0
-    received_bytes: int = 0
-
-
-class ComeBackError(LinkClosedError):
-    """The coordinator ended the session and says after how many seconds to come back."""
-
-    def __init__(self, code: ErrorCode, reason: str, retry_after_s: float) -> None:
-        super().__init__(f"the coordinator said: {reason}")
-        self.code = code
-        self.retry_after_s = retry_after_s
-
-
-class NoAnswerError(LinkClosedError):
-    """The link is there, and nothing came over it for too long."""
-
-
 def _unwatched(error: Exception) -> None:
     pass
 
@@ -163,7 +133,7 @@ class Session:
     """Takes part in a federation until its rounds are over.
 
     `troubled` is told of everything that ends a connection early, before the pause after it;
-    `collect` makes what takes in a download.
+    `collect` makes what takes in a download; `traffic` counts on, over several sessions.
     """
 
     def __init__(
@@ -177,9 +147,9 @@ class Session:
         token: str = "",
         patience_s: float = PATIENCE_S,
         first_contact_patience_s: float | None = None,
-        reply_timeout_s: float = REPLY_TIMEOUT_S,
         troubled: Callable[[Exception], None] = _unwatched,
         collect: Callable[[Payload], Receiver] = Receiver,
+        traffic: Traffic | None = None,
     ) -> None:
         self._dial = dial
         self._troubled = troubled
@@ -191,12 +161,11 @@ class Session:
         self._rng = rng
         self._patience_s = patience_s
         self._first_contact_patience_s = first_contact_patience_s or FIRST_CONTACT_PATIENCE_S
-        self._reply_timeout_s = reply_timeout_s
         self._receiver: Receiver | None = None
         self._failures = 0
         self._failing_since: float | None = None
         self._met = False
-        self.traffic = Traffic()
+        self.traffic = traffic or Traffic()
 
     async def run(self) -> None:
         """Until the federation is finished.
@@ -219,12 +188,11 @@ class Session:
     async def _one_connection(self) -> bool:
         link = await self._dial()
         try:
-            line = _Line(link, self.traffic, self._reply_timeout_s)
-            return await self._converse(line)
+            return await self._converse(Line(link, self.traffic))
         finally:
             await link.close()
 
-    async def _converse(self, line: _Line) -> bool:
+    async def _converse(self, line: Line) -> bool:
         """True when the federation is finished, False to connect anew later."""
         await line.ask(default_hello("pf2lora-client"), Hello)
         challenge = await line.receive(Challenge)
@@ -260,12 +228,12 @@ class Session:
                         await line.send(Goodbye("finished"))
                     return True
 
-    def _join(self, line: _Line, challenge: Challenge) -> Join:
+    def _join(self, line: Line, challenge: Challenge) -> Join:
         join = Join(self._federation, self._identity.key, line.channel, self._token, UNSIGNED)
         statement = join_statement(join, challenge.nonce, line.connection.version)
         return replace(join, signature=self._identity.sign(statement))
 
-    async def _payload(self, line: _Line, payload: Payload) -> NamedTensors:
+    async def _payload(self, line: Line, payload: Payload) -> NamedTensors:
         held = self._worker.held(payload.digest)
         if held is not None:
             return held
@@ -280,7 +248,7 @@ class Session:
         self._receiver = None
         return receiver.tensors()
 
-    async def _send_report(self, line: _Line, report: FinishedReport, federation: str) -> Receipt:
+    async def _send_report(self, line: Line, report: FinishedReport, federation: str) -> Receipt:
         message = Report(
             report.assignment,
             report.round,
@@ -324,66 +292,3 @@ class Session:
             pause_s = max(pause_s, error.retry_after_s * (1.0 + self._rng.random()))
         log.warning("%s; next try in %.1f s", problem, pause_s)
         await asyncio.sleep(pause_s)
-
-
-class _Line:
-    """A connection's state machine on its link: one message out, the wanted one back."""
-
-    def __init__(self, link: Link, traffic: Traffic, reply_timeout_s: float) -> None:
-        self.connection = Connection(Role.DEVICE, default_hello("pf2lora-client"))
-        self.channel = link.channel
-        self._link = link
-        self._traffic = traffic
-        self._reply_timeout_s = reply_timeout_s
-
-    async def send(self, message: Message) -> None:
-        data = self.connection.send(message)
-        self._traffic.sent_bytes += len(data)
-        try:
-            await self._in_time(self._link.send(data))
-        except LinkClosedError:
-            await self._last_word()
-            raise
-
-    async def _last_word(self) -> None:
-        """Raise what the coordinator said before the link closed, such as when to return."""
-        with contextlib.suppress(TimeoutError, ProtocolError):
-            async with asyncio.timeout(LAST_WORD_S):
-                await self._receive_any(())
-
-    @overload
-    async def ask(self, message: Message, a: type[A], /) -> A: ...
-    @overload
-    async def ask(self, message: Message, a: type[A], b: type[B], /) -> A | B: ...
-    @overload
-    async def ask(self, message: Message, a: type[A], b: type[B], c: type[C], /) -> A | B | C: ...
-
-    async def ask(self, message: Message, *wanted: type[Any]) -> Any:
-        """Send a message and wait for one of the wanted kinds."""
-        await self.send(message)
-        return await self._receive_any(wanted)
-
-    async def receive(self, wanted: type[A]) -> A:
-        """Wait for a message of the wanted kind."""
-        message = await self._receive_any((wanted,))
-        return cast(A, message)
-
-    async def _receive_any(self, wanted: tuple[type[Any], ...]) -> Message:
-        data = await self._in_time(self._link.receive())
-        self._traffic.received_bytes += len(data)
-        message = self.connection.receive(data)
-        if type(message) in wanted:
-            return message
-        if isinstance(message, Refusal) and not message.code.retryable:
-            raise RefusedError(message.code.value, message.reason)
-        if isinstance(message, Refusal):
-            raise ComeBackError(message.code, message.reason, message.retry_after_s)
-        reason = getattr(message, "reason", "") or type(message).__name__
-        raise LinkClosedError(f"the coordinator said: {reason}")
-
-    async def _in_time(self, doing: Awaitable[Result]) -> Result:
-        try:
-            async with asyncio.timeout(self._reply_timeout_s):
-                return await doing
-        except TimeoutError:
-            raise NoAnswerError(f"no answer for {self._reply_timeout_s:g} s") from None

@@ -120,7 +120,9 @@ def split_by_skew(
     """
     if not 0 <= skew <= 1:
         raise ConfigurationError("skew", f"{skew} is out of bounds", "a number in [0, 1]")
-    _check_devices(len(rows), devices)
+    if not 1 <= devices <= len(rows):
+        problem = f"{devices} for {len(rows)} rows"
+        raise ConfigurationError("devices", problem, f"1 to {len(rows)}")
     pool: list[int] = []
     sorted_part: list[int] = []
     for label, members in sorted(_by_label(rows).items(), key=lambda item: str(item[0])):
@@ -136,43 +138,17 @@ def split_by_skew(
     return [[rows[i] for i in a + b] for a, b in zip(dealt, rest, strict=True)]
 
 
-def split_by_dirichlet(
-    rows: Sequence[Example], devices: int, beta: float, seed: int
-) -> list[list[Example]]:
-    """Deal each label's rows by shares drawn from Dirichlet(beta); smaller beta, more skew.
+def batch_indices(count: int, batch_size: int, number: int, seed: int) -> Indices:
+    """Row numbers of the batch of this number, [batch_size].
 
-    Raises:
-        ConfigurationError: beta or number of devices is out of bounds.
+    Batches cut one endless stream of epochs, each a permutation of its own, so that one depends on
+    the seed and its number alone: training can stop and go on anywhere.
     """
-    if not beta > 0:
-        raise ConfigurationError("beta", f"{beta} is out of bounds", "a number above 0")
-    _check_devices(len(rows), devices)
-    dealt: list[list[int]] = [[] for _ in range(devices)]
-    for label, members in sorted(_by_label(rows).items(), key=lambda item: str(item[0])):
-        generator = seeded("dirichlet", seed, label)
-        shuffled = generator.permutation(np.array(members))
-        cuts = np.cumsum(generator.dirichlet([beta] * devices))[:-1] * len(members)
-        for device, part in enumerate(np.split(shuffled, cuts.astype(np.int64))):
-            dealt[device] += part.tolist()
-    for empty in (part for part in dealt if not part):
-        empty.append(max(dealt, key=len).pop())
-    return [[rows[i] for i in part] for part in dealt]
-
-
-def batch_indices(
-    count: int, batch_size: int, first_step: int, steps: int, seed: int
-) -> list[NDArray[np.int64]]:
-    """Row numbers of the batches of steps `[first_step, first_step + steps)`, `[batch_size]` each.
-
-    The steps cut one endless stream of epochs, each a permutation of its own, so a step's batch
-    depends on the seed and its number alone: training can stop and go on anywhere.
-    """
-    begin, end = first_step * batch_size, (first_step + steps) * batch_size
-    epochs = range(begin // count, -(-end // count))
-    parts = [seeded("epoch", seed, epoch).permutation(count) for epoch in epochs]
-    stream = np.concatenate(parts) if parts else np.empty(0, np.int64)
-    offset = begin - (begin // count) * count
-    return np.split(stream[offset : offset + end - begin], steps) if steps else []
+    begin, end = number * batch_size, (number + 1) * batch_size
+    first = begin // count
+    epochs = range(first, -(-end // count))
+    stream = np.concatenate([seeded("epoch", seed, epoch).permutation(count) for epoch in epochs])
+    return stream[begin - first * count : end - first * count]
 
 
 def _by_label(rows: Sequence[Example]) -> dict[int | None, list[int]]:
@@ -192,8 +168,3 @@ def _slices(items: list[Row], devices: int, first: int) -> list[list[Row]]:
         slices.append(items[at : at + width])
         at += width
     return slices
-
-
-def _check_devices(rows: int, devices: int) -> None:
-    if not 1 <= devices <= rows:
-        raise ConfigurationError("devices", f"{devices} for {rows} rows", f"1 to {rows}")

@@ -6,7 +6,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
@@ -64,18 +64,7 @@ def websocket_dial(coordinator: str, tls: TlsFiles | None = None) -> Dial:
     Raises:
         ConfigurationError: the address is none.
     """
-    address = coordinator if "://" in coordinator else f"ws://{coordinator}"
-    try:
-        parts = urlsplit(address)
-        complete = parts.scheme in ("ws", "wss") and parts.hostname and parts.port
-        parse_uri(address)
-    except (ValueError, InvalidURI):
-        complete = None
-    if not complete:
-        raise ConfigurationError(
-            "coordinator", f"{coordinator!r} is no address", "ws://host:port, wss://host:port"
-        )
-
+    address, parts = _address(coordinator)
     files = tls or TlsFiles()
     if parts.scheme == "ws" and files != TlsFiles():
         raise ConfigurationError("coordinator", f"{address} has no TLS", "wss://host:port")
@@ -103,3 +92,22 @@ def websocket_dial(coordinator: str, tls: TlsFiles | None = None) -> Dial:
         return WebSocketLink(socket)
 
     return dial
+
+
+def _address(coordinator: str) -> tuple[str, SplitResult]:
+    """The whole address, and its parts.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    address = coordinator if "://" in coordinator else f"ws://{coordinator}"
+    try:
+        parts = urlsplit(address)
+        parse_uri(address)
+        if parts.scheme in ("ws", "wss") and parts.hostname and parts.port:
+            return address, parts
+    except (ValueError, InvalidURI):
+        pass
+    raise ConfigurationError(
+        "coordinator", f"{coordinator!r} is no address", "ws://host:port, wss://host:port"
+    )

@@ -7,30 +7,23 @@ either trained and its report remembered, or it is as if it had never begun.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Final, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
-from edge_client.backends.base import (
-    Evaluation,
-    Export,
-    FoundAnswer,
-    LabelMix,
-    Level,
-    Prediction,
-    Trainer,
-)
+from edge_client.aside import aside
+from edge_client.backends.base import Level, Trainer
 from edge_client.backends.encoding import EncodedRows
-from edge_client.data import Example, FieldNames, Place, shown
-from edge_client.errors import ConfigurationError, DataError, DivergedError
-from edge_client.held_out import NO_DIGESTS, Division, choose_split, divide, split_of, with_split
-from edge_client.peft_export import cut_to
+from edge_client.data import Example
+from edge_client.device_model import DeviceModel
+from edge_client.errors import ConfigurationError, DivergedError
+from edge_client.factors import RankReport
+from edge_client.held_out import NO_DIGESTS, Division, choose_split, split_of, with_split
+from edge_client.own_rows import DataSettings
 from edge_client.private_store import DeviceState, Fact, Group, PrivateStore
 from edge_client.remembered import (
     report_of,
@@ -41,35 +34,18 @@ from edge_client.remembered import (
 )
 from edge_client.session import FinishedReport, Offer
 from edge_client.splits import sample
-from edge_client.tasks import read_rows, rules_for
 from protocol.federation import FederationSettings, settings_to_json
-from protocol.limits import EXAMPLES_MAX
 from protocol.messages import Assignment, Metric, Receipt
 from protocol.tensors import NamedTensors, TensorSpec
 
-DataSource = str | Path | Iterable[Example | Mapping[str, object]]
 # Makes the model of a federation; where torch (or another backend) comes in.
 TrainerFactory = Callable[[FederationSettings], Trainer]
 Progress = Callable[[str], None]
-Result = TypeVar("Result")
 
 # Of the held-out rows, in a run; `evaluate` takes all of them.
 LOOKED_AT_MAX: Final = 1000
 # The share of a layer's energy that a rank must keep to be told as the layer's.
 TOLD_ENERGY: Final = 0.99
-
-
-@dataclass(frozen=True, slots=True)
-class DataSettings:
-    """Where this device's rows are, and the share of them kept apart to evaluate on.
-
-    Without a share or a seed they are what they were when the device was trained.
-    """
-
-    source: DataSource
-    fields: FieldNames
-    held_out: float | None = None
-    seed: int | None = None
 
 
 class DeviceWorker:
@@ -116,7 +92,7 @@ class DeviceWorker:
                     self._set_up(settings)
                     self._progress("ready; waiting for a round")
 
-        await _aside(make_ready)
+        await aside(make_ready)
 
     def offer(self) -> Offer:
         return Offer(self.trainer.fingerprint, len(self.training_rows), self.trainer.rank)
@@ -130,12 +106,12 @@ class DeviceWorker:
         return report_of(self.state)
 
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
-        return await _aside(lambda: self._train(assignment, base))
+        return await aside(lambda: self._train(assignment, base))
 
     async def settled(self, receipt: Receipt) -> None:
         round_number = self.state.facts.get("report_round")
         self._progress(f"report of round {round_number}: {receipt.status.value}")
-        await _aside(lambda: self._save(without_report(self.state)))
+        await aside(lambda: self._save(without_report(self.state)))
 
     async def finish(self, base: NamedTensors, rounds: int) -> None:
         def take() -> None:
@@ -144,13 +120,13 @@ class DeviceWorker:
                 self._take(base)
                 self._save(replace(self.state, groups=groups))
 
-        await _aside(take)
+        await aside(take)
         self._progress(f"finished after {rounds} rounds")
 
     # --- the app's questions ------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def ready(self) -> Iterator[Trainer]:
+    def ready(self) -> Iterator[DeviceModel]:
         """The model, for this thread alone: a round that is being trained is waited for.
 
         Raises:
@@ -159,7 +135,7 @@ class DeviceWorker:
         with self._alone:
             self._restore()
             self._personalise()
-            yield self.trainer
+            yield DeviceModel(self.trainer, self.settings, self._data.fields, self.held_out_rows)
 
     def _restore(self) -> None:
         """Make the model ready from what is on this device alone, without a coordinator."""
@@ -200,64 +176,17 @@ class DeviceWorker:
             raise RuntimeError("the device has not been set up")
         return self._trainer
 
-    def evaluate(
-        self, rows: list[Example], level: Level, mix: LabelMix = LabelMix.OWN
-    ) -> Evaluation:
-        """Loss and accuracy on rows at one level; the rows must carry labels or answers.
-
-        Raises:
-            DataError: there are no rows.
-            ConfigurationError: the model cannot answer for that mix of labels.
-        """
-        if not rows:
-            raise DataError("no rows to evaluate on: hold some out, or pass some")
-        return self.trainer.evaluate(self.trainer.encode(rows), level, mix)
-
-    def save_pretrained(
-        self, folder: Path, base_model: str, rank: int | str | None, energy: float
-    ) -> Export:
-        """Write common + personal in PEFT's layout, cut as told.
-
-        Raises:
-            ConfigurationError: rank or energy is out of bounds, or the folder cannot be written.
-            StorageFullError: there is no room; a file that was there before is intact.
-        """
-        ranks = cut_to(self.trainer.rank_report(), rank, energy)
-        rows = self.trainer.encode(self.held_out_rows)
-        return self.trainer.save_pretrained(folder, base_model, ranks, rows)
-
-    def read(self, source: DataSource) -> list[Example]:
-        """Rows of this federation's task."""
-        return read_rows(source, self.settings.task, self._data.fields)
-
-    def predict(
-        self, rows: Iterable[tuple[Place, object]], level: Level, mix: LabelMix = LabelMix.OWN
-    ) -> list[Prediction] | list[FoundAnswer]:
-        """What is likeliest of rows without a label or an answer.
-
-        Raises:
-            DataError: a row is not what this kind of task predicts from; names its place.
-            ConfigurationError: the model cannot answer for that mix of labels.
-        """
-        rules = rules_for(self.settings.task)
-        asked = [rules.asked(row, place, self._data.fields) for place, row in rows]
-        return self.trainer.predict(asked, level, mix)
-
     # --- inside -------------------------------------------------------------------------------
 
     def _set_up(self, settings: FederationSettings) -> None:
         self._settings, self._trainer = settings, None  # two models need not fit
         try:
-            rows = self.read(self._data.source)
-            self._division = divide(rows, self.split, self._state, self._progress)
+            self._division = self._data.divided(
+                settings.task, self.split, self._state, self._progress
+            )
             held = len(self.held_out_rows)
-            if len(self.training_rows) > EXAMPLES_MAX:
-                raise DataError(
-                    f"{len(self.training_rows)} rows to train on; a device has {EXAMPLES_MAX} at "
-                    "most",
-                    path=shown(self._data.source),
-                )
-            self._progress(f"{len(rows)} rows, {held} of them held out; loading the backbone")
+            count = len(self.training_rows) + held
+            self._progress(f"{count} rows, {held} of them held out; loading the backbone")
             self._trainer = self._make_trainer(settings)
             self._start = self._trainer.common()
             self._encoded = self._trainer.encode(self.training_rows)
@@ -274,6 +203,7 @@ class DeviceWorker:
         trainer = self.trainer
         facts: dict[str, Fact] = {"settings": settings_to_json(self.settings)}
         if rows := self._looked_at():
+            self._personalise()
             before = trainer.evaluate(rows, Level.BACKBONE)
             facts |= {"before_loss": before.loss, "before_accuracy": before.accuracy}
         groups = {"personal": trainer.personal(), "optimizer": trainer.optimizer_state()}
@@ -308,17 +238,17 @@ class DeviceWorker:
                 raise
 
     def _train_alone(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
-        trainer, state = self.trainer, self.state
+        trainer = self.trainer
         self._progress(f"round {assignment.round}: training")
         self._take(base)
-        accuracy = self._accuracy_of_base() if self._tell_accuracy else {}
-        result = trainer.train(self._encoded, state.steps_done, assignment.round)
+        told = self._accuracy_of_base() if self._tell_accuracy else {}
+        result = trainer.train(self._encoded, self.state.steps_done, assignment.round)
         update = trainer.update_from(base)
         if not _are_finite(update.flat(), *trainer.personal().values()):
             raise DivergedError(assignment.round, result.last_loss)
-        metrics = {"loss": result.mean_loss, "steps": float(result.steps), **accuracy}
         if self._tell_accuracy:
-            metrics |= self._rank_range()
+            told |= _rank_range(trainer.rank_report())
+        metrics = {"loss": result.mean_loss, "steps": float(result.steps), **told}
         report = FinishedReport(
             assignment.assignment,
             assignment.round,
@@ -327,22 +257,26 @@ class DeviceWorker:
             tuple(Metric(name, value) for name, value in metrics.items()),
             update,
         )
+        self._remember(report, result.steps, base)
+        # What the round made of it is in the update: a restart would not find it here either.
+        self._take(base)
+        self._progress(f"round {assignment.round}: loss {result.mean_loss:.4f}")
+        return report
+
+    def _remember(self, report: FinishedReport, steps: int, base: NamedTensors) -> None:
+        """Save what a round of so many steps has made of this device, and its report."""
         state = replace(
-            state,
-            steps_done=state.steps_done + result.steps,
-            rounds_done=state.rounds_done + 1,
+            self.state,
+            steps_done=self.state.steps_done + steps,
+            rounds_done=self.state.rounds_done + 1,
             groups={
-                "personal": trainer.personal(),
-                "optimizer": trainer.optimizer_state(),
+                "personal": self.trainer.personal(),
+                "optimizer": self.trainer.optimizer_state(),
                 "common": base.arrays(),
             },
         )
         state = with_split(state, self.split, self._division.trained)
         self._save(with_report(state, report))
-        # What the round made of it is in the update: a restart would not find it here either.
-        self._take(base)
-        self._progress(f"round {assignment.round}: loss {result.mean_loss:.4f}")
-        return report
 
     def _take(self, base: NamedTensors) -> None:
         """Make it the common adapter here; what is personal of it is made when it is asked for."""
@@ -368,34 +302,15 @@ class DeviceWorker:
         """Held-out rows for what a run asks by itself, which no round should wait for long."""
         return self.trainer.encode(sample(self.held_out_rows, LOOKED_AT_MAX, self.split.seed))
 
-    def _rank_range(self) -> dict[str, float]:
-        """The least and the greatest rank that keeps a layer's energy, over the layers."""
-        reports = self.trainer.rank_report().values()
-        ranks = [report.rank_for(TOLD_ENERGY) for report in reports]
-        return {"rank_min": float(min(ranks)), "rank_max": float(max(ranks))} if ranks else {}
-
     def _save(self, state: DeviceState) -> None:
         self._store.save(state)
         self._state = state
 
 
-async def _aside(do: Callable[[], Result]) -> Result:
-    """Do it in a thread, and to its end however often this is cancelled.
-
-    The folder is not let go before. asyncio.run waits for a thread too, but from Python 3.12 on for
-    five minutes alone.
-    """
-    doing = asyncio.ensure_future(asyncio.to_thread(do))
-    cancelled: asyncio.CancelledError | None = None
-    while not doing.done():
-        try:
-            await asyncio.wait({doing})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    result = doing.result()
-    if cancelled is not None:
-        raise cancelled
-    return result
+def _rank_range(reports: Mapping[str, RankReport]) -> dict[str, float]:
+    """The least and the greatest rank that keeps a layer's energy, over the layers."""
+    ranks = [report.rank_for(TOLD_ENERGY) for report in reports.values()]
+    return {"rank_min": float(min(ranks)), "rank_max": float(max(ranks))} if ranks else {}
 
 
 def _are_finite(*arrays: np.ndarray) -> bool:

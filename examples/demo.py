@@ -24,7 +24,7 @@ from pathlib import Path
 
 from edge_client.data import Example, device_files, find_labels
 from edge_client.errors import EdgeClientError
-from edge_client.splits import hold_out, split_by_skew
+from edge_client.splits import sample, split_by_skew
 from edge_client.tasks import read_rows
 from protocol.federation import Task, TaskKind
 from quantization.fingerprint import whole_name
@@ -96,7 +96,7 @@ def _device_files(options: argparse.Namespace, state: Path) -> list[Path]:
     rows = read_rows(data, Task(TaskKind.SEQUENCE_CLASSIFICATION, tuple(labels)))
     limit = DEVICE_ROWS_MAX * options.devices
     if len(rows) > limit:
-        _, rows = hold_out(rows, limit / len(rows), options.seed)
+        rows = sample(rows, limit, options.seed)
         print(f"{data}: the demo uses {limit} of its rows")
     folder = state / "data"
     folder.mkdir()

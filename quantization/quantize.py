@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -81,12 +81,12 @@ def quantize(
         raise BackboneError(f"{out}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return QuantizedFolder(out, *written)
+    return replace(written, folder=out)
 
 
 def _write(
     name: str, source: Path, scheme: Scheme, folder: Path, int8_embeddings: bool
-) -> tuple[str, Scheme, tuple[TaskKind, ...], dict[TaskKind, str], int, int, int]:
+) -> QuantizedFolder:
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     logits: dict[TaskKind, Tensor] = {}
@@ -120,7 +120,8 @@ def _write(
             raise BackboneError(f"{source}: its tokenizer is not whole without its other files")
         if not torch.equal(proof_logits(written), wanted):
             raise BackboneError(f"{source}: what was written for {kind.value} gives other logits")
-    return digest, scheme, tuple(logits), problems, *_bytes_by_part(tensors)
+    parts = _bytes_by_part(tensors)
+    return QuantizedFolder(folder, digest, scheme, tuple(logits), problems, *parts)
 
 
 def _load(name: str, scheme: Scheme, kind: TaskKind, int8_embeddings: bool) -> Backbone:

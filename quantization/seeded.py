@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quantization.names import is_below
 
 _HEAD_STD: Final = 0.02  # what BERT and GPT-2 start their heads with
 
@@ -55,6 +58,26 @@ def projection_start(shape: tuple[int, int], seed: int, letter: str) -> NDArray[
     longer = normal.reshape(max(shape), min(shape))
     basis = np.linalg.qr(longer)[0] * math.sqrt(max(shape))
     return (basis if rows >= columns else basis.T).astype(np.float32)
+
+
+def start_of(
+    name: str,
+    shape: tuple[int, ...],
+    head_modules: Collection[str],
+    common_seed: int,
+    personal_seed: int,
+) -> NDArray[np.float32]:
+    """What a trainable array begins with on the device of `personal_seed`, by its name."""
+    if is_below(name, head_modules):
+        return head_start(name, shape, common_seed)
+    layer, _, letter = name.rpartition(".")
+    if letter in "BD":
+        return np.zeros(shape, np.float32)
+    rows, columns = shape
+    if letter in "PQ":
+        return projection_start((rows, columns), common_seed, letter)
+    seed = common_seed if letter == "A" else personal_seed
+    return factor_start((rows, columns), seed, layer, letter)
 
 
 def _seeded_normal(count: int, seed: int, *labels: str) -> NDArray[np.float64]:

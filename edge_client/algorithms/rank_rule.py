@@ -21,6 +21,7 @@ import numpy as np
 
 from edge_client.algorithms.base import AlgorithmState, GradientOracle, Vector
 from edge_client.algorithms.vectors import as_numpy, as_vector
+from edge_client.factors import cut, singular_values
 from edge_client.splits import seeded
 
 PRUNE_SHARE: Final = 0.01
@@ -70,24 +71,13 @@ def follow(
 
 def _smallest_share(c: Vector, d: Vector) -> float | None:
     """The share of `||D C||_F ** 2` that its smallest singular value of k holds; None of zero."""
-    squares = np.linalg.svd(_core(c, d)[1], compute_uv=False) ** 2
+    squares = singular_values(as_numpy(c), as_numpy(d)) ** 2
     total = float(squares.sum())
     return float(squares[-1]) / total if total else None
 
 
 def _prune(c: Vector, d: Vector, rank: int) -> None:
-    """Turn the first `rank` directions to those of the singular values and drop the smallest."""
-    (left, right), core = _core(c[:rank], d[:, :rank])
-    u, values, v = np.linalg.svd(core)
-    root = np.sqrt(values[:-1])
-    for row in range(rank):
-        kept = row < rank - 1
-        c[row] = as_vector((root[row] * v[row]) @ right.T, c) if kept else 0.0
-        d[:, row] = as_vector(left @ (u[:, row] * root[row]), d) if kept else 0.0
-
-
-def _core(c: Vector, d: Vector) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """`D C = Q1 core Q2^T` with orthonormal Q1 [m, k] and Q2 [n, k]."""
-    left, above = np.linalg.qr(as_numpy(d).astype(np.float64))
-    right, below = np.linalg.qr(as_numpy(c).T.astype(np.float64))
-    return (left, right), above @ below.T
+    """Let the first `rank` directions be those of the singular values, without the smallest."""
+    down, up = cut(as_numpy(c[:rank]), as_numpy(d[:, :rank]), rank - 1)
+    c[: rank - 1], d[:, : rank - 1] = as_vector(down, c), as_vector(up, d)
+    c[rank - 1], d[:, rank - 1] = 0.0, 0.0

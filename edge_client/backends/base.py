@@ -13,6 +13,7 @@ import numpy as np
 from edge_client.algorithms.base import LocalResult
 from edge_client.backends.encoding import EncodedRows
 from edge_client.data import Example
+from edge_client.factors import RankReport
 from protocol.tensors import NamedTensors
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -81,38 +82,6 @@ class FoundAnswer:
     start: int
     end: int
     probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class RankReport:
-    """The learned rank of one layer.
-
-    `singular_values` are those of B A + D C, largest first, at most r + r2 of them.
-    `numerical_rank` counts those above `tolerance = max(m, n) * eps * largest`, eps of float32.
-    `entropy_rank` is exp(-sum p log p) with p the singular values over their sum (Roy and Vetterli
-    2007, "effective rank"); 0 for a zero matrix.
-    """
-
-    numerical_rank: int
-    entropy_rank: float
-    tolerance: float
-    singular_values: tuple[float, ...]
-
-    @property
-    def energies(self) -> tuple[float, ...]:
-        """The share of the squared Frobenius norm that the best approximation of each rank keeps.
-
-        Ranks count from 1; a zero matrix is kept whole by any.
-        """
-        squares = np.square(self.singular_values)
-        total = squares.sum()
-        kept = np.cumsum(squares) / total if total else np.ones_like(squares)
-        return tuple(kept.tolist())
-
-    def rank_for(self, energy: float) -> int:
-        """The smallest rank, 1 or more, that keeps at least this share of the energy."""
-        # Rounding must not ask for one rank more than there are.
-        return 1 + int(np.argmax(np.array(self.energies) >= min(energy, 1.0) - 1e-12))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,24 +43,29 @@ class LabelOffset:
         """Within the block answers are for that mix.
 
         Raises:
-            ConfigurationError: what the model has learned of the labels' shares is not known.
+            ConfigurationError: the model cannot answer for it.
         """
         if mix is LabelMix.OWN:
-            return contextlib.nullcontext()
+            return self._being(self._counted() if self._is_balanced else None)
         if not self._task.labels:
             problem = f"{self._task.kind.value} has no labels to be even"
             raise ConfigurationError("label_mix", problem, LabelMix.OWN.value)
-        if self._is_balanced or self._log_shares is None:
+        if self._is_balanced:
             return self.left_out()
         if not self._head_is_personal:
             problem = "a head that all devices share has learned no device's own shares of labels"
             use = f'task.loss = "{Loss.BALANCED_SOFTMAX.value}" in the federation'
             raise ConfigurationError("label_mix", problem, use)
-        return self._being(-self._log_shares)
+        return self._being(-self._counted())
 
     def left_out(self) -> contextlib.AbstractContextManager[None]:
         """Within the block nothing is added."""
         return self._being(None)
+
+    def _counted(self) -> NDArray[Any]:
+        if self._log_shares is None:
+            raise RuntimeError("nobody has counted this device's labels: personalise first")
+        return self._log_shares
 
     @contextlib.contextmanager
     def _being(self, offset: NDArray[Any] | None) -> Iterator[None]:

@@ -59,14 +59,7 @@ def choose(
         if artifact is not None or artifact_digest:
             raise ConfigurationError("artifact", "the torch backend takes none", 'backend "ort"')
         choice = TorchChoice(backbone, scheme or "nf4", device, compute_dtype)
-        if choice.scheme not in _SCHEMES:
-            known = ", ".join(_SCHEMES)
-            raise ConfigurationError("scheme", f"{choice.scheme!r} is none", known)
-        if compute_dtype not in (None, *COMPUTE_DTYPES):
-            raise ConfigurationError(
-                "compute_dtype", f"{compute_dtype!r} is none", " or ".join(COMPUTE_DTYPES)
-            )
-        _check_scheme(backbone, choice.scheme)
+        _check_torch(choice)
         return choice
     if artifact is None:
         raise ConfigurationError(
@@ -128,13 +121,17 @@ def load_trainer(
             )
 
 
-def _check_scheme(backbone: str | None, scheme: str) -> None:
-    """A quantised folder of another scheme is known before any coordinator is asked."""
-    folder = Path(backbone or "").expanduser()
-    if backbone is None or not is_quantized(folder):
+def _check_torch(choice: TorchChoice) -> None:
+    """Refuse what cannot be loaded so, also a quantised folder, before any coordinator is asked."""
+    if choice.scheme not in _SCHEMES:
+        raise ConfigurationError("scheme", f"{choice.scheme!r} is none", ", ".join(_SCHEMES))
+    if choice.compute_dtype not in (None, *COMPUTE_DTYPES):
+        problem = f"{choice.compute_dtype!r} is none"
+        raise ConfigurationError("compute_dtype", problem, " or ".join(COMPUTE_DTYPES))
+    folder = Path(choice.backbone or "").expanduser()
+    if choice.backbone is None or not is_quantized(folder):
         return
     held = read_manifest(folder).scheme.value
-    if held != scheme:
-        raise ConfigurationError(
-            "scheme", f"is {scheme!r}, and {backbone} is quantised as {held!r}", repr(held)
-        )
+    if held != choice.scheme:
+        problem = f"is {choice.scheme!r}, and {choice.backbone} is quantised as {held!r}"
+        raise ConfigurationError("scheme", problem, repr(held))

@@ -22,7 +22,7 @@ from edge_client.backends.encoding import Batch
 from edge_client.backends.fast_tokenizer import FastTokenizer
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.ort_graphs import EvaluationGraph, GradientGraph
-from edge_client.backends.trainer import FlatTrainer, Shape, start_of
+from edge_client.backends.trainer import FlatTrainer, Shape
 from edge_client.errors import ConfigurationError
 from edge_client.factors import Factor
 from edge_client.tasks.base import Score, cross_entropy
@@ -31,6 +31,7 @@ from protocol.fingerprints import difference
 from protocol.methods import Hypergradient, PF2LoRA, PFedLoRA
 from quantization.artifact import LABEL_OFFSET, SCALE, TARGETS, Artifact, load_artifact
 from quantization.manifest import Manifest
+from quantization.seeded import start_of
 from quantization.tasks import IGNORED
 from quantization.tokenizer_digest import with_tokenizer
 
@@ -86,7 +87,7 @@ class OrtTrainer(FlatTrainer):
 
     def gradients(self, batch: Batch) -> Gradients:
         common, personal = self._common.gradients, self._personal.gradients
-        parts = self._parts(batch)
+        parts = self._batches.parts(batch)
         if len(parts) == 1:
             return Gradients(self._run(batch), common, personal)
         total, sums = 0.0, (common * 0.0, personal * 0.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -18,13 +18,14 @@ from torch.nn import functional
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import Gradients
 from edge_client.backends.base import Level
-from edge_client.backends.encoding import Batch, Window, check_ids, window_of
+from edge_client.backends.encoding import Batch
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.loading import shared_name
 from edge_client.backends.trainer import FlatTrainer, Shape
-from edge_client.errors import ConfigurationError
+from edge_client.backends.transformers_tokenizer import TransformersTokenizer
+from edge_client.errors import AdapterError, ConfigurationError
 from edge_client.factors import Factor
-from edge_client.lora import AdapterError, active_level, inject, without_common
+from edge_client.lora import TwoLevelAdapter, active_level, inject, without_common
 from edge_client.projected_lora import SharedPairs
 from edge_client.tasks.base import Score
 from protocol.federation import FederationSettings
@@ -37,57 +38,6 @@ from quantization.tasks import IGNORED
 
 # transformers changes torch's global state while it builds a model: one at a time in a process.
 _LOADING: Final = threading.Lock()
-
-
-class TransformersTokenizer:
-    """A tokenizer of transformers as an encoding.Tokenizer, for a model of so many embeddings."""
-
-    def __init__(self, tokenizer: Any, embedding_count: int) -> None:
-        self._tokenizer = tokenizer
-        self._embedding_count = embedding_count
-        self.pad_id: int = tokenizer.pad_token_id
-        self.end_id: int | None = tokenizer.eos_token_id
-
-    def encode(
-        self, text: str, pair: str | None = None, *, special: bool = True, length_max: int = 0
-    ) -> tuple[Sequence[int], Sequence[int] | None]:
-        cut = {"truncation": True, "max_length": length_max} if length_max else {}
-        encoded = self._tokenizer(text, pair, add_special_tokens=special, **cut)
-        ids = encoded["input_ids"]
-        self._check(ids, text)
-        return ids, encoded.get("token_type_ids")
-
-    def windows(self, question: str, context: str, length_max: int, overlap: int) -> list[Window]:
-        if not self._tokenizer.is_fast:
-            kind = type(self._tokenizer).__name__
-            raise AdapterError(f"{kind} does not say which characters a token stands for")
-        encoded = self._tokenizer(
-            question,
-            context,
-            truncation="only_second",
-            max_length=length_max,
-            stride=overlap,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        types = encoded.get("token_type_ids")
-        for ids in encoded["input_ids"]:
-            self._check(ids, context)
-        return [
-            window_of(
-                ids,
-                None if types is None else types[number],
-                encoded.sequence_ids(number),
-                encoded["offset_mapping"][number],
-            )
-            for number, ids in enumerate(encoded["input_ids"])
-        ]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _check(self, ids: Sequence[int], text: str) -> None:
-        check_ids(ids, self._embedding_count, text, self._tokenizer.convert_ids_to_tokens)
 
 
 def flat_group(parameters: Mapping[str, nn.Parameter], device: str) -> FlatGroup:
@@ -112,31 +62,8 @@ class TorchTrainer(FlatTrainer):
     def __init__(
         self, settings: FederationSettings, backbone: Backbone, *, personal_seed: int
     ) -> None:
-        layout = algorithm_for(settings, personal_seed).layout(settings.adapter)
         self._model: nn.Module = backbone.model
-        shared = None
-        if layout.shared_width:
-            shared = SharedPairs(
-                rank=layout.common_rank,
-                width=layout.shared_width,
-                slots=layout.slots,
-                seed=settings.seed,
-                device=backbone.device,
-            )
-        self._adapter = inject(
-            backbone.model,
-            target_modules=settings.adapter.target_modules,
-            rank=layout.common_rank,
-            personal_rank=layout.personal_rank,
-            alpha=settings.adapter.alpha,
-            common_seed=settings.seed,
-            personal_seed=personal_seed,
-            modules_to_train=backbone.head_modules,
-            head=layout.head,
-            common_factors=layout.common,
-            personal_factors=layout.personal,
-            shared=shared,
-        )
+        self._adapter = _adapted(settings, backbone, personal_seed)
         _prove(backbone, settings.task.max_length)
         if settings.training.gradient_checkpointing:
             _checkpoint_gradients(backbone.model)
@@ -162,7 +89,7 @@ class TorchTrainer(FlatTrainer):
         self._common.gradients.zero_()
         self._personal.gradients.zero_()
         total = 0.0
-        for part in self._parts(batch):
+        for part in self._batches.parts(batch):
             loss = self._loss(part) * (part.weight / batch.weight)
             loss.backward()
             give_rooms_back()
@@ -179,7 +106,7 @@ class TorchTrainer(FlatTrainer):
         pieces = self._personal.views(vector).values()
         product = torch.zeros_like(self._common.values)
         into = self._common.views(product).values()
-        for part in self._parts(batch):
+        for part in self._batches.parts(batch):
             loss = self._loss(part) * (part.weight / batch.weight)
             gradients = torch.autograd.grad(loss, list(personal), create_graph=True)
             dot = torch.stack([(g * v).sum() for g, v in zip(gradients, pieces, strict=True)]).sum()
@@ -247,6 +174,36 @@ class TorchTrainer(FlatTrainer):
         """Float32 logits, as the loss and answers want them."""
         logits, offset = logits.float(), self._label_offset.now
         return logits if offset is None else logits + self._placed(offset)
+
+
+def _adapted(
+    settings: FederationSettings, backbone: Backbone, personal_seed: int
+) -> TwoLevelAdapter:
+    """Put the federation's adapter into the backbone, as its method wants it."""
+    layout = algorithm_for(settings, personal_seed).layout(settings.adapter)
+    shared = None
+    if layout.shared_width:
+        shared = SharedPairs(
+            rank=layout.common_rank,
+            width=layout.shared_width,
+            slots=layout.slots,
+            seed=settings.seed,
+            device=backbone.device,
+        )
+    return inject(
+        backbone.model,
+        target_modules=settings.adapter.target_modules,
+        rank=layout.common_rank,
+        personal_rank=layout.personal_rank,
+        alpha=settings.adapter.alpha,
+        common_seed=settings.seed,
+        personal_seed=personal_seed,
+        modules_to_train=backbone.head_modules,
+        head=layout.head,
+        common_factors=layout.common,
+        personal_factors=layout.personal,
+        shared=shared,
+    )
 
 
 @torch.no_grad()

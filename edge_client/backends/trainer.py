@@ -1,4 +1,4 @@
-"""What every Trainer does alike, whatever runs its model: batches, levels, updates, evaluations.
+"""What every Trainer does alike, whatever runs its model: levels, training, updates, evaluations.
 
 A runtime's own part is small: the gradients of a batch, its logits or scores at a level, and each
 layer's factors. Vectors are NumPy's or torch's; nothing here imports torch.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from edge_client import factors as factor_math
 from edge_client.algorithms import algorithm_for
 from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, Vector, train
 from edge_client.algorithms.schedule import plans
@@ -29,15 +27,15 @@ from edge_client.backends.base import (
     LabelMix,
     Level,
     Prediction,
-    RankReport,
 )
-from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer, batch_of
+from edge_client.backends.batches import Batches
+from edge_client.backends.encoding import Batch, EncodedRow, EncodedRows, Tokenizer
 from edge_client.backends.flat import FlatGroup
 from edge_client.backends.label_offset import LabelOffset
+from edge_client.backends.oracle import Oracle
 from edge_client.data import Example
-from edge_client.factors import Factor
+from edge_client.factors import Factor, RankReport, cut, rank_report
 from edge_client.peft_export import save_pretrained
-from edge_client.splits import batch_indices
 from edge_client.tasks import rules_for
 from edge_client.tasks.base import Model, Score
 from protocol.federation import FederationSettings, Group, OptimizerState, WireDtype
@@ -45,7 +43,7 @@ from protocol.methods import HetLoRA
 from protocol.peft_layout import PeftAdapter
 from protocol.tensors import NamedTensors, TensorSpec, truncated
 from quantization.names import is_below
-from quantization.seeded import factor_start, head_start, projection_start
+from quantization.seeded import start_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +56,8 @@ class Shape:
     fan_in_fan_out: bool
 
 
-def start_of(
-    name: str,
-    shape: tuple[int, ...],
-    head_modules: Collection[str],
-    common_seed: int,
-    personal_seed: int,
-) -> np.ndarray[Any, Any]:
-    """What a trainable array begins with on the device of `personal_seed`, on every runtime."""
-    if is_below(name, head_modules):
-        return head_start(name, shape, common_seed)
-    layer, _, letter = name.rpartition(".")
-    if letter in "BD":
-        return np.zeros(shape, np.float32)
-    rank, inputs = shape
-    if letter in "PQ":
-        return projection_start((rank, inputs), common_seed, letter)
-    return factor_start(
-        (rank, inputs), common_seed if letter == "A" else personal_seed, layer, letter
-    )
-
-
 class FlatTrainer(abc.ABC):
-    """A backends.base.Trainer and a GradientOracle on two flat groups of trainable arrays.
+    """A backends.base.Trainer on two flat groups of trainable arrays.
 
     The common adapter starts alike on all devices, from the federation's seed; `personal_seed`
     is this device's own, for its personal adapter and its batches. `length_max` is the longest
@@ -98,7 +75,7 @@ class FlatTrainer(abc.ABC):
         groups: tuple[FlatGroup, FlatGroup],
         *,
         personal_seed: int,
-        length_max: int | None = None,
+        length_max: int | None,
     ) -> None:
         self.fingerprint = fingerprint
         self._settings = settings
@@ -108,12 +85,10 @@ class FlatTrainer(abc.ABC):
         self._seed = personal_seed
         self._algorithm = algorithm_for(settings, personal_seed)
         self._common, self._personal = groups
-        self._personal_head = self._personal.values * 0.0
-        for name, view in self._personal.views(self._personal_head).items():
-            view[:] = float(is_below(name, shape.head_modules))
         self._state = AlgorithmState()
         self._own_common: Vector | None = None  # at the personal level, where a method adapts it
         self._rules = rules_for(settings.task)
+        self._batches = Batches(settings.training, self._rules, tokenizer, self.evaluation_batch)
         head = self._algorithm.layout(settings.adapter).head
         self._label_offset = LabelOffset(settings.task, head_is_personal=head is Group.PERSONAL)
 
@@ -174,32 +149,10 @@ class FlatTrainer(abc.ABC):
     def _running_at(self, level: Level) -> contextlib.AbstractContextManager[None]:
         """Within the block the adapted layers run with the levels up to `level` only."""
 
-    # --- algorithms.base.GradientOracle -------------------------------------------------------
-
-    @property
-    def oracle(self) -> Oracle:
-        """This model as algorithms see it."""
-        return Oracle(self, self._common.values, self._personal.values, self._personal_head)
-
-    def factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
-        """Views (A, B) of every adapted layer into a vector like the common one."""
-        views = self._common.views(vector)
-        return [(views[f"{name}.A"], views[f"{name}.B"]) for name in self._shape.layers]
-
-    def personal_factors(self, vector: Vector) -> list[tuple[Vector, Vector]]:
-        """Views (C, D) of every adapted layer into a vector like the personal one."""
-        views = self._personal.views(vector)
-        return [(views[f"{name}.C"], views[f"{name}.D"]) for name in self._shape.layers]
-
     # --- backends.base.Trainer ----------------------------------------------------------------
 
     def encode(self, rows: Sequence[Example]) -> EncodedRows:
         return self._rules.encode_all(rows, self._tokenizer)
-
-    def batch(self, rows: Sequence[EncodedRow]) -> Batch:
-        """Rows padded to the longest of them, with their targets."""
-        rows = list(rows)  # a row of many is made anew each time that it is asked for
-        return batch_of(rows, self._rules.targets(rows), self._tokenizer.pad_id)
 
     def common(self) -> NamedTensors:
         return NamedTensors.from_arrays(self._common.arrays())
@@ -253,7 +206,7 @@ class FlatTrainer(abc.ABC):
         return train(
             self._algorithm,
             self.oracle,
-            self._stream(rows, first_step * self._algorithm.batches_per_step),
+            self._batches.to_train(rows, first_step * self._algorithm.batches_per_step, self._seed),
             self._state,
             plans(self._settings, round_number),
         )
@@ -262,7 +215,7 @@ class FlatTrainer(abc.ABC):
         self._label_offset.learn(self._rules.log_shares(rows))
         shared = self._common.values * 1.0
         try:
-            self._algorithm.personalise(self.oracle, self._stream(rows, 0))
+            self._algorithm.personalise(self.oracle, self._batches.to_train(rows, 0, self._seed))
             if bool((shared != self._common.values).any()):
                 self._own_common = self._common.values * 1.0
         finally:
@@ -288,7 +241,7 @@ class FlatTrainer(abc.ABC):
             return self._rules.generate(prompt, new_tokens_max, self._model_now)
 
     def rank_report(self) -> dict[str, RankReport]:
-        return {name: factor_math.rank_report(*self._factors(name)) for name in self._shape.layers}
+        return {name: rank_report(*self._factors(name)) for name in self._shape.layers}
 
     def save_pretrained(
         self, folder: Path, base_model: str, ranks: Mapping[str, int], rows: EncodedRows
@@ -296,9 +249,7 @@ class FlatTrainer(abc.ABC):
         with self._at(Level.PERSONAL), self._label_offset.left_out():  # as PEFT will answer
             full = self._evaluate(rows) if rows else None
             trained = self._trained()
-            smaller = {
-                name: factor_math.cut(*trained.factors[name], rank) for name, rank in ranks.items()
-            }
+            smaller = {name: cut(*trained.factors[name], rank) for name, rank in ranks.items()}
             written = replace(trained, factors={**trained.factors, **smaller})
             save_pretrained(
                 written, folder, base_model_name=base_model, task=self._settings.task.kind
@@ -308,6 +259,18 @@ class FlatTrainer(abc.ABC):
                 with self._running_on(smaller):
                     after = self._evaluate(rows)
         return Export({n: len(down) for n, (down, _) in written.factors.items()}, full, after)
+
+    # --- for who looks at single steps -------------------------------------------------------
+
+    @property
+    def oracle(self) -> Oracle:
+        """This model as algorithms see it; made anew, since one that is kept keeps the model."""
+        shape = self._shape
+        return Oracle(self, self._common, self._personal, shape.layers, shape.head_modules)
+
+    def batch(self, rows: Sequence[EncodedRow]) -> Batch:
+        """Rows padded to the longest of them, with their targets."""
+        return self._batches.of(rows)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -339,7 +302,8 @@ class FlatTrainer(abc.ABC):
 
     @property
     def _model_now(self) -> Model:
-        return Model(self._tokenizer, self._batches, self._score, self._logits, self._length_max)
+        batches = self._batches.to_evaluate
+        return Model(self._tokenizer, batches, self._score, self._logits, self._length_max)
 
     def _evaluate(self, rows: EncodedRows) -> Evaluation:
         return self._rules.evaluate(rows, self._model_now)
@@ -357,49 +321,3 @@ class FlatTrainer(abc.ABC):
         finally:
             if shared is not None:
                 self._common.values[:] = shared
-
-    def _stream(self, rows: Sequence[EncodedRow], first: int) -> Iterator[Batch]:
-        """Training batches from the first-th on, without end."""
-        size = self._settings.training.batch_size
-        for number in count(first):
-            (indices,) = batch_indices(len(rows), size, number, 1, self._seed)
-            chosen = [rows[i] for i in indices]
-            if self._settings.training.micro_batch_size:
-                chosen.sort(key=lambda row: len(row.ids))  # so that parts are padded little
-            yield self.batch(chosen)
-
-    def _batches(self, rows: Sequence[EncodedRow]) -> Iterator[Batch]:
-        training = self._settings.training
-        size = self.evaluation_batch
-        if not self._rules.has_head:
-            # Logits of a whole vocabulary at each token: no more of them than training holds.
-            size = min(size, training.micro_batch_size or training.batch_size)
-        return self._batches_of(rows, size)
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """Parts of at most so many rows, each padded to its own longest.
-
-        Rows that come in order of their length leave little to pad.
-        """
-        size = self._settings.training.micro_batch_size
-        is_whole = not 0 < size < len(batch.rows)
-        return [batch] if is_whole else list(self._batches_of(batch.rows, size))
-
-    def _batches_of(self, rows: Sequence[EncodedRow], size: int) -> Iterator[Batch]:
-        return (self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
-
-
-class Oracle:
-    """A GradientOracle on a FlatTrainer; torch's vectors here have no autograd."""
-
-    def __init__(
-        self, trainer: FlatTrainer, common: Vector, personal: Vector, personal_head: Vector
-    ) -> None:
-        self.common = common
-        self.personal = personal
-        self.personal_head = personal_head
-        self.gradients = trainer.gradients
-        self.local_gradients = trainer.local_gradients
-        self.mixed_product = trainer.mixed_product
-        self.factors = trainer.factors
-        self.personal_factors = trainer.personal_factors

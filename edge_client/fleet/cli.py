@@ -107,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="keys and chance follow from it; default a new one, which the report tells",
     )
+    _add_faults(parser)
+    _add_their_coordinator(parser)
+    _add_own_coordinator(parser)
+    _add_report(parser)
+    return parser
+
+
+def _add_faults(parser: argparse.ArgumentParser) -> None:
     faults = parser.add_argument_group("faults")
     faults.add_argument(
         "--dropout",
@@ -129,19 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         default=30.0,
         help="instead of --training-time; default 30s",
     )
-    _add_targets(parser)
-    report = parser.add_argument_group("report")
-    report.add_argument(
-        "--csv", type=Path, metavar="PREFIX", help="PREFIX_stats.csv and PREFIX_history.csv"
-    )
-    report.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    report.add_argument(
-        "--fail-if", action="append", default=[], metavar="THRESHOLD", help="as below; repeatable"
-    )
-    return parser
 
 
-def _add_targets(parser: argparse.ArgumentParser) -> None:
+def _add_their_coordinator(parser: argparse.ArgumentParser) -> None:
     theirs = parser.add_argument_group("a coordinator that runs already")
     theirs.add_argument("--coordinator", metavar="URL", help="ws://host:port or wss://host:port")
     theirs.add_argument(
@@ -166,6 +164,9 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="what `pf2lora-coordinator devices token --count N` printed: a token a device",
     )
+
+
+def _add_own_coordinator(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("a coordinator of its own")
     for name, about in (
         ("layers", "adapted layers of the common adapter, two tensors each"),
@@ -181,6 +182,17 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="a setting of the coordinator, as in rounds.report_goal=80; repeatable",
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    report = parser.add_argument_group("report")
+    report.add_argument(
+        "--csv", type=Path, metavar="PREFIX", help="PREFIX_stats.csv and PREFIX_history.csv"
+    )
+    report.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    report.add_argument(
+        "--fail-if", action="append", default=[], metavar="THRESHOLD", help="as below; repeatable"
     )
 
 

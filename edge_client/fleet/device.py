@@ -9,7 +9,8 @@ from edge_client.errors import RefusedError
 from edge_client.fleet.figures import Figures
 from edge_client.fleet.plan import Plan
 from edge_client.fleet.updates import MadeUpUpdates
-from edge_client.session import ComeBackError, FinishedReport, NoAnswerError, Offer
+from edge_client.line import ComeBackError, NoAnswerError
+from edge_client.session import FinishedReport, Offer
 from edge_client.transport import Dial
 from protocol.errors import ProtocolError, RemoteProtocolError
 from protocol.federation import FederationSettings

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from edge_client.backends.encoding import EncodedRow, EncodedRows, Window
-from edge_client.backends.torch_backend import TransformersTokenizer
+from edge_client.backends.transformers_tokenizer import TransformersTokenizer
 from edge_client.data import Answer, Example
 from edge_client.errors import DataError
 from edge_client.tasks import read_rows, rules_for

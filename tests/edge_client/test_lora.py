@@ -11,15 +11,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from edge_client.backends.base import Level
+from edge_client.errors import AdapterError
 from edge_client.factors import rank_report
-from edge_client.lora import (
-    AdapterError,
-    Level,
-    TwoLevelAdapter,
-    TwoLevelLoRALinear,
-    active_level,
-    inject,
-)
+from edge_client.lora import TwoLevelAdapter, TwoLevelLoRALinear, active_level, inject
 from protocol.federation import Group
 from quantization.backbone import load_backbone
 from quantization.bnb import quantize_linears

@@ -17,7 +17,8 @@ from transformers import AutoModelForQuestionAnswering
 from edge_client.backends.base import FoundAnswer, Level
 from edge_client.backends.encoding import Batch, EncodedRow, Window
 from edge_client.backends.fast_tokenizer import FastTokenizer
-from edge_client.backends.torch_backend import TorchTrainer, TransformersTokenizer
+from edge_client.backends.torch_backend import TorchTrainer
+from edge_client.backends.transformers_tokenizer import TransformersTokenizer
 from edge_client.data import Answer, Example
 from edge_client.errors import AdapterError, DataError
 from edge_client.tasks import rules_for

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client.backends.base import RankReport
 from edge_client.cli import rank_table
 from edge_client.errors import ConfigurationError
+from edge_client.factors import RankReport
 from edge_client.rank_plot import draw_ranks
 
 REPORTS = {

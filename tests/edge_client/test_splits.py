@@ -1,4 +1,4 @@
-"""Every row is dealt once, and the stream of batches can be entered anywhere."""
+"""Every row is dealt once, and batches, each by itself, make whole epochs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 
 from edge_client.data import Example
 from edge_client.errors import ConfigurationError, DataError
-from edge_client.splits import (
-    batch_indices,
-    hold_out,
-    sample,
-    split_by_dirichlet,
-    split_by_skew,
-)
+from edge_client.splits import batch_indices, hold_out, sample, split_by_skew
 
 steady = settings(derandomize=True, deadline=None)
 
@@ -38,16 +32,6 @@ def test_skew_deals_every_row_once_in_even_parts(
     assert Counter(row for part in parts for row in part) == Counter(_rows(labels))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert parts == split_by_skew(_rows(labels), devices, skew, seed)
-
-
-@steady
-@given(labels, st.integers(1, 8), st.floats(0.01, 100), st.integers(0, 5))
-def test_dirichlet_deals_every_row_once_and_leaves_no_device_empty(
-    labels: list[int], devices: int, beta: float, seed: int
-) -> None:
-    parts = split_by_dirichlet(_rows(labels), devices, beta, seed)
-    assert Counter(row for part in parts for row in part) == Counter(_rows(labels))
-    assert all(parts)
 
 
 def test_more_skew_means_fewer_labels_a_device() -> None:
@@ -78,19 +62,11 @@ def test_held_out_rows_have_the_label_mix_of_all(
 
 
 @steady
-@given(
-    st.integers(1, 30),
-    st.integers(1, 12),
-    st.integers(0, 20),
-    st.integers(1, 10),
-    st.integers(0, 3),
-)
-def test_a_step_has_the_same_batch_wherever_the_stream_is_entered(
-    count: int, size: int, first: int, steps: int, seed: int
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 30), st.integers(0, 3))
+def test_batches_each_made_by_itself_cut_a_stream_of_whole_epochs(
+    count: int, size: int, batches: int, seed: int
 ) -> None:
-    whole = batch_indices(count, size, 0, first + steps, seed)
-    entered = batch_indices(count, size, first, steps, seed)
-    assert [b.tolist() for b in whole[first:]] == [b.tolist() for b in entered]
+    whole = [batch_indices(count, size, number, seed) for number in range(batches)]
     assert all(len(batch) == size for batch in whole)
     stream = np.concatenate(whole)
     for epoch in range(len(stream) // count):
@@ -102,7 +78,6 @@ def test_out_of_bounds_is_refused_by_name() -> None:
     for call, field in (
         (lambda: split_by_skew(rows, 2, 1.5, 0), "skew"),
         (lambda: split_by_skew(rows, 3, 0.5, 0), "devices"),
-        (lambda: split_by_dirichlet(rows, 2, 0.0, 0), "beta"),
         (lambda: hold_out(rows, 1.0, 0), "held_out"),
     ):
         with pytest.raises(ConfigurationError, match=field):

@@ -15,8 +15,7 @@ from edge_client.backends.encoding import Batch
 from edge_client.backends.loading import shared_name
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
-from edge_client.errors import DataError, StateError
-from edge_client.lora import AdapterError
+from edge_client.errors import AdapterError, DataError, StateError
 from protocol.federation import (
     Adapter,
     Backbone,

@@ -8,8 +8,9 @@ from typing import Any
 
 from edge_client.backends.torch_backend import load_trainer
 from edge_client.data import FieldNames
+from edge_client.own_rows import DataSettings
 from edge_client.private_store import DeviceState, PrivateStore
-from edge_client.worker import DataSettings, DeviceWorker
+from edge_client.worker import DeviceWorker
 from protocol.federation import Adapter, Backbone, FederationSettings, Task, TaskKind, Training
 from protocol.messages import Assignment
 from protocol.tensors import NamedTensors

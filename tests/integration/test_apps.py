@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client import cli, worker
+from edge_client import cli, own_rows, worker
 from edge_client.algorithms.base import Gradients
 from edge_client.backends import loading
 from edge_client.backends.base import Evaluation, LabelMix, Level
@@ -59,9 +59,9 @@ def test_a_question_in_the_middle_of_a_round_waits_for_its_end(
     answers: list[object] = []
 
     def ask() -> None:
-        with device.worker.ready() as trainer:
+        with device.worker.ready() as model:
             begun = len(steps)
-            answers.append(trainer.predict([Example("a", None, None)], Level.COMMON))
+            answers.append(model.trainer.predict([Example("a", None, None)], Level.COMMON))
             assert len(steps) == begun == 4  # two local steps, two gradients each
 
     asking = threading.Thread(target=ask)
@@ -121,9 +121,8 @@ def test_a_device_between_rounds_says_what_it_says_after_a_restart(
     tmp_path: Path, algorithm: Any
 ) -> None:
     def said(device: Device) -> list[Any]:
-        with device.worker.ready():
-            rows = device.worker.held_out_rows
-            return [device.worker.evaluate(rows, level) for level in Level]
+        with device.worker.ready() as model:
+            return [model.evaluate(model.held_out_rows, level) for level in Level]
 
     settings = replace(SETTINGS, algorithm=algorithm)
     device = Device(tmp_path, settings)
@@ -150,8 +149,8 @@ def test_a_run_looks_at_so_many_held_out_rows_and_evaluate_at_all(
     assert looked_at == [4]
     device.round(1)
     assert looked_at == [4, 4, 4]
-    with device.worker.ready():
-        assert device.worker.evaluate(device.worker.held_out_rows, Level.COMMON).count == 8
+    with device.worker.ready() as model:
+        assert model.evaluate(model.held_out_rows, Level.COMMON).count == 8
 
 
 def test_a_round_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
@@ -398,7 +397,7 @@ def test_a_level_is_none_but_a_level(tmp_path: Path, ask: str) -> None:
 def test_more_rows_than_a_device_may_have_are_refused_before_the_backbone_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "EXAMPLES_MAX", 3)
+    monkeypatch.setattr(own_rows, "EXAMPLES_MAX", 3)
     monkeypatch.setattr(Device, "_trainer", None)
     with pytest.raises(DataError, match="the rows given: 8 rows to train on; a device has 3 at m"):
         Device(tmp_path)

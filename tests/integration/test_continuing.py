@@ -62,6 +62,9 @@ def test_devices_learn_to_continue_and_the_app_and_peft_do(
     for one in levels:
         assert set(one) == {"level", "rows", "loss", "accuracy", "perplexity"}
         assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+    assert cli.main(["predict", PROMPT, *flags, "--label-mix", "even"]) == 1
+    heard = capsys.readouterr()
+    assert "label_mix: causal-lm has no labels to be even; use own" in heard.err
     assert cli.main(["predict", PROMPT, *flags, "--new-tokens", "8"]) == 0
     assert capsys.readouterr().out == said + "\n"
     prompts = tmp_path / "prompts.jsonl"

@@ -12,6 +12,7 @@ import pytest
 
 from edge_client import cli
 from edge_client.backends.base import Level
+from edge_client.backends.label_offset import LabelOffset
 from edge_client.client import EdgeClient, LabelMix
 from edge_client.errors import ConfigurationError
 from edge_client.tasks.base import cross_entropy
@@ -41,8 +42,8 @@ def _log_shares(device: Device) -> np.ndarray:
 def _logits(device: Device, mix: LabelMix) -> np.ndarray:
     """Logits of the held-out rows, but for a constant a row."""
     asked = [(row.place, row.text) for row in device.worker.held_out_rows]
-    with device.worker.ready():
-        found: Any = device.worker.predict(asked, Level.PERSONAL, mix)  # type: ignore[arg-type]
+    with device.worker.ready() as model:
+        found: Any = model.predict(asked, Level.PERSONAL, mix)  # type: ignore[arg-type]
     return np.log([one.probabilities for one in found])
 
 
@@ -58,8 +59,8 @@ def test_the_loss_and_answers_for_the_own_mix_add_the_log_of_label_shares(tmp_pa
     wanted = float(cross_entropy(even + shares, labels).mean())
     assert trainer.gradients(batch).loss == pytest.approx(wanted, abs=1e-4)
     for mix, logits in ((LabelMix.OWN, own), (LabelMix.EVEN, even)):
-        with device.worker.ready():
-            found = device.worker.evaluate(held_out, Level.PERSONAL, mix)
+        with device.worker.ready() as model:
+            found = model.evaluate(held_out, Level.PERSONAL, mix)
         assert found.loss == pytest.approx(float(cross_entropy(logits, labels).mean()), abs=1e-4)
 
 
@@ -70,22 +71,29 @@ def test_rare_labels_are_found_sooner_where_shares_are_not_learned(tmp_path: Pat
         device = Device(tmp_path / loss.value, settings, rows=ROWS)
         device.round(1)
         mix = LabelMix.EVEN if loss is Loss.BALANCED_SOFTMAX else LabelMix.OWN
-        rare = [row for row in device.worker.read(ROWS) if row.label == 1]
-        with device.worker.ready():
-            recall[loss] = device.worker.evaluate(rare, Level.PERSONAL, mix).accuracy
+        with device.worker.ready() as model:
+            rare = [row for row in model.read(ROWS) if row.label == 1]
+            recall[loss] = model.evaluate(rare, Level.PERSONAL, mix).accuracy
     assert recall[Loss.CROSS_ENTROPY] == 0.0
     assert recall[Loss.BALANCED_SOFTMAX] == 1.0
 
 
 def test_a_restart_changes_no_answer(tmp_path: Path) -> None:
     def said(device: Device) -> list[Any]:
-        with device.worker.ready():
-            rows = device.worker.held_out_rows
-            return [device.worker.evaluate(rows, level) for level in Level]
+        with device.worker.ready() as model:
+            return [model.evaluate(model.held_out_rows, level) for level in Level]
 
     device = Device(tmp_path, _settings(), rows=ROWS)
     device.round(1)
     assert said(device) == said(Device(tmp_path, _settings(), rows=ROWS))
+
+
+def test_what_the_backbone_gave_before_is_for_the_own_mix_too(tmp_path: Path) -> None:
+    device = Device(tmp_path, _settings(), rows=ROWS)
+    with device.worker.ready() as model:
+        found = model.evaluate(model.held_out_rows, Level.BACKBONE)
+    assert device.state.facts["before_loss"] == found.loss
+    assert found.accuracy > 0.5
 
 
 def test_an_app_and_the_shell_ask_for_an_even_mix(
@@ -128,3 +136,16 @@ def test_what_cannot_answer_for_an_even_mix_says_so(tmp_path: Path) -> None:
     assert _logits(device, LabelMix.OWN).shape == (8, 2)
     with pytest.raises(SchemaError, match=r"^loss: must be 'cross-entropy': causal-lm"):
         Task(TaskKind.CAUSAL_LM, loss=Loss.BALANCED_SOFTMAX)
+
+
+def test_shares_that_nobody_has_counted_are_not_taken_for_none() -> None:
+    """A head that has learned them may have come out of the state folder, its rows not yet."""
+    offset = LabelOffset(SETTINGS.task, head_is_personal=True)
+    with pytest.raises(RuntimeError, match="personalise first"):
+        offset.answering(LabelMix.EVEN)
+    balanced = LabelOffset(_settings().task, head_is_personal=True)
+    with pytest.raises(RuntimeError, match="personalise first"):
+        balanced.answering(LabelMix.OWN)
+    offset.learn(np.log(np.array([0.75, 0.25], np.float32)))
+    with offset.answering(LabelMix.EVEN):
+        assert np.exp(offset.added_to(np.zeros(2))) == pytest.approx([4 / 3, 4])

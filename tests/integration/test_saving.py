@@ -18,9 +18,10 @@ from transformers import (
 
 from coordinator import cli as coordinator_cli
 from edge_client import cli
+from edge_client.backends.base import Level
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.client import EdgeClient
-from edge_client.lora import Level, active_level
+from edge_client.lora import active_level
 from quantization.fingerprint import resolve_backbone
 from tests.integration.test_federation import _coordinator
 from tests.quantization.tiny import write_gpt2

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.backends.torch_backend import TransformersTokenizer, load_trainer
+from edge_client.backends.torch_backend import load_trainer
+from edge_client.backends.transformers_tokenizer import TransformersTokenizer
 from quantization.backbone import load_backbone
 from tests.ort.cases import CASES, MINILM, STORIES, follow, outlook, token_rows
 

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from edge_client.backends.base import Level
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.data import Example
-from edge_client.errors import ConfigurationError, DataError
-from edge_client.lora import AdapterError
+from edge_client.errors import AdapterError, ConfigurationError, DataError
 from protocol.federation import Adapter, Backbone, FederationSettings, Task, TaskKind, Training
 from protocol.methods import Hypergradient, PF2LoRA
 from quantization.backbone import load_backbone

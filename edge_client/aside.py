@@ -1,0 +1,28 @@
+"""Work beside the event loop, which must never wait for a step that is long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+async def aside(do: Callable[[], Result]) -> Result:
+    """Do it in a thread, and to its end however often this is cancelled.
+
+    So nobody lets go of the state folder while it is still at work there. asyncio.run waits for a
+    thread too, but from Python 3.12 on for five minutes alone.
+    """
+    doing = asyncio.ensure_future(asyncio.to_thread(do))
+    cancelled: asyncio.CancelledError | None = None
+    while not doing.done():
+        try:
+            await asyncio.wait({doing})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = doing.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
