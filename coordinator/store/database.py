@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import sqlalchemy as sa
 from alembic.util import CommandError
@@ -24,6 +25,9 @@ SQLITE: Final = "sqlite:///"
 # Updates are large: large pages make them cheaper to write and to read parts of.
 PAGE_BYTES: Final = 16384
 WAL_BYTES: Final = 16 << 20
+# SQLite's map of which page follows which, which is all that is wanted of it: nothing is vacuumed.
+# Without it, each of an update's pages is read for the number of the next, also to delete it.
+PAGES_MAPPED: Final = "INCREMENTAL"
 # Whoever asks `is_coordinated` has the lock for a moment: one that is taken is tried again.
 LOCK_TRIES: Final = 5
 LOCK_AGAIN_S: Final = 0.02
@@ -119,6 +123,7 @@ class Database:
             yield
         except (
             sa.exc.SQLAlchemyError,
+            sqlite3.Error,
             OSError,
             ProtocolError,
             SchemaError,
@@ -129,6 +134,22 @@ class Database:
             if any(text in cause for text in NOT_WRITABLE):
                 cause += "; the file and its folder must be writable"
             raise StoreError(f"{self.label}: {cause}") from error
+
+    def slices(
+        self, db: sa.Connection, chosen: sa.Select[Any], begin: int, end: int
+    ) -> Iterator[bytes]:
+        """Bytes `[begin, end)` of each blob of a query for one column of them."""
+        (column,) = chosen.selected_columns
+        if not self.is_sqlite:
+            parts = chosen.with_only_columns(sa.func.substr(column, begin + 1, end - begin))
+            yield from map(bytes, db.scalars(parts.execution_options(yield_per=16)))
+            return
+        # SQLite's substr reads all of a blob; where one is opened, what is wanted is read.
+        sqlite, table = cast(sqlite3.Connection, db.connection.driver_connection), column.table.name
+        rows: sa.Select[Any] = chosen.with_only_columns(sa.literal_column(f"{table}.rowid"))
+        for row in db.scalars(rows).all():
+            with sqlite.blobopen(table, column.name, row, readonly=True) as blob:
+                yield bytes(blob[begin:end])
 
     def check_pages(self, *, indexes: bool) -> None:
         """Read the whole file: whether each page is one, and belongs where it is.
@@ -252,6 +273,7 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
 
 
 def _make_wal(connection: Any, _: object) -> None:
-    # Of a new file; an older one keeps its own. It must come before the journal's.
-    connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
-    connection.execute("PRAGMA journal_mode=WAL")
+    if connection.execute("PRAGMA page_count").fetchone() == (0,):  # an older file keeps its own
+        connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
+        connection.execute(f"PRAGMA auto_vacuum={PAGES_MAPPED}")
+    connection.execute("PRAGMA journal_mode=WAL")  # writes a new file's first page

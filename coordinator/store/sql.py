@@ -214,11 +214,9 @@ class SqlStore(BasesTable, PartsTable):
     def blocks(
         self, federation: str, number: int, attempt: int, begin: int, end: int
     ) -> Iterator[bytes]:
-        part = sa.func.substr(reports.c.update_bytes, begin + 1, end - begin)
         with self._begin() as db:
-            chosen = kept_in(part, federation, number, attempt)
-            for block in db.scalars(chosen.execution_options(yield_per=16)):
-                yield bytes(block)
+            chosen = kept_in(reports.c.update_bytes, federation, number, attempt)
+            yield from self.database.slices(db, chosen, begin, end)
 
     def staleness(self, federation: str, number: int, attempt: int) -> list[int]:
         with self._begin() as db:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from coordinator.errors import StoreError
 from coordinator.store import views
-from coordinator.store.database import Database
+from coordinator.store.database import PAGES_MAPPED, Database
 from coordinator.store.sql import SqlStore
 
 
@@ -56,6 +56,9 @@ def backup(database: Database, target: Path) -> None:
         # Made beforehand, so that nobody else may ever read it; SQLite takes an empty file.
         with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "rb") as file:
             with database.plain() as db:
+                # For the copy, as if it were new; said of a store that has it, it would be written.
+                if not db.scalar(sa.text("PRAGMA auto_vacuum")):
+                    db.execute(sa.text(f"PRAGMA auto_vacuum={PAGES_MAPPED}"))
                 db.execute(sa.text("VACUUM INTO :target"), {"target": str(partial)})
             os.fsync(file.fileno())
         partial.rename(target)

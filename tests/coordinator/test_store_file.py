@@ -23,6 +23,7 @@ from coordinator import cli
 from coordinator.control import Control, Wish
 from coordinator.errors import StoreError
 from coordinator.store import upkeep
+from coordinator.store.base import Member
 from coordinator.store.database import PAGE_BYTES
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
@@ -82,6 +83,65 @@ def test_what_stays_of_reports_takes_no_room_for_their_updates(tmp_path: Path) -
         _run_rounds(store, range(1, 61), update)
         # 120 reports, of which each had 12 kB; and a page or two for each table and index.
         assert _size_of(store) < empty_bytes + 120 * 1000 + 20 * PAGE_BYTES
+
+
+def _bytes_read() -> int:
+    """What this process has asked files for so far; skips the test where that is not told."""
+    account = Path("/proc/self/io")
+    if not account.exists():
+        pytest.skip("this system keeps no account of what a process reads")
+    return int(account.read_text().split()[1])
+
+
+def _keep_large(path: Path) -> int:
+    """A store with as many large reports as a transaction holds; the bytes of their updates."""
+    values = np.arange(250_000, dtype=np.float32)
+    records = []
+    for number in range(16):
+        update = NamedTensors.from_arrays({"x.A": values + number})
+        records.append(dataclasses.replace(_report(f"device-{number:02}"), update=update))
+    cohort = tuple(Member(one.device, one.assignment) for one in records)
+    with contextlib.closing(SqlStore(f"sqlite:///{path}")) as store:
+        store.create(SETTINGS, BASE)
+        store.open_round("demo", dataclasses.replace(_round(), cohort=cohort))
+        store.keep_reports("demo", records)
+    return sum(len(one.update.buffer) for one in records)
+
+
+def test_neither_a_rounds_end_nor_a_block_of_its_updates_reads_them_whole(tmp_path: Path) -> None:
+    size_bytes = _keep_large(tmp_path / "s.sqlite")
+    with contextlib.closing(SqlStore(f"sqlite:///{tmp_path}/s.sqlite")) as store:
+        began = _bytes_read()
+        blocks = list(store.blocks("demo", 1, 1, 800_000, 800_008))
+        assert _bytes_read() - began < size_bytes / 8
+        assert [np.frombuffer(one, np.float32)[1] for one in blocks] == [
+            200_001 + number for number in range(16)
+        ]
+        began = _bytes_read()
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        assert _bytes_read() - began < size_bytes / 8
+        assert upkeep.check(store) == ["demo"]
+
+
+def _has_map(path: Path) -> bool:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute("PRAGMA auto_vacuum").fetchall() != [(0,)]
+
+
+def test_a_store_without_a_map_of_its_pages_works_and_its_backup_has_one(tmp_path: Path) -> None:
+    """Stores of earlier versions have none."""
+    path, copy = tmp_path / "s.sqlite", tmp_path / "copy.sqlite"
+    _keep_large(path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA auto_vacuum = NONE")
+        db.execute("VACUUM")
+    assert cli.main(["backup", "--store", f"sqlite:///{path}", "--out", str(copy)]) == 0
+    for file in (path, copy):
+        with contextlib.closing(SqlStore(f"sqlite:///{file}")) as store:
+            assert len(list(store.blocks("demo", 1, 1, 0, 4))) == 16
+            store.close_round("demo", 1, 1, NEXT, 90.0)
+            assert upkeep.check(store) == ["demo"]
+    assert (_has_map(path), _has_map(copy)) == (False, True)
 
 
 def test_wishes_are_written_down_and_wrong_ones_named(
@@ -363,3 +423,26 @@ def test_a_report_that_was_kept_outlives_a_kill(tmp_path: Path) -> None:
         bytes(UPDATE.buffer)
     ]
     store.close()
+
+
+CLOSE_AND_DIE = """
+import os, signal, sys
+from coordinator.store.sql import SqlStore
+from tests.coordinator.test_store import NEXT
+def die(*_):  # what comes after the updates have been let go
+    os.kill(os.getpid(), signal.SIGKILL)
+SqlStore.drop_unawaited = die
+SqlStore(sys.argv[1]).close_round("demo", 1, 1, NEXT, 90.0)
+"""
+
+
+def test_a_kill_while_a_round_ends_leaves_all_its_reports(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    size_bytes, url = _keep_large(path), f"sqlite:///{path}"
+    ended = subprocess.run([sys.executable, "-c", CLOSE_AND_DIE, url], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    with contextlib.closing(SqlStore(url, sole=True)) as store:
+        assert sum(len(one.update.buffer) for one in store.reports("demo", 1, 1)) == size_bytes
+        store.close_round("demo", 1, 1, NEXT, 90.0)
+        assert list(store.reports("demo", 1, 1)) == []
+        assert upkeep.check(store) == ["demo"]
