@@ -243,22 +243,23 @@ def _relative_errors(learned: list[Array], true: list[Array]) -> Iterator[float]
 def _draw(found: dict[str, list[list[int]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.1 * len(found), 2.6), dpi=120)
-    for axes, (name, ranks) in zip(
-        figure.subplots(1, len(found), sharey=True), found.items(), strict=True
-    ):
+    figure = Figure(figsize=(2.1 * len(found) + 0.8, 2.6), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (name, ranks) in zip(panels, found.items(), strict=True):
         learned = np.array(ranks)
         highest = max(RANK + PERSONAL_RANK, learned.max())
         heat = np.array(
             [[(column == rank).mean() for column in learned.T] for rank in range(highest + 1)]
         )
-        axes.imshow(heat, origin="lower", cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axes.plot(range(len(TRUE_RANKS)), TRUE_RANKS, "o", color="crimson", markersize=4)
+        image = axes.imshow(heat, origin="lower", cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.plot(
+            range(len(TRUE_RANKS)), TRUE_RANKS, "o", color="darkorange", mec="white", markersize=5
+        )
         axes.set_xticks(range(len(TRUE_RANKS)), TRUE_RANKS)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("true rank", fontsize=8)
-    figure.axes[0].set_ylabel("learned rank", fontsize=8)
-    figure.tight_layout()
+    panels[0].set_ylabel("learned rank (dot: the true one)", fontsize=8)
+    figure.colorbar(image, ax=panels).set_label("share of starts", fontsize=8)
     figure.savefig(path)
 
 

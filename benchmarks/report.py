@@ -19,6 +19,12 @@ LEGEND = (
     'Means over devices and seeds, ± half the range over seeds; "over devices" is the standard '
     "deviation over devices of what methods are compared by."
 )
+# Ten colours that the colour-blind can tell apart (Petroff, arXiv 2107.02270), and ten shapes.
+COLOURS = [
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+]
+MARKERS = "osD^vP*X<>"
 COLUMNS = {
     TaskKind.SEQUENCE_CLASSIFICATION: ("accuracy", "balanced_accuracy", "matthews", "loss"),
     TaskKind.CAUSAL_LM: ("bleu", "rouge_l", "accuracy", "loss"),
@@ -29,7 +35,7 @@ COLUMNS = {
 def write_report(records: list[Record], methods: Sequence[str], folder: Path) -> None:
     """`accuracy.md` and a PNG for each task: reported cells, those with `--set` as variants.
 
-    A method has the colour of its place in `methods` in every plot.
+    A method has the colour and the marker of its place in `methods` in every plot.
     """
     groups = _grouped(record for record in records if record["cell"]["split"] == "test")
     if not groups:
@@ -145,18 +151,20 @@ def _plot(task: str, groups: Group, methods: Sequence[str], path: Path) -> None:
 
     # Text is written at the end of a run only.
     metric = "loss" if TASKS[task].causal else TASKS[task].metric
-    figure = Figure(figsize=(12, 3.6), dpi=110)
+    figure = Figure(figsize=(12, 4.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     axes_of = (("round", 1.0), ("sent_bytes", 2.0**20), ("training_s", 1.0))
     for method, records in sorted(groups[task, ()].items()):
-        colour = f"C{methods.index(method)}"
+        place = methods.index(method)
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         for axes, (across, unit) in zip(panels, axes_of, strict=True):
             if across == "sent_bytes" and method == "centralised":
                 continue  # its rows are where it trains
             x = np.mean([[at[across] / unit for at in r["curve"]] for r in records], 0)
             y = np.array([[at[metric] for at in record["curve"]] for record in records])
-            axes.plot(x, y.mean(0), marker="o", markersize=3, label=method, color=colour)
-            axes.fill_between(x, y.min(0), y.max(0), alpha=0.15, color=colour)
+            style = {"marker": marker, "markersize": 5, "markerfacecolor": "none"}
+            axes.plot(x, y.mean(0), label=method, color=colour, **style)
+            axes.fill_between(x, y.min(0), y.max(0), alpha=0.12, color=colour, linewidth=0)
     every = [record for records in groups[task, ()].values() for record in records]
     majority = [record["majority"][metric] for record in every if record["majority"]]
     names = ("rounds", "MiB sent by a device", "processor seconds of a device's training")
@@ -167,8 +175,11 @@ def _plot(task: str, groups: Group, methods: Sequence[str], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"{metric}, mean over devices")
-    note = " (dotted: label counts alone)" if majority else ""
-    panels[0].set_title(task + note, fontsize=10, loc="left")
-    panels[2].legend(fontsize=7, ncol=2)
-    figure.tight_layout()
+    note = "; dotted: label counts alone" if majority else ""
+    panels[0].set_title(
+        f"{task} (bands: least to greatest of the seeds{note})", fontsize=10, loc="left"
+    )
+    # Below and not inside: there it hides curves.
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=len(labels), fontsize=8)
     figure.savefig(path)

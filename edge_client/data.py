@@ -231,12 +231,8 @@ def _table_rows(path: Path, text: str) -> Iterator[tuple[Place, object]]:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(lines, strict=True)
-    try:
-        rows = _all_rows(reader, len(text))
-    except csv.Error as error:
-        raise DataError(f"is malformed: {error}", path=str(path), line=reader.line_num) from None
     header: list[str] | None = None
-    for line, row in rows:
+    for line, row in _all_rows(reader, len(text), path):
         place = Place(str(path), line)
         if header is None:
             header = row
@@ -248,13 +244,23 @@ def _table_rows(path: Path, text: str) -> Iterator[tuple[Place, object]]:
             yield place, dict(zip(header, row, strict=True))
 
 
-def _all_rows(reader: Any, characters_max: int) -> list[tuple[int, list[str]]]:
+def _all_rows(reader: Any, characters_max: int, path: Path) -> list[tuple[int, list[str]]]:
     """Rows that are not empty, with the line that each ends on; fields of any length."""
+    rows, ended = [], 0
     with _CSV_LIMIT:
         before = csv.field_size_limit()
         csv.field_size_limit(max(before, characters_max))
         try:
-            return [(reader.line_num, row) for row in reader if row]
+            for row in reader:
+                ended = reader.line_num
+                if row:
+                    rows.append((ended, row))
+            return rows
+        except csv.Error as error:
+            # Where the row begins: one whose quote is not closed goes on to the end of the file.
+            is_open = "unexpected end" in str(error)
+            problem = "a quote that begins in this row is never closed" if is_open else str(error)
+            raise DataError(f"is malformed: {problem}", path=str(path), line=ended + 1) from None
         finally:
             csv.field_size_limit(before)
 

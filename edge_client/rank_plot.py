@@ -51,10 +51,12 @@ def draw_ranks(reports: Mapping[str, RankReport], path: Path) -> None:
     image = axes.imshow(heat, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
     for row, report in enumerate(reports.values()):
         end = report.numerical_rank - 0.5
-        axes.plot([end, end], [row - 0.5, row + 0.5], color="crimson", linewidth=2)
+        # Black in white is seen on every colour, and by who cannot tell red from green.
+        for colour, width in (("white", 5), ("black", 2)):
+            axes.plot([end, end], [row - 0.5, row + 0.5], color=colour, linewidth=width)
     axes.set_yticks(range(len(reports)), [_short(name) for name in reports])
     axes.set_xticks(range(most), range(1, most + 1))
-    axes.set_xlabel("singular value (red: numerical rank)")
+    axes.set_xlabel("singular value (bar: numerical rank)")
     figure.colorbar(image, label="share of the layer's largest")
     figure.tight_layout()
     try:

@@ -19,6 +19,7 @@ from tests.coordinator.busy_store import busy_settings, fill_store
 
 pytestmark = needs_chromium
 LOADED_CPU_S_MAX = 0.5
+OVER_FOR_NOTHING = {"outcome": "abandoned", "closed_at": time.time(), "reports": 2}
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,43 @@ def test_it_says_so_when_the_coordinator_is_gone(
     page.until("document.querySelector('.link').classList.contains('lost')")
     page.until("document.getElementById('notice').textContent.includes('all is as it was at ')")
     assert page.ask("document.getElementById('notice').hidden") is False
+
+
+def test_rounds_that_fail_are_counted_and_shown_also_after_the_last_good_one(
+    page: Page, admin: AdminPort, store: SqlStore
+) -> None:
+    with store.database.begin() as db:
+        db.execute(rounds.update().where(rounds.c.number >= 499).values(OVER_FOR_NOTHING))
+    page.look(width=1280, height=1500, dark=False)
+    page.open(admin.address)
+    marks = "document.querySelectorAll('#chart-reports path.fault').length"
+    assert page.ask(marks) == 3
+    assert page.ask("document.querySelector('#chart-reports .key.fault').textContent") == (
+        "abandoned 3"
+    )
+    # At the right edge, the last of them; the word is beside the pointer and not over the title.
+    x, y = page.ask("""(() => {
+      const box = document.querySelector('#chart-reports .plot').getBoundingClientRect();
+      return [box.right - 7, box.top + 90];
+    })()""")
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    tip = "document.querySelector('#chart-reports .tip')"
+    page.until(f"{tip}.textContent === 'Round 501abandoned'")
+    left, right = page.ask(
+        f"(() => {{ const box = {tip}.getBoundingClientRect(); return [box.left, box.right]; }})()"
+    )
+    assert x - 150 < left < right < x
+    assert page.problems == []
+
+
+def test_an_address_with_a_password_or_a_broken_hash_is_shown_all_the_same(
+    page: Page, store: SqlStore, tmp_path: Path
+) -> None:
+    token = "0123456789abcdef"
+    with admin_port(f"sqlite:///{tmp_path}/s.sqlite", token=token) as port:
+        page.open(port.address.replace("//", f"//any:{token}@") + "#%E0%A4%A")
+        assert page.ask("document.querySelectorAll('#rows tr').length") == 50
+        assert page.ask("document.getElementById('notice').hidden")
+        page.call("Page.navigate", url="about:blank")
+        page.until("location.href === 'about:blank'")
+    assert page.problems == []

@@ -241,3 +241,28 @@ def test_metrics_are_those_of_the_table(admin: AdminPort) -> None:
         assert line is not None
         told = re.findall(r"([a-z]+)=", line[1] or "")
         assert sorted(told) == sorted(filter(None, map(str.strip, labels.split(","))))
+
+
+def _links(page: Path) -> list[tuple[str, str]]:
+    """File and anchor of each link of a page that stays within the project."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return [one.partition("#")[::2] for one in targets if "://" not in one]
+
+
+def _anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there() -> None:
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), *DOCS.glob("*.md"), *root.glob("benchmarks/**/*.md")]
+    links = [(page, *link) for page in pages for link in _links(page)]
+    assert len(links) > 50
+    for page, file, anchor in links:
+        target = page.parent / file if file else page
+        assert target.exists(), f"{page}: {file}"
+        assert not anchor or anchor in _anchors(target), f"{page}: {file}#{anchor}"

@@ -76,7 +76,11 @@ def test_mappings_other_names_pairs_and_causal_texts(tmp_path: Path) -> None:
         ("d.jsonl", "\n", "holds no rows"),
         ("d.csv", "text,text,label\na,b,yes\n", "line 1: the header names 'text' twice"),
         ("d.csv", "text,label\na,yes,more\n", "line 2: expected 2 columns, got 3"),
-        ("d.csv", 'text,label\n"a,yes\n', "is malformed"),
+        (
+            "d.csv",
+            'text,label\na,no\n"b,yes\nc,no\nd,no\n',
+            "line 3: is malformed: a quote that begins in this row is never closed",
+        ),
         ("d.txt", "a", r"expected a \.jsonl, \.csv, \.tsv file"),
     ],
 )

@@ -47,8 +47,9 @@ export class Chart {
     host.append(this.caption, this.plot, this.empty, this.tip);
     this.curves = [];
     this.faults = [];
+    this.pointed = null; // where the pointer is, so that what it shows outlasts a redrawing
     new ResizeObserver(() => this.draw()).observe(host);
-    this.plot.addEventListener("pointermove", (event) => this.point(event));
+    this.plot.addEventListener("pointermove", (event) => this.point(event.clientX));
     this.plot.addEventListener("pointerleave", () => this.unpoint());
   }
 
@@ -63,16 +64,21 @@ export class Chart {
     this.plot.toggleAttribute("hidden", !shown);
     this.empty.hidden = shown;
     this.caption.replaceChildren(element("h2", {}, this.title), ...this.curves.map((c) => this.key(c)));
+    if (this.faults.length) {
+      this.caption.append(element("span", { class: "key fault" }, "abandoned ", element("b", {}, String(this.faults.length))));
+    }
+    const pointed = this.pointed;
     this.unpoint();
     if (!shown) return;
     const width = this.plot.clientWidth || 500;
     const points = this.curves.flatMap((curve) => curve.points);
-    const xs = extent(points.map((p) => p.x), false);
-    const [first, last] = [points[0].x, Math.max(...this.curves.map((c) => c.points.at(-1).x))];
+    // Rounds that failed after the last good one belong to it: they are why an operator looks.
+    const all = [...points.map((p) => p.x), ...this.faults];
+    const [first, last] = all.reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [all[0], all[0]]);
     const ys = extent(points.flatMap((p) => (p.low === undefined ? [p.y] : [p.y, p.low, p.high])), this.zero);
     const right = width - MARGIN.right;
     const bottom = HEIGHT - MARGIN.bottom;
-    const span = first === last ? xs : [first, last];
+    const span = first === last ? extent([first], false) : [first, last];
     this.x = (value) => MARGIN.left + ((value - span[0]) / (span[1] - span[0])) * (right - MARGIN.left);
     this.y = (value) => bottom - ((value - ys[0]) / (ys[1] - ys[0])) * (bottom - MARGIN.top);
     const parts = [];
@@ -88,16 +94,17 @@ export class Chart {
       const anchor = x > right - 12 ? "end" : "middle";
       parts.push(svg("text", { x, y: HEIGHT - 5, "text-anchor": anchor }, String(tick)));
     }
+    parts.push(svg("text", { x: MARGIN.left - 8, y: HEIGHT - 5, "text-anchor": "end" }, "round"));
     parts.push(svg("line", { class: "axis", x1: MARGIN.left, x2: right, y1: bottom, y2: bottom }));
     for (const curve of this.curves) parts.push(...this.strokes(curve));
     for (const fault of this.faults) {
-      if (fault < span[0] || fault > span[1]) continue;
       const x = this.x(fault);
       parts.push(svg("path", { class: "fault", d: `M${x - 4},${bottom} h8 l-4,-7 z` }));
     }
     this.plot.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.plot.setAttribute("aria-label", this.spoken());
     this.plot.replaceChildren(...parts);
+    if (pointed !== null) this.point(pointed);
   }
 
   strokes(curve) {
@@ -126,35 +133,41 @@ export class Chart {
 
   spoken() {
     const said = this.curves.map((c) => `${c.label} ${this.format(c.points.at(-1).y)}`);
-    return `${this.title} over rounds; last: ${said.join(", ")}`;
+    const failed = this.faults.length ? `; abandoned ${this.faults.length}` : "";
+    return `${this.title} over rounds; last: ${said.join(", ")}${failed}`;
   }
 
-  point(event) {
+  point(clientX) {
     if (!this.curves.length) return;
     const box = this.plot.getBoundingClientRect();
-    const at = event.clientX - box.left;
+    const at = clientX - box.left;
     const nearest = (points) =>
       points.reduce((a, b) => (Math.abs(this.x(b.x) - at) < Math.abs(this.x(a.x) - at) ? b : a));
-    const chosen = nearest(this.curves.flatMap((curve) => curve.points)).x;
+    const chosen = nearest([...this.curves.flatMap((curve) => curve.points), ...this.faults.map((x) => ({ x }))]).x;
     const here = this.curves
       .map((curve) => [curve, curve.points.find((p) => p.x === chosen)])
       .filter(([, point]) => point);
     this.unpoint();
+    this.pointed = clientX;
     const x = this.x(chosen);
     const mark = svg("g", { "data-mark": "" });
     mark.append(svg("line", { class: "cross", x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }));
     mark.append(...here.map(([curve, point]) => this.dot(curve, point)));
     this.plot.append(mark);
     const lines = here.map(([curve, p]) => element("div", {}, `${curve.label} ${this.format(p.y)}`));
+    if (this.faults.includes(chosen)) lines.push(element("div", {}, here.length ? "abandoned before" : "abandoned"));
     this.tip.replaceChildren(element("strong", {}, `Round ${chosen}`), ...lines);
     this.tip.hidden = false;
-    const left = this.plot.offsetLeft + x + 12;
-    const flip = left + this.tip.offsetWidth > this.plot.offsetLeft + box.width;
+    // An SVG has no offsetLeft: where it lies in the host is the difference of two boxes.
+    const host = this.tip.offsetParent.getBoundingClientRect();
+    const left = box.left - host.left + x + 12;
+    const flip = x + 12 + this.tip.offsetWidth > box.width;
     const shift = flip ? left - 24 - this.tip.offsetWidth : left;
-    this.tip.style.transform = `translate(${Math.max(0, shift)}px, ${this.plot.offsetTop + 8}px)`;
+    this.tip.style.transform = `translate(${Math.max(0, shift)}px, ${box.top - host.top + 8}px)`;
   }
 
   unpoint() {
+    this.pointed = null;
     this.tip.hidden = true;
     this.plot.querySelector("[data-mark]")?.remove();
   }

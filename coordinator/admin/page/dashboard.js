@@ -17,7 +17,8 @@ let refreshedAt = 0;
 
 async function read(path, query = {}) {
   const given = Object.entries(query).filter(([, value]) => value !== null && value !== "");
-  const response = await fetch(`/api/${path}?${new URLSearchParams(given)}`);
+  // The origin by itself: where the page's address has a password in it, fetch refuses a relative one.
+  const response = await fetch(`${location.origin}/api/${path}?${new URLSearchParams(given)}`);
   const answer = await response.json().catch(() => ({ error: `HTTP ${response.status}` }));
   if (!response.ok) throw new Error(answer.error);
   return answer;
@@ -69,8 +70,8 @@ function take(found) {
 }
 
 function wantedFederation() {
-  const wanted = decodeURIComponent(location.hash.slice(1));
-  return (federations.find((one) => one.name === wanted) ?? federations[0])?.name ?? null;
+  const wanted = location.hash.slice(1);
+  return (federations.find((one) => encodeURIComponent(one.name) === wanted) ?? federations[0])?.name ?? null;
 }
 
 function choose(name) {
@@ -161,9 +162,9 @@ function makeCharts() {
   const accuracy = "No device has told its accuracy yet. Each chooses whether to: pf2lora-client run --tell-accuracy";
   charts = {
     accuracy: make("accuracy", { title: "Held-out accuracy", format: percent, tick: (share) => `${number(100 * share)} %`, empty: accuracy }),
-    loss: make("loss", { title: "Training loss", format: number, empty: "No round has ended yet." }),
-    reports: make("reports", { title: "Reports", format: number, zero: true, counts: true, empty: "No round has ended yet." }),
-    time: make("time", { title: "Time of a round", format: seconds, zero: true, empty: "No round has ended yet." }),
+    loss: make("loss", { title: "Training loss", format: number, empty: "No round has been aggregated yet." }),
+    reports: make("reports", { title: "Reports", format: number, zero: true, counts: true, empty: "No round has been aggregated yet." }),
+    time: make("time", { title: "Time of a round", format: seconds, zero: true, empty: "No round has been aggregated yet." }),
   };
 }
 
@@ -188,7 +189,7 @@ function showCharts() {
     ],
     failed,
   );
-  charts.time.show([{ label: "last", kind: "one", points: last.map((one) => ({ x: one.round, y: one.closed_at - one.opened_at })) }], failed);
+  charts.time.show([{ label: "took", kind: "one", points: last.map((one) => ({ x: one.round, y: one.closed_at - one.opened_at })) }], failed);
 }
 
 // --- devices ------------------------------------------------------------------------------------
