@@ -55,6 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CoordinatorError as error:
         print(f"pf2lora-coordinator: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        _let_go_of_log()
+
+
+def _let_go_of_log() -> None:
+    """Python flushes what is left when it ends, and would exit with 120 if nobody reads it."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except BrokenPipeError:  # as under `2>&1 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class _Command(argparse.ArgumentParser):

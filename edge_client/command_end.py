@@ -22,3 +22,14 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    finally:
+        _let_go_of_log()
+
+
+def _let_go_of_log() -> None:
+    """Python flushes what is left when it ends, and would exit with 120 if nobody reads it."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except BrokenPipeError:  # as under `2>&1 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -24,7 +25,11 @@ class Serving:
 
     def __init__(self, config: Path, *flags: str, under: tuple[str, ...] = ()):
         command = [*COMMAND, "serve", "--config", str(config), "--port", "0", *flags]
-        self.process = subprocess.Popen([*under, *command], stderr=subprocess.PIPE, text=True)
+        # With buffers, as most have it.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        self.process = subprocess.Popen(
+            [*under, *command], stderr=subprocess.PIPE, text=True, env=environment
+        )
         assert self.process.stderr is not None
         self.log = self.process.stderr
         # Where the federation stands, and both addresses.
