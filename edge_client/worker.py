@@ -180,6 +180,7 @@ class DeviceWorker:
 
     def _set_up(self, settings: FederationSettings) -> None:
         self._settings, self._trainer = settings, None  # two models need not fit
+        self._is_personal = False
         try:
             self._division = self._data.divided(
                 settings.task, self.split, self._state, self._progress

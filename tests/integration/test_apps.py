@@ -32,6 +32,7 @@ from edge_client.errors import (
 from edge_client.private_store import PrivateStore
 from protocol.federation import (
     Backbone,
+    Loss,
     Task,
     TaskKind,
 )
@@ -106,6 +107,22 @@ def test_a_round_that_found_no_room_is_as_if_it_had_never_begun(
             device.round(1, base)
     assert device.personal == before
     assert device.round(1, base).digest() == other.round(1, base).digest()
+
+
+def test_a_device_that_found_no_room_to_begin_begins_when_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageFullError("no room")
+
+    settings = replace(SETTINGS, task=replace(SETTINGS.task, loss=Loss.BALANCED_SOFTMAX))
+    device = Device.__new__(Device)
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateStore, "save", full)
+        with pytest.raises(StorageFullError):
+            Device.__init__(device, tmp_path, settings, split=(0.2, 0))
+    asyncio.run(device.worker.prepare(settings))
+    assert device.state.rounds_done == 0
 
 
 def test_a_first_round_that_fails_leaves_a_model_that_answers(tmp_path: Path) -> None:
