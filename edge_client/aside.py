@@ -15,7 +15,8 @@ async def aside(do: Callable[[], Result]) -> Result:
     So nobody lets go of the state folder while it is still at work there. asyncio.run waits for a
     thread too, but from Python 3.12 on for five minutes alone.
     """
-    doing = asyncio.ensure_future(asyncio.to_thread(do))
+    # No task, which the loop's end would cancel as well.
+    doing = asyncio.get_running_loop().run_in_executor(None, do)
     cancelled: asyncio.CancelledError | None = None
     while not doing.done():
         try:
