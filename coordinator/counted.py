@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.sslproto
+import contextlib
 import socket
 import ssl
 from typing import Any, Final, cast
@@ -50,9 +51,11 @@ class Counted(asyncio.BaseProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        has_room = self._headcount.come()
         kernel_socket = transport.get_extra_info("socket")
-        kernel_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_SEND_BYTES)
-        if not self._headcount.come():
+        with contextlib.suppress(OSError):  # macOS refuses it of one that is gone already
+            kernel_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_SEND_BYTES)
+        if not has_room:
             cast(asyncio.Transport, transport).abort()
 
     def connection_lost(self, exc: Any) -> None:

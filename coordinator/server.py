@@ -17,6 +17,7 @@ from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
 from websockets.exceptions import ConnectionClosed
 
+from coordinator.admin.server import CONNECTIONS_MAX as ADMIN_CONNECTIONS_MAX
 from coordinator.config import Configuration, Federation
 from coordinator.counted import Counted, CountedTls, Headcount
 from coordinator.enrolment import Gate
@@ -122,7 +123,8 @@ class CoordinatorServer:
         )
         self._visits = _buckets(rates.connections_per_address, CONNECTIONS_BURST_S)
         self._messages = _buckets(rates.messages_per_address, MESSAGES_BURST_S)
-        self._connections_max = _affordable(server.connections_max)
+        admin_most = ADMIN_CONNECTIONS_MAX if self._configuration.admin.enabled else 0
+        self._connections_max = _affordable(server.connections_max, admin_most)
         # Of those that have not said a word as well.
         self.headcount = Headcount(self._connections_max + TURNED_AWAY_MAX)
         self._store = await self._run_blocking(lambda: SqlStore(server.store, sole=True))
@@ -315,15 +317,15 @@ def _buckets(rate_s: float, burst_s: float) -> Buckets:
     return Buckets(rate_s, rate_s * burst_s, asyncio.get_running_loop().time)
 
 
-def _affordable(connections_max: int) -> int:
-    """As many connections as wished, or as the system has file descriptors for."""
+def _affordable(connections_max: int, others_max: int) -> int:
+    """As many connections as wished, or as the system has file descriptors for beside others."""
     descriptors, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
         return connections_max
     # Where there is no hard limit, as on macOS, few are open to a process all the same.
     descriptors = hard if hard != resource.RLIM_INFINITY else max(descriptors, OPEN_MAX)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
-    most = max(1, descriptors - TURNED_AWAY_MAX - DESCRIPTORS_SPARE)
+    most = max(1, descriptors - TURNED_AWAY_MAX - others_max - DESCRIPTORS_SPARE)
     if most < connections_max:
         log.warning(
             "server.connections_max is %d, but %d file descriptors are enough for %d",

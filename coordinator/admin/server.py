@@ -20,7 +20,8 @@ DRAIN_S: Final = 2
 # A connection without a request is let go so soon, and at most twice so late.
 REQUEST_TIMEOUT_S: Final = 10.0
 # Over so many requests are answered with 503; beyond twice as many connections are dropped.
-CONNECTIONS_MAX: Final = 256
+REQUESTS_MAX: Final = 256
+CONNECTIONS_MAX: Final = 2 * REQUESTS_MAX
 BACKLOG: Final = 128
 
 
@@ -35,7 +36,7 @@ class AdminServer:
         self, app: ASGIApp, host: str, port: int, certificate: str = "", key: str = ""
     ) -> None:
         self._socket = _listen(host, port)
-        self._headcount = Headcount(2 * CONNECTIONS_MAX)
+        self._headcount = Headcount(CONNECTIONS_MAX)
         self._tls = tls_with(certificate, key) if certificate else None
         config = uvicorn.Config(
             app,
@@ -45,7 +46,7 @@ class AdminServer:
             lifespan="off",
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
-            limit_concurrency=CONNECTIONS_MAX,
+            limit_concurrency=REQUESTS_MAX,
             http=cast(type[asyncio.Protocol], self._protocol),
             h11_max_incomplete_event_size=16 * 1024,
         )

@@ -134,9 +134,11 @@ def test_no_more_connections_than_file_descriptors(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1000))
     set_to: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
-    assert server._affordable(10_000) == 1000 - server.TURNED_AWAY_MAX - server.DESCRIPTORS_SPARE
-    assert server._affordable(100) == 100
-    assert set_to == [(1000, 1000)] * 2
+    left = 1000 - server.TURNED_AWAY_MAX - server.DESCRIPTORS_SPARE
+    assert server._affordable(10_000, 0) == left
+    assert server._affordable(10_000, 512) == left - 512
+    assert server._affordable(100, 0) == 100
+    assert set_to == [(1000, 1000)] * 3
 
 
 @pytest.mark.parametrize(("soft", "raised_to"), [(256, server.OPEN_MAX), (50_000, 50_000)])
@@ -147,7 +149,7 @@ def test_without_a_hard_limit_the_soft_one_is_raised(
     set_to: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: set_to.append(limits))
     spare = server.TURNED_AWAY_MAX + server.DESCRIPTORS_SPARE
-    assert server._affordable(100_000) == raised_to - spare
+    assert server._affordable(100_000, 0) == raised_to - spare
     assert set_to == [(raised_to, resource.RLIM_INFINITY)]
 
 
