@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.errors import AddressError, ConfigurationError, StoreError
+from coordinator.errors import AddressError, ConfigurationError
 from coordinator.systemd import ALIVE, READY, ServiceManager
 from tests.coordinator.federation_file import write_federation
 
@@ -55,7 +55,7 @@ def test_the_unit_restarts_what_a_restart_may_mend_and_not_without_end() -> None
     unit.read_string(UNIT.read_text())
     service, limits = unit["Service"], unit["Unit"]
     kept_down = {int(code) for code in service["RestartPreventExitStatus"].split()}
-    for_a_person = {ConfigurationError.exit_code, StoreError.exit_code, AddressError.exit_code}
+    for_a_person = {ConfigurationError.exit_code, AddressError.exit_code}
     assert kept_down == for_a_person
     assert service["Restart"] == "on-failure"
     # The slowest failure that there is: systemd gives a start 90 s.
