@@ -193,7 +193,7 @@ def _revoke_token(options: argparse.Namespace) -> int:
         if options.all:
             chosen = [token.digest for token in known if token.used_by is None]
         else:
-            chosen = [_chosen_token(known, given) for given in options.token]
+            chosen = list(dict.fromkeys(_chosen_token(known, given) for given in options.token))
         if chosen:
             store.devices.revoke_tokens(chosen)
         left = {token.digest: token.used_by for token in store.devices.tokens()}

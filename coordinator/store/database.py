@@ -82,6 +82,8 @@ class Database:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:  # of a file system without locks
+            return None
         finally:
             os.close(lock)
         return False

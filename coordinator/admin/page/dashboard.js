@@ -296,7 +296,7 @@ function follow() {
   };
   source.onerror = () => {
     if (link.textContent !== "reconnecting") {
-      find("notice").textContent = `The coordinator does not answer: all is as it was at ${new Date().toLocaleTimeString()}.`;
+      find("notice").textContent = `There is no live link to the coordinator: all is as it was at ${new Date().toLocaleTimeString()}.`;
       find("notice").hidden = false;
     }
     link.textContent = "reconnecting";
