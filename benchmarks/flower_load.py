@@ -62,6 +62,8 @@ def flower(python: str, load: Load) -> dict[str, float]:
         for _ in range(load.devices):
             stack.enter_context(_started(python, "client", port))
         said, _ = server.communicate(timeout=TIMEOUT_S)
+        if server.returncode:
+            raise SystemExit(f"Flower's server ended with {server.returncode}, before all rounds")
         found: dict[str, float] = json.loads(said.splitlines()[-1])
         return found
 
