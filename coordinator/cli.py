@@ -30,6 +30,7 @@ from coordinator.store.database import Database
 from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 from coordinator.watch_commands import named, status, watch
+from protocol.command_end import exit_code_of, let_go_of_log
 from protocol.federation import FederationSettings
 
 log = logging.getLogger("pf2lora.coordinator")
@@ -43,29 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        exit_code = int(options.command(options))
-        if sys.stdout is not None:  # as where it was closed, with `>&-`
-            sys.stdout.flush()
-        return exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as under `| head`; nothing is left to be flushed at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return exit_code_of(lambda: int(options.command(options)))
     except CoordinatorError as error:
         print(f"pf2lora-coordinator: {error}", file=sys.stderr)
         return error.exit_code
     finally:
-        _let_go_of_log()
-
-
-def _let_go_of_log() -> None:
-    """Python flushes what is left when it ends, and would exit with 120 if nobody reads it."""
-    try:
-        if sys.stderr is not None:
-            sys.stderr.flush()
-    except BrokenPipeError:  # as under `2>&1 | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        let_go_of_log()
 
 
 class _Command(argparse.ArgumentParser):

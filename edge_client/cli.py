@@ -19,11 +19,11 @@ from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, SCHEMES, say
 from edge_client.backends.base import FoundAnswer, LabelMix, Level, Prediction
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
-from edge_client.command_end import exit_code_of
 from edge_client.data import Place, RawRow, check_asked, placed, raw_rows
 from edge_client.errors import ConfigurationError, DataError, EdgeClientError
 from edge_client.factors import RankReport
 from edge_client.rank_plot import check_drawing, draw_ranks
+from protocol.command_end import exit_code_of, let_go_of_log
 from protocol.federation import TaskKind
 from quantization.schemes import COMPUTE_DTYPES
 
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"pf2lora-client: {error}", file=sys.stderr)
         return 1
+    finally:
+        let_go_of_log()
 
 
 def _is_ours(error: Exception) -> bool:

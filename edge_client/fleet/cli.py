@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from edge_client.command_end import exit_code_of
 from edge_client.errors import ConfigurationError, EdgeClientError
 from edge_client.fleet import plan as reading
 from edge_client.fleet.loadtest import Outcome, Own, Theirs, run_load_test
@@ -28,6 +27,7 @@ from edge_client.fleet.thresholds import Threshold, read_threshold
 from edge_client.session import check_joining
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
+from protocol.command_end import exit_code_of, let_go_of_log
 
 FAILED, USAGE, MISSED, NOBODY = 1, 2, 3, 4
 EXIT_CODES = """\
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgeClientError as error:
         print(f"pf2lora-loadtest: {error}", file=sys.stderr)
         return FAILED
+    finally:
+        let_go_of_log()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How a command ends, whatever becomes of its output."""
+"""How a command of either side ends, whatever becomes of its output."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    finally:
-        _let_go_of_log()
 
 
-def _let_go_of_log() -> None:
+def let_go_of_log() -> None:
     """Python flushes what is left when it ends, and would exit with 120 if nobody reads it."""
     try:
         if sys.stderr is not None:
