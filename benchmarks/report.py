@@ -41,6 +41,7 @@ def write_report(records: list[Record], methods: Sequence[str], folder: Path) ->
     if not groups:
         raise SystemExit("no cell on the test split is finished yet")
     lines = ["# Accuracy, from accuracy.jsonl", "", LEGEND, ""]
+    lines += _overview(groups, methods)
     for task in sorted({task for task, _ in groups}):
         lines += _table(task, groups)
         _plot(task, groups, methods, folder / f"{task}.png")
@@ -59,6 +60,27 @@ def _grouped(records: Iterable[Record]) -> Group:
         variant += [f"devices={cell['devices']}"] if cell.get("devices") else []
         groups[cell["task"], tuple(variant)][cell["method"]].append(record)
     return groups
+
+
+def _overview(groups: Group, methods: Sequence[str]) -> list[str]:
+    """All methods as they are on all tasks of classification, a table a score."""
+    classified = TaskKind.SEQUENCE_CLASSIFICATION
+    tasks = [task for task in TASKS if groups[task, ()] and TASKS[task].kind is classified]
+    lines = ["## Tasks of classification side by side", ""]
+    for score in ("what methods are compared by", "balanced_accuracy", "loss"):
+        columns = {t: score if score in _columns(t) else TASKS[t].metric for t in tasks}
+        lines += [f"### {score}", "", f"| method | {' | '.join(tasks)} |"]
+        lines += ["|---|" + "---|" * len(tasks)]
+        for method in methods:
+            found = {task: groups[task, ()].get(method) for task in tasks}
+            cells = [
+                _mean_and_spread(_final(records, columns[task])) if records else ""
+                for task, records in found.items()
+            ]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        counts = [_majority(groups[task, ()], columns[task]) for task in tasks]
+        lines += [f"| label counts alone | {' | '.join(counts)} |", ""]
+    return lines
 
 
 def _table(task: str, groups: Group) -> list[str]:
@@ -102,11 +124,16 @@ def _rows(
         lines.append(_row(method + suffix, records, task))
         if even := [_for_even_mix(record) for record in records if "even_mix" in record]:
             lines.append(_row(f"{method}{suffix}, for an even mix", even, task))
-    majority = [r["majority"] for records in methods.values() for r in records if r["majority"]]
-    if majority and counts:
-        cells = [f"{np.mean([one[column] for one in majority]):.3f}" for column in _columns(task)]
+    if counts and any(r["majority"] for records in methods.values() for r in records):
+        cells = [_majority(methods, column) for column in _columns(task)]
         lines.append(f"| label counts alone{suffix} | | | {' | '.join(cells)} | | | 0 |")
     return lines
+
+
+def _majority(methods: dict[str, list[Record]], column: str) -> str:
+    """What label counts alone give, the mean over all cells: rows differ by the seed."""
+    cells = [record["majority"] for records in methods.values() for record in records]
+    return f"{np.mean([one[column] for one in cells if one]):.3f}"
 
 
 def _for_even_mix(record: Record) -> Record:
