@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -221,6 +222,7 @@ def run_federation(
             store,
             rng=random.Random(settings.seed),
             run_blocking=at_once,
+            read_aside=lambda read: at_once(partial(read, store)),
             clock=clock,
         )
         await service.open()

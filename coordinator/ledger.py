@@ -162,6 +162,8 @@ class Ledger:
                 sighting.told = {key: told[key] for key in TOLD if key in told}
         elif status is ReceiptStatus.REJECTED:
             sighting.rejected += 1
+        elif status is ReceiptStatus.LATE:
+            sighting.late += 1
 
     def _left(self, name: _Name) -> None:
         self._links[name] -= 1

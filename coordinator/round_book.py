@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 
 from coordinator.base_version import BaseVersion
-from coordinator.blocking import RunBlocking, StoreCalls
+from coordinator.blocking import StoreCalls
 from coordinator.events import CloseRound, OpenRound, WentBack
 from coordinator.log import FederationLog
 from coordinator.store.base import Member, RoundRecord, Snapshot, Store, StoredReports
@@ -24,14 +23,13 @@ class RoundBook:
         snapshot: Snapshot,
         store: Store,
         base: BaseVersion,
-        run_blocking: RunBlocking,
+        call: StoreCalls,
         clock: Callable[[], float],
     ) -> None:
         self._settings = snapshot.settings
         self._store = store
         self._base = base
-        self._run_blocking = run_blocking
-        self._call = StoreCalls(snapshot.settings.name, run_blocking)
+        self._call = call
         self._clock = clock
         self._log = FederationLog(log, snapshot.settings.name)
         # The base versions that were given, by number of the round.
@@ -42,11 +40,11 @@ class RoundBook:
     async def go_on(self, record: RoundRecord) -> None:
         """Sum what was kept of an open round before a restart."""
 
-        def add_all() -> int:
-            reports = self._store.reports(self._settings.name, record.number, record.attempt)
+        def add_all(federation: str) -> int:
+            reports = self._store.reports(federation, record.number, record.attempt)
             return self._base.add_all(reports)
 
-        kept = await self._run_blocking(add_all)
+        kept = await self._call(add_all)
         about = {"round": record.number, "attempt": record.attempt}
         self._log.info("round %d goes on: %d reports are kept", record.number, kept, extra=about)
 
@@ -74,8 +72,12 @@ class RoundBook:
         number, attempt = action.number, action.attempt
         new_base = memory = None
         if action.aggregate:
-            kept = StoredReports(self._store, self._settings, number, attempt)
-            new_base, memory = await self._run_blocking(partial(self._base.following, kept))
+            # What is kept for it changes no more, whoever reads it.
+            new_base, memory = await self._call.aside(
+                lambda store: self._base.following(
+                    StoredReports(store, self._settings, number, attempt)
+                )
+            )
         await self._call(self._store.close_round, number, attempt, new_base, self._clock(), memory)
         about = {"round": number, "attempt": attempt}
         if new_base is None:

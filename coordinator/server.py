@@ -11,6 +11,7 @@ import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 from websockets.asyncio.server import Server, ServerConnection
@@ -18,6 +19,8 @@ from websockets.asyncio.server import serve as serve_websocket
 from websockets.exceptions import ConnectionClosed
 
 from coordinator.admin.server import CONNECTIONS_MAX as ADMIN_CONNECTIONS_MAX
+from coordinator.aggregation.robust import Rule
+from coordinator.blocking import Reader
 from coordinator.config import Configuration, Federation
 from coordinator.counted import Counted, CountedTls, Headcount
 from coordinator.enrolment import Gate
@@ -29,6 +32,7 @@ from coordinator.roster import Roster
 from coordinator.security import is_open, log_exposure, server_tls
 from coordinator.service import FederationService
 from coordinator.session import DeviceSession
+from coordinator.store.base import Store
 from coordinator.store.sql import SqlStore
 from coordinator.watch import Watch
 from protocol import limits
@@ -109,6 +113,10 @@ class CoordinatorServer:
         self._sessions: set[DeviceSession] = set()
         # One thread for the store: its calls stay in order and off the event loop.
         self._store_thread = ThreadPoolExecutor(1, "store")
+        # Rules that read all reports take seconds, in which that thread serves others.
+        self._rules_reader = Reader(
+            "rules", lambda: SqlStore(configuration.server.store, create=False)
+        )
         self._ended = asyncio.Event()  # some connection has
         self.stopping = asyncio.Event()
 
@@ -154,6 +162,7 @@ class CoordinatorServer:
             self._keeping_out = asyncio.create_task(self._keep_out())
             self.watch.ready()
         except BaseException:
+            await self._rules_reader.close()
             await self.watch.end()
             await self._run_blocking(self._store.close)
             self._store_thread.shutdown()
@@ -175,6 +184,7 @@ class CoordinatorServer:
         self._roster.refusals.sum_up()
         self._keeping_out.cancel()
         self.federations.close()
+        await self._rules_reader.close()
         await self.watch.end()
         await self._run_blocking(self._store.close)
         self._store_thread.shutdown()
@@ -210,12 +220,14 @@ class CoordinatorServer:
                 one.cancel()
 
     def _service_of(self, federation: Federation) -> FederationService:
+        reads_reports = isinstance(federation.settings.aggregation, Rule)
         return FederationService(
             federation.settings,
             federation.start,
             observed_store(self._store, self.watch.observe),
             rng=random.Random(federation.settings.seed),
             run_blocking=self._run_blocking,
+            read_aside=self._rules_reader if reads_reports else self._read_in_turn,
             hold_s=self._configuration.server.hold_s,
             control_every_s=CONTROL_EVERY_S,
             observe=self.watch.observe,
@@ -307,6 +319,9 @@ class CoordinatorServer:
 
     async def _run_blocking(self, call: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._store_thread, call)
+
+    async def _read_in_turn(self, read: Callable[[Store], Result]) -> Result:
+        return await self._run_blocking(partial(read, self._store))
 
 
 class _CountedWebSocket(Counted, ServerConnection):

@@ -20,7 +20,7 @@ from typing import Final, cast
 from coordinator.arrivals import Arrivals, Arrived
 from coordinator.asynchronous import AsynchronousMachine
 from coordinator.base_version import BaseVersion
-from coordinator.blocking import RunBlocking, StoreCalls
+from coordinator.blocking import ReadAside, RunBlocking, StoreCalls
 from coordinator.errors import StoreError
 from coordinator.events import (
     Action,
@@ -84,6 +84,7 @@ class FederationService:
         *,
         rng: random.Random,
         run_blocking: RunBlocking,
+        read_aside: ReadAside,
         hold_s: float = HOLD_S,
         control_every_s: float = 0.0,
         clock: Callable[[], float] = time.time,
@@ -100,9 +101,9 @@ class FederationService:
         self._run_blocking = run_blocking
         self._hold_s = hold_s
         self._control_every_s = control_every_s
-        self._call = StoreCalls(settings.name, run_blocking)
+        self._call = StoreCalls(settings.name, run_blocking, read_aside)
         self._log = FederationLog(log, settings.name)
-        self._wishes = Wishes(settings.name, store, run_blocking)
+        self._wishes = Wishes(settings.name, store, self._call)
         self._controller: asyncio.Task[None] | None = None
         self._clock = clock
         self._observe = observe
@@ -110,7 +111,7 @@ class FederationService:
         self._events: deque[tuple[Event, asyncio.Future[None] | None]] = deque()
         self._worker: asyncio.Task[None] | None = None  # while there is something to handle
         self._replies = Replies()
-        self.uploads = Uploads(settings.name, store, run_blocking)
+        self.uploads = Uploads(store, self._call)
         self._timer: asyncio.TimerHandle | None = None
         self._unfinished: set[str] = set()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -124,8 +125,7 @@ class FederationService:
         snapshot, how = await self._call(self._store.load), "goes on"
         if snapshot is None:
             how = "begins, new in this store"
-            create = partial(self._store.create, self.settings, self._start)
-            await self._run_blocking(create)
+            await self._run_blocking(partial(self._store.create, self.settings, self._start))
             snapshot = Snapshot(self.settings, 0, {}, self._start, None, frozenset(), {})
         elif snapshot.settings != self.settings:
             snapshot = await self._changed(snapshot)
@@ -377,7 +377,7 @@ class FederationService:
         asynchronous = self.settings.rounds.mode is Mode.ASYNCHRONOUS
         kind = AsynchronousMachine if asynchronous else RoundMachine
         self._machine: Machine = kind(snapshot, self._rng, hold_s=self._hold_s)
-        self._book = RoundBook(snapshot, self._store, self._base, self._run_blocking, self._clock)
+        self._book = RoundBook(snapshot, self._store, self._base, self._call, self._clock)
         self._arrivals = Arrivals(
             self.settings,
             self._store,

@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Final
 
-from coordinator.blocking import RunBlocking, StoreCalls
+from coordinator.blocking import StoreCalls
 from coordinator.errors import StoreError
 from coordinator.store.base import PartialUpdate, Store
 from protocol import limits
@@ -92,11 +91,9 @@ class Upload:
 class Uploads:
     """All updates under way in one federation."""
 
-    def __init__(self, federation: str, store: Store, run_blocking: RunBlocking) -> None:
-        self._federation = federation
+    def __init__(self, store: Store, call: StoreCalls) -> None:
         self._store = store
-        self._run_blocking = run_blocking
-        self._call = StoreCalls(federation, run_blocking)
+        self._call = call
         self._under_way: dict[str, Upload] = {}
         self._stored: set[str] = set()  # assignments; only for these is the store asked
 
@@ -113,7 +110,7 @@ class Uploads:
             await older.interrupt()
         receiver = Receiver(report.payload)
         if assignment in self._stored:
-            await self._run_blocking(partial(self._restore, receiver, assignment))
+            await self._call(self._restore, receiver, assignment)
         upload = self._under_way[assignment] = Upload(assignment, receiver, self)
         try:
             yield upload
@@ -138,7 +135,7 @@ class Uploads:
         """Only these are awaited still; the parts of the others have gone with their round."""
         self._stored &= awaited
 
-    def _restore(self, receiver: Receiver, assignment: str) -> None:
+    def _restore(self, federation: str, receiver: Receiver, assignment: str) -> None:
         digest = receiver.payload.digest
-        for data in self._store.parts(self._federation, assignment, digest):
+        for data in self._store.parts(federation, assignment, digest):
             receiver.restore(data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
@@ -16,7 +15,7 @@ from coordinator.admin.app import Sources, admin_app
 from coordinator.admin.live import Live
 from coordinator.admin.server import AdminServer
 from coordinator.admin.settings import AdminSettings
-from coordinator.blocking import RunBlocking
+from coordinator.blocking import Reader, RunBlocking
 from coordinator.errors import StoreError
 from coordinator.happenings import all_of
 from coordinator.ledger import Ledger
@@ -57,15 +56,13 @@ class Watch:
         self._settings = settings
         self._token = token
         self._certificate = certificate
-        self._store_url = store_url
         self._problem = problem
         self.ledger = Ledger(database, run_blocking)
         self._metrics = Metrics(self.ledger.connected)
         self.observe = all_of(self.ledger, self._metrics)
         self._live = Live(self._federations)
         self._manager = ServiceManager()
-        self._reader_thread = ThreadPoolExecutor(1, "admin")
-        self._reader: Database | None = None
+        self._reader = Reader("admin", lambda: Database(store_url, create=False))
         self._is_ready = False
         self._tasks: list[asyncio.Task[None]] = []
         self._server: AdminServer | None = None
@@ -129,20 +126,14 @@ class Watch:
             await self.ledger.write()
         except StoreError as error:
             log.error("what was seen of devices is not written: %s", error)
-        if self._reader:
-            await asyncio.get_running_loop().run_in_executor(
-                self._reader_thread, self._reader.close
-            )
-        self._reader_thread.shutdown()
+        await self._reader.close()
 
     async def _read(self, view: Callable[[sa.Connection], Result]) -> Result:
-        def read() -> Result:
-            if self._reader is None:
-                self._reader = Database(self._store_url, create=False)
-            with self._reader.begin() as db:
+        def read(database: Database) -> Result:
+            with database.begin() as db:
                 return view(db)
 
-        return await asyncio.get_running_loop().run_in_executor(self._reader_thread, read)
+        return await self._reader(read)
 
     async def _federations(self) -> list[dict[str, Any]]:
         found = await self._read(views.all_federations)

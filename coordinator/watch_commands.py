@@ -101,7 +101,8 @@ def _status_text(federation: FederationView, running: bool | None) -> str:
             f"  rounds   {federation.rounds_done} of {federation.rounds} done; "
             f"{_round_text(federation, countdown=running is not False)}",
             f"  devices  {_devices_text(federation)}",
-            f"  reports  {federation.kept} kept, {federation.rejected} rejected",
+            f"  reports  {federation.kept} kept, {federation.late} late, "
+            f"{federation.rejected} rejected",
             f"  bytes    {_size(federation.sent_bytes)} sent by devices, "
             f"{_size(federation.received_bytes)} received",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 
-from coordinator.blocking import RunBlocking, StoreCalls
+from coordinator.blocking import StoreCalls
 from coordinator.control import Control
 from coordinator.errors import StoreError
 from coordinator.events import AskedBack, Event, Wished
@@ -18,9 +18,9 @@ log = logging.getLogger("pf2lora.coordinator")
 class Wishes:
     """The operator's, for one federation; RUN until another is found."""
 
-    def __init__(self, federation: str, store: Store, run_blocking: RunBlocking) -> None:
+    def __init__(self, federation: str, store: Store, call: StoreCalls) -> None:
         self._store = store
-        self._call = StoreCalls(federation, run_blocking)
+        self._call = call
         self._log = FederationLog(log, federation)
         self._control = Control()
 

@@ -37,10 +37,8 @@ class Robust(WholeUpdates):
         if not reports.count:
             return self._base
         match self._rule:
-            case CoordinateMedian():  # the block is this rule's own: put in order where it is
-                mean = _by_coordinate(
-                    self._size, reports, lambda block: np.median(block, 0, overwrite_input=True)
-                )
+            case CoordinateMedian():
+                mean = _by_coordinate(self._size, reports, median)
             case TrimmedMean(share):
                 mean = _by_coordinate(self._size, reports, lambda block: trimmed(block, share))
             case MultiKrum(hostile):
@@ -50,6 +48,18 @@ class Robust(WholeUpdates):
                 )
         flat = (self._base.flat() + mean).astype(np.float32)
         return NamedTensors.from_flat(self._base.specs, flat)
+
+
+def median(block: Array) -> Array:
+    """Of each column of rows [k, p], which are put in another order.
+
+    The same numbers as NumPy's, which also looks for NaN: reports have none.
+    """
+    middle = len(block) // 2
+    block.partition(middle, 0)  # one place alone: NumPy has vector instructions for that
+    below = block[middle] if len(block) % 2 else block[:middle].max(0)
+    found: Array = (below + block[middle]) / 2
+    return found
 
 
 def trimmed(block: Array, share: float) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from coordinator.control import Wish
 from protocol import limits
 
 # All revisions, oldest first; migrations/versions has a file for each.
-REVISIONS: Final = ("0001", "0002", "0003", "0004", "0005")
+REVISIONS: Final = ("0001", "0002", "0003", "0004", "0005", "0006")
 # A length makes MySQL choose a type that holds this much; the others do not care.
 _Bytes: Final = sa.LargeBinary(limits.PAYLOAD_BYTES_MAX)
 
@@ -107,6 +107,7 @@ sightings = sa.Table(
     sa.Column("received_bytes", sa.BigInteger, nullable=False, default=0),
     sa.Column("kept", sa.Integer, nullable=False, default=0),  # its reports
     sa.Column("rejected", sa.Integer, nullable=False, default=0),
+    sa.Column("late", sa.Integer, nullable=False, server_default="0"),
     sa.Column("loss", sa.Double),  # from here on what the device tells of itself
     sa.Column("accuracy_common", sa.Double),
     sa.Column("accuracy_personal", sa.Double),

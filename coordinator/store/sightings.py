@@ -61,10 +61,11 @@ class Sighting:
     received_bytes: int = 0
     kept: int = 0
     rejected: int = 0
+    late: int = 0
     told: dict[str, float] = field(default_factory=dict)
 
 
-_ADDED: Final = ("sent_bytes", "received_bytes", "kept", "rejected")
+_ADDED: Final = ("sent_bytes", "received_bytes", "kept", "rejected", "late")
 _REPLACED: Final = ("round", "examples")  # where something is new
 _OF_DEVICE: Final = sa.and_(
     sightings.c.federation == sa.bindparam("of_federation"),

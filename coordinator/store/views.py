@@ -61,6 +61,7 @@ class FederationView:
     received_bytes: int
     kept: int
     rejected: int
+    late: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class DeviceView:
     received_bytes: int
     kept: int
     rejected: int
+    late: int
     loss: float | None
     accuracy_common: float | None
     accuracy_personal: float | None
@@ -230,7 +232,7 @@ def _federation(db: sa.Connection, row: sa.Row[Any]) -> FederationView:
     )
 
 
-_TOTALS: Final = ("sent_bytes", "received_bytes", "kept", "rejected")
+_TOTALS: Final = ("sent_bytes", "received_bytes", "kept", "rejected", "late")
 
 
 def _open_round(db: sa.Connection, federation: str, goal: int) -> OpenRoundView | None:

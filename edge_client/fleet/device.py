@@ -203,11 +203,11 @@ class SimulatedDevice:
         """Those before a training, which begins now."""
         asked_at, self._asked_at, self._answer = self._asked_at, None, b""
         if asked_at is not None:
-            self._figures.latencies["check_in"].add(self._answered_at - asked_at)
+            self._figures.took("check_in", self._answered_at - asked_at)
         self._time("download", self._answered_at)
 
     def _time(self, name: str, since: float) -> None:
-        self._figures.latencies[name].add(_now() - since)
+        self._figures.took(name, _now() - since)
 
 
 def kind_of(error: Exception) -> str:

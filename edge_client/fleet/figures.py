@@ -23,6 +23,7 @@ PERCENTILES: Final = (50, 90, 95, 99)
 # from there to the whole base version; from a report's announcement to its receipt. Resumed
 # downloads and uploads are included.
 LATENCIES: Final = ("connect", "check_in", "download", "upload")
+TIMES: Final = (*LATENCIES, "lag")
 
 
 class Samples:
@@ -88,6 +89,7 @@ class Figures:
     began: asyncio.Event = field(default_factory=asyncio.Event)  # the first assignment came
     under_way: set[str] = field(default_factory=set)  # devices with work that has no receipt yet
     finished: bool = False
+    _lately: dict[str, Samples] = field(default_factory=dict)
     _first_round: int = 0
     _round: int = 0
 
@@ -106,6 +108,20 @@ class Figures:
         if self.first_assigned_at is None or not self.accepted:
             return 0.0
         return self.accepted / max(1e-9, self.last_receipt_at - self.first_assigned_at)
+
+    def took(self, name: str, time_s: float) -> None:
+        """Something took so long: one of TIMES."""
+        samples = self.lag if name == "lag" else self.latencies[name]
+        samples.add(time_s)
+        self._lately.setdefault(name, Samples()).add(time_s)
+
+    def lately(self) -> dict[str, float]:
+        """Of what ended since this was last asked: percentiles by the names that `values` has."""
+        lately, self._lately = self._lately, {}
+        summaries = [samples.summary(name) for name, samples in lately.items()]
+        return {
+            name: time_s for one in summaries for name, time_s in one.items() if time_s is not None
+        }
 
     def assigned(self, round_number: int, now: float) -> None:
         """A device was given an assignment of this round."""

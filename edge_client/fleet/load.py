@@ -119,7 +119,7 @@ class Fleet:
         while not self._rounds_are_done():
             due_at = clock.time() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
-            self.figures.lag.add(max(0.0, clock.time() - due_at))
+            self.figures.took("lag", max(0.0, clock.time() - due_at))
             if clock.time() >= tick_at:
                 self._tick()
                 tick_at += TICK_EVERY_S

@@ -158,7 +158,7 @@ def _row(figures: Figures, meter: Meter) -> dict[str, float]:
         "updates_per_second": figures.updates_per_second,
         "sent_bytes": figures.sent_bytes,
         "received_bytes": figures.received_bytes,
-        "lag_max": figures.lag.max_s,
+        **figures.lately(),
     }
 
 

@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Any, Final, TextIO
 
 from edge_client.errors import ConfigurationError
-from edge_client.fleet.figures import LATENCIES, PERCENTILES, Figures
+from edge_client.fleet.figures import LATENCIES, PERCENTILES, TIMES, Figures, Samples
 
 MIB: Final = 1 << 20
 HISTORY: Final = (
     *("seconds", "connected", "rounds", "accepted", "late", "rejected", "errors"),
-    *("updates_per_second", "sent_bytes", "received_bytes", "lag_max"),
+    *("updates_per_second", "sent_bytes", "received_bytes"),
+    *(key for name in TIMES for key in Samples().summary(name)),
 )
 Values = Mapping[str, float | None]
 
@@ -41,8 +42,8 @@ class Files:
         self._history.writerow(HISTORY)
 
     def add(self, row: Mapping[str, float]) -> None:
-        """A second of the history."""
-        self._history.writerow([_short(row[name]) for name in HISTORY])
+        """A second of the history; what it does not have stays empty."""
+        self._history.writerow([_short(row.get(name)) for name in HISTORY])
         self._open[1].flush()
 
     def finish(self, values: Values) -> None:

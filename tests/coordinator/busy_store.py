@@ -149,6 +149,7 @@ def _sighting(rng: random.Random, name: str, now: float, rounds_done: int) -> di
         "received_bytes": int(rng.lognormvariate(17.8, 0.6)),
         "kept": rng.randint(0, 40),
         "rejected": int(rng.random() < 0.03),
+        "late": rng.randint(0, 4),
         "loss": 0.3,
         "accuracy_common": common if tells else None,
         "accuracy_personal": common + rng.gauss(0.06, 0.03) if tells else None,

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from coordinator.happenings import Said
-from coordinator.store.schema import IS_OPEN, federations, rounds
+from coordinator.store.schema import IS_OPEN, federations, rounds, sightings
 from coordinator.store.sightings import DeviceState, Sighting, write_sightings
 from coordinator.store.sql import SqlStore
 from protocol.messages import Joined
@@ -113,6 +114,25 @@ def test_devices_are_sorted_filtered_and_turned_over(page: Page, admin: AdminPor
         "field.dispatchEvent(new Event('input'))"
     )
     page.until("!document.getElementById('nobody').hidden")
+    assert page.problems == []
+
+
+def test_reports_that_came_late_are_counted_beside_those_that_are_kept(
+    page: Page, admin: AdminPort, store: SqlStore
+) -> None:
+    with store.database.begin() as db:
+        db.execute(sightings.update().values(kept=9, late=0))
+        name = db.scalar(sa.select(sightings.c.device).limit(1))
+        one = sightings.c.device == name
+        db.execute(sightings.update().where(one).values(late=12))
+    page.open(admin.address)
+    page.until("document.getElementById('tiles').textContent.includes('9,000 12 late')")
+    page.ask(
+        "[...document.querySelectorAll('#columns th button')]"
+        ".find((button) => button.textContent === 'Late').click()"
+    )
+    page.until(f"document.querySelector('#rows td').textContent === {name!r}")
+    assert page.ask("document.querySelector('#rows td[data-label=Late]').textContent") == "12"
     assert page.problems == []
 
 

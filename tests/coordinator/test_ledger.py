@@ -147,6 +147,8 @@ def test_bytes_reports_and_what_is_told_add_up_over_writes(store: SqlStore) -> N
     assert (second.sent_bytes, second.kept, second.rejected) == (12, 1, 1)
     assert second.accuracy_personal == 0.8
     assert second.first_seen_at == first.first_seen_at
+    (tardy,) = _after(store, *trained, _receipt(ReceiptStatus.LATE)).devices
+    assert (tardy.kept, tardy.rejected, tardy.late) == (1, 1, 1)
     silent = replace(REPORT, metrics=(Metric("loss", 0.4),))
     (third,) = _after(
         store, _said(JOINED), _heard(silent), _receipt(ReceiptStatus.ACCEPTED)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from coordinator.aggregation import aggregation_for
 from coordinator.aggregation import robust as robust_module
 from coordinator.aggregation.base import UpdateError
-from coordinator.aggregation.robust import krum_selection, squared_distances, trimmed
+from coordinator.aggregation.robust import krum_selection, median, squared_distances, trimmed
 from coordinator.server_step import take_step
 from coordinator.store.base import Member, StoredReports
 from coordinator.store.memory import MemoryStore
@@ -103,6 +103,13 @@ def test_rules_are_their_references(count: int, seed: int) -> None:
     }
     for rule in RULES:
         assert np.abs(_aggregated(rule, rows) - wanted[rule]).max() < 1e-6, rule
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 24, 151])
+def test_a_median_is_numpys_to_the_last_bit(count: int) -> None:
+    rows = np.random.default_rng(count).standard_normal((count, 600)).astype(np.float32)
+    rows[:, :50] = np.round(rows[:, :50])  # some are equal
+    assert np.array_equal(median(rows.copy()), np.median(rows, 0))
 
 
 def _naive_krum(rows: np.ndarray, hostile: int) -> list[int]:

@@ -58,9 +58,16 @@ def test_the_unit_restarts_what_a_restart_may_mend_and_not_without_end() -> None
     for_a_person = {ConfigurationError.exit_code, AddressError.exit_code}
     assert kept_down == for_a_person
     assert service["Restart"] == "on-failure"
-    # The slowest failure that there is: systemd gives a start 90 s.
-    slowest_s = 90 + int(service["RestartSec"])
+    # The slowest failure that there is: a store that is read to its end before a start is given up.
+    slowest_s = int(service["TimeoutStartSec"]) + int(service["RestartSec"])
     assert int(limits["StartLimitBurst"]) * slowest_s < int(limits["StartLimitIntervalSec"])
+
+
+def test_the_unit_gives_a_start_the_time_to_read_a_large_store() -> None:
+    unit = configparser.ConfigParser()
+    unit.read_string(UNIT.read_text())
+    store_bytes, disk_bytes_s = 50e9, 100e6
+    assert int(unit["Service"]["TimeoutStartSec"]) > store_bytes / disk_bytes_s
 
 
 def test_an_abstract_socket_is_meant_by_an_at() -> None:

@@ -118,7 +118,13 @@ def _step(said: int | bytes | Message) -> bytes:
 async def _against_coordinator(data: bytes) -> None:
     clock, store = asyncio.get_running_loop().time, MemoryStore()
     service = FederationService(
-        RULES, START, store, rng=random.Random(1), run_blocking=at_once, clock=clock
+        RULES,
+        START,
+        store,
+        rng=random.Random(1),
+        run_blocking=at_once,
+        read_aside=lambda read: at_once(partial(read, store)),
+        clock=clock,
     )
     gate = Gate(store.devices, is_open=True, run_blocking=at_once, clock=clock)
     await service.open()

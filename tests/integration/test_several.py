@@ -1,18 +1,26 @@
-"""Two federations in one real coordinator process, killed in the middle."""
+"""Two federations in one real coordinator, killed in the middle, or one with much to read."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordinator import cli
+from coordinator import cli, config
+from coordinator.aggregation.base import Reports
+from coordinator.aggregation.robust import Robust
+from coordinator.server import CoordinatorServer
 from coordinator.store.sql import SqlStore
 from edge_client.errors import RefusedError
+from edge_client.session import Session
+from edge_client.transport import websocket_dial
+from protocol.tensors import NamedTensors
 from tests.integration.daemon import Daemon, write_federation
 from tests.simulation.world import FakeDevice
 
@@ -93,3 +101,51 @@ def test_one_is_stopped_by_name_and_the_other_goes_on(tmp_path: Path) -> None:
 
     assert asyncio.run(_and_no_longer(daemon, scenario())) == 0
     assert {len(set(device.trained)) for device in group} == {8}
+
+
+def test_no_newcomer_waits_for_a_rule_that_reads_all_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+    finalize = Robust.finalize
+
+    def slowly(rule: Robust, reports: Reports) -> NamedTensors:
+        reading.set()
+        assert go_on.wait(60.0)
+        return finalize(rule, reports)
+
+    monkeypatch.setattr(Robust, "finalize", slowly)
+    rounds: dict[str, Any] = {"count": 1, "cohort": 1, "minimum_reports": 1}
+    median = '[aggregation]\nname = "median"'
+    files = [
+        write_federation(tmp_path, name="slow", server=median, **rounds),
+        write_federation(tmp_path, name="other", **rounds),
+    ]
+    flags = {"server.port": "0", "admin.enabled": "false"}
+    first, newcomer = (FakeDevice(n, training_s=0.05) for n in ("first", "newcomer"))
+
+    async def scenario() -> None:
+        async with CoordinatorServer(config.load(files, flags, {})) as server:
+            dial = websocket_dial(f"ws://127.0.0.1:{server.port}")
+
+            def session(device: FakeDevice, federation: str) -> Session:
+                return Session(
+                    dial,
+                    device,
+                    federation=federation,
+                    identity=device.identity,
+                    rng=random.Random(device.name),
+                )
+
+            slow = asyncio.create_task(session(first, "slow").run())
+            await asyncio.to_thread(reading.wait, 60.0)
+            try:
+                async with asyncio.timeout(20.0):
+                    await session(newcomer, "other").run()
+            finally:
+                go_on.set()
+            await slow
+
+    asyncio.run(scenario())
+    assert first.final is not None
+    assert newcomer.final is not None

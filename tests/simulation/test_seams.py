@@ -58,6 +58,7 @@ class Desk:
             self.store,
             rng=random.Random(1),
             run_blocking=self._run_blocking,
+            read_aside=lambda read: self._run_blocking(partial(read, self.store)),
             clock=asyncio.get_running_loop().time,
         )
 
@@ -185,7 +186,13 @@ def test_a_store_that_cannot_tell_the_operators_wishes_ends_the_service() -> Non
     async def scenario() -> None:
         store = Silent()
         service = FederationService(
-            settings(), START, store, rng=random.Random(1), run_blocking=at_once, control_every_s=1
+            settings(),
+            START,
+            store,
+            rng=random.Random(1),
+            run_blocking=at_once,
+            read_aside=lambda read: at_once(partial(read, store)),
+            control_every_s=1,
         )
         await service.open()
         store.is_silent = True

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -225,6 +226,7 @@ class World:
             self.store,
             rng=random.Random(1),
             run_blocking=self._process.run,
+            read_aside=lambda read: self._process.run(partial(read, self.store)),
             clock=self._wall_clock,
             bounds=self.bounds,
         )

@@ -143,7 +143,7 @@ function showTiles(one) {
   const tiles = [
     ["Connected", whole(count("waiting", "training", "sending")), `of ${whole(all)}`],
     ["Training", whole(count("training")), ""],
-    ["Reports kept", whole(one.kept), ""],
+    ["Reports kept", whole(one.kept), `${whole(one.late)} late`],
     ["Reports rejected", whole(one.rejected), ""],
     ["Sent by devices", bytes(one.sent_bytes), ""],
     ["Received by devices", bytes(one.received_bytes), ""],
@@ -200,6 +200,7 @@ const COLUMNS = [
   ["Last seen", "last_seen_at", (d) => element("span", { "data-at": d.last_seen_at }, ago(d.last_seen_at))],
   ["Round", "round", (d) => d.round ?? "–"],
   ["Kept", "kept", (d) => whole(d.kept)],
+  ["Late", "late", (d) => whole(d.late)],
   ["Rejected", "rejected", (d) => whole(d.rejected)],
   ["Rows", "examples", (d) => (d.examples === null ? "–" : whole(d.examples))],
   ["Rank", "rank_max", rank],

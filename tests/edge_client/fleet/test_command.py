@@ -44,6 +44,8 @@ def test_one_command_gives_figures_with_nothing_prepared(
     header, *rows = _rows(tmp_path / "load_history.csv")
     assert header[:4] == ["seconds", "connected", "rounds", "accepted"]
     assert all(len(row) == len(header) for row in rows)
+    uploads = [row[header.index("upload_max")] for row in rows]
+    assert all(float(time_s or 0) <= round(found["upload_max"], 6) for time_s in uploads)
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -38,10 +38,10 @@ def test_exit_codes_are_those_of_the_table() -> None:
 def test_a_load_test_that_is_the_bottleneck_says_so() -> None:
     figures = Figures()
     for _ in range(100):
-        figures.latencies["upload"].add(1.0)
-        figures.lag.add(0.05)
+        figures.took("upload", 1.0)
+        figures.took("lag", 0.05)
     assert saturation(0.5, figures) is None
     assert "at its limit, 95 % of a core" in (saturation(0.95, figures) or "")
     for _ in range(20):
-        figures.lag.add(0.2)
+        figures.took("lag", 0.2)
     assert "late by 0.20 s at p95" in (saturation(0.5, figures) or "")

@@ -50,3 +50,19 @@ def test_rounds_are_counted_from_where_the_test_came_in() -> None:
     assert figures.rounds == 2
     figures.told_the_end(19)
     assert figures.rounds == 3
+
+
+def test_times_of_late_are_those_since_they_were_last_asked_for() -> None:
+    figures = Figures()
+    for time_s in (1.0, 2.0, 3.0):
+        figures.took("upload", time_s)
+    figures.took("lag", 0.1)
+    found = figures.lately()
+    assert (found["upload_p50"], found["upload_p95"], found["upload_max"]) == (2.0, 3.0, 3.0)
+    assert found["lag_max"] == 0.1
+    assert not any(name.startswith("check_in") for name in found)
+    figures.took("upload", 9.0)
+    assert figures.lately()["upload_p50"] == 9.0
+    assert figures.lately() == {}
+    values = figures.values()
+    assert (values["upload_p50"], values["upload_max"], values["lag_max"]) == (2.0, 9.0, 0.1)
