@@ -295,7 +295,10 @@ class EdgeClient:
         self._let_go()
 
     def stop(self) -> None:
-        """Make a `run` in another thread return at its next step; what is done is kept.
+        """Make a `run` in another thread return at its next step.
+
+        Rounds that were trained are kept, with a report that could not be sent yet; one in the
+        middle of its training is as if it had never begun.
 
         No call is lost: where a thread has yet to come to `run`, that returns at once. So call it
         for a run that is there or on its way; the one after goes on.

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,35 +52,80 @@ from tests.integration.test_federation import (
 from tests.quantization.tiny import write_gpt2
 
 
-def test_a_question_in_the_middle_of_a_round_waits_for_its_end(
+def _in_the_middle(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Have something done in a round's first step, at its second gradient."""
+    steps = list[Batch]()
+
+    def gradients(self: TorchTrainer, batch: Batch) -> Gradients:
+        steps.append(batch)
+        if len(steps) == 2:
+            do()
+        return compute(self, batch)
+
+    compute = TorchTrainer.gradients
+    monkeypatch.setattr(TorchTrainer, "gradients", gradients)
+
+
+@pytest.mark.parametrize("algorithm", [PF2LoRA(), PerFedAvg()], ids=["pf2lora", "perfedavg"])
+def test_a_question_in_the_middle_of_a_round_is_answered_as_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Any
+) -> None:
+    """After the step that it meets; and what is trained is as if nobody had asked."""
+    settings = replace(SETTINGS, algorithm=algorithm)
+    device, other = Device(tmp_path / "asked", settings), Device(tmp_path / "left", settings)
+    base = device.worker.trainer.common()
+    for each in (device, other):
+        each.round(1, base)
+    asked, answers = threading.Event(), list[Any]()
+
+    def ask() -> list[Any]:
+        with device.worker.ready() as model:
+            return [model.evaluate(model.held_out_rows, level) for level in Level]
+
+    def from_a_thread() -> None:
+        asked.set()
+        answers.append(ask())
+        answers.append(device.state.rounds_done)
+
+    before, thread = ask(), threading.Thread(target=from_a_thread)
+
+    def meet() -> None:
+        thread.start()
+        while not device.worker._questions:
+            asked.wait(0.01)
+
+    with monkeypatch.context() as patch:
+        _in_the_middle(patch, meet)
+        update = device.round(2, base)
+    thread.join()
+    assert answers == [before, 1]
+    assert update.digest() == other.round(2, base).digest()
+    assert device.personal == other.personal
+
+
+def test_a_run_that_is_stopped_ends_at_its_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation puts the model at another level, which no training may see."""
-    device, steps = Device(tmp_path), list[Batch]()
-    trainer: Any = device.worker.trainer
-    answers: list[object] = []
+    """An app that shuts down, or is on battery, cannot wait for a round; which is made again."""
+    device, other = Device(tmp_path / "stopped"), Device(tmp_path / "left")
+    base, before = device.worker.trainer.common(), device.personal
+    loop = asyncio.new_event_loop()
+    training = loop.create_task(
+        device.worker.train(Assignment("", 1, b"", 60.0, base.payload()), base)
+    )
 
-    def ask() -> None:
-        with device.worker.ready() as model:
-            begun = len(steps)
-            answers.append(model.trainer.predict([Example("a", None, None)], Level.COMMON))
-            assert len(steps) == begun == 4  # two local steps, two gradients each
+    async def cancel() -> None:
+        training.cancel()
+        for _ in range(5):  # turns of the loop, until who trains has been told
+            await asyncio.sleep(0)
 
-    asking = threading.Thread(target=ask)
-
-    def gradients(batch: Batch) -> Gradients:
-        if not steps:
-            asking.start()
-            asking.join(0.2)  # time enough, if nothing held it
-            assert not answers
-        steps.append(batch)
-        return compute(batch)
-
-    compute = trainer.gradients
-    monkeypatch.setattr(trainer, "gradients", gradients)
-    device.round(1)
-    asking.join()
-    assert len(answers) == 1
+    with monkeypatch.context() as patch:
+        _in_the_middle(patch, lambda: asyncio.run_coroutine_threadsafe(cancel(), loop).result(60))
+        with pytest.raises(asyncio.CancelledError):
+            loop.run_until_complete(training)
+    loop.close()
+    assert (device.personal, device.state.rounds_done) == (before, 0)
+    assert device.round(1, base).digest() == other.round(1, base).digest()
 
 
 def test_what_diverges_is_not_kept_and_says_what_would_help(tmp_path: Path) -> None:
