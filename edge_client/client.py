@@ -17,8 +17,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Final, overload
 
+from edge_client.arguments import counted, named
 from edge_client.backends.base import (
     Evaluation,
     Export,
@@ -43,6 +44,8 @@ from edge_client.worker import DeviceWorker, Progress
 from protocol.federation import FederationSettings
 from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
+
+_BACKBONE: Final = "a folder, a name, or package:NAME/folder"
 
 # What an app names; the errors that it may catch are in edge_client.errors.
 __all__ = ["EdgeClient", "FieldNames", "LabelMix", "Level", "RunSummary"]
@@ -103,10 +106,12 @@ class EdgeClient:
         client_certificate: PEM file, where the coordinator wants to see one.
         client_key: its private key.
         token: enrols this device where the coordinator does not know it yet; used up by that.
-        progress: called with one line of text now and then, possibly from another thread.
+        progress: called with one line of text now and then, possibly from another thread; what it
+            raises ends the run.
 
     Raises:
         ConfigurationError: an argument is wrong, or not what this device was trained with.
+        BackboneError: `backbone` is a quantised folder that cannot be read.
         DataError: `data` is nothing that can be read.
         StateError: the state folder is damaged or in use.
     """
@@ -135,7 +140,9 @@ class EdgeClient:
         token: str = "",
         progress: Progress = _silent,
     ) -> None:
-        backbone = None if backbone is None else whole_name(backbone)
+        folder = Path(named("state_dir", state_dir, "a folder's path"))
+        if backbone is not None:
+            backbone = whole_name(named("backbone", backbone, _BACKBONE))
         self._choice = choose(
             backend,
             backbone=backbone,
@@ -157,7 +164,12 @@ class EdgeClient:
         self._run_lock = threading.Lock()
         self._stop_asked = threading.Event()
         self._is_closed = False
-        store = PrivateStore(Path(state_dir))
+        if not isinstance(tell_accuracy, bool):
+            raise ConfigurationError("tell_accuracy", f"is {tell_accuracy!r}", "True or False")
+        if not callable(progress):
+            problem = f"{progress!r} cannot be called"
+            raise ConfigurationError("progress", problem, "a function that takes a line of text")
+        store = PrivateStore(folder)
         with contextlib.ExitStack() as opened:
             opened.enter_context(store.lock())
             self._identity = Identity.from_pem(store.secret("device.key", new_key))
@@ -170,9 +182,10 @@ class EdgeClient:
         Raises:
             ConfigurationError: this thread has an event loop, or a run is under way.
             RefusedError: the coordinator will not have this device, and says why.
-            UnreachableError: no coordinator answered.
-            DataError, BackboneError, AdapterError, DivergedError, StorageFullError: naming what is
-                wrong here.
+            UnreachableError: no coordinator answered, for a quarter of a minute at first and for a
+                day once one has.
+            DataError, BackboneError, AdapterError, DivergedError, MissingExtraError, StateError,
+                StorageFullError: naming what is wrong here.
         """
         self._check_open()
         if _has_event_loop():
@@ -243,6 +256,7 @@ class EdgeClient:
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
         self._check_asked(level)
+        new_tokens_max = counted("new_tokens_max", new_tokens_max)
         check_asked(placed([prompt]), prompts=True)
         with self._worker.ready() as model:
             return model.trainer.generate(prompt, new_tokens_max, level)
@@ -268,12 +282,13 @@ class EdgeClient:
             The ranks written, and the evaluation of the held-out rows before and after the cut.
         """
         self._check_open()
+        where = Path(named("folder", folder, "a folder's path"))
         with self._worker.ready() as model:
             shared, own = model.settings.backbone, self._backbone
             # A quantised folder PEFT cannot load.
             if own is None or (shared is not None and is_quantized(Path(own))):
                 own = shared_name(model.settings)
-            return model.save_pretrained(Path(folder), own, rank, energy)
+            return model.save_pretrained(where, own, rank, energy)
 
     @property
     def device(self) -> str:

@@ -24,9 +24,11 @@ from edge_client.client import EdgeClient
 from edge_client.data import Example
 from edge_client.errors import (
     AdapterError,
+    BackboneError,
     ConfigurationError,
     DataError,
     DivergedError,
+    EdgeClientError,
     StateError,
     StorageFullError,
 )
@@ -40,7 +42,6 @@ from protocol.federation import (
 from protocol.messages import Assignment
 from protocol.methods import PerFedAvg, PF2LoRA
 from protocol.tensors import NamedTensors
-from quantization.errors import BackboneError
 from quantization.fingerprint import resolve_backbone
 from tests.integration.device import ROWS, SETTINGS, Device
 from tests.integration.test_federation import (
@@ -431,6 +432,19 @@ def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
         ({"token": "s3cret\n"}, ConfigurationError, "token: is none; use what .* without"),
         ({"token": 5}, ConfigurationError, "token: is none"),
         ({"coordinator": "ws://here:1#top"}, ConfigurationError, "coordinator: .* is no address"),
+        ({"coordinator": None}, ConfigurationError, "coordinator: None is no address; use ws://h"),
+        ({"state_dir": ""}, ConfigurationError, "state_dir: is ''; use a folder's path"),
+        ({"state_dir": None}, ConfigurationError, "state_dir: is None; use a folder's path"),
+        (
+            {"state_dir": "a\0b"},
+            ConfigurationError,
+            r"state_dir: is 'a\\x00b'; use a fold",
+        ),
+        ({"backbone": ""}, ConfigurationError, "backbone: is ''; use a folder, a name, or pack"),
+        ({"device": None}, ConfigurationError, 'device: is None; use "cpu" or "cuda"'),
+        ({"scheme": ""}, ConfigurationError, "scheme: '' is none; use none, bf16, nf4"),
+        ({"tell_accuracy": "no"}, ConfigurationError, "tell_accuracy: is 'no'; use True or False"),
+        ({"progress": 5}, ConfigurationError, "progress: 5 cannot be called; use a function"),
     ],
 )
 def test_what_is_wrong_in_a_call_is_said_before_anyone_is_asked(
@@ -445,6 +459,12 @@ def test_what_is_wrong_in_a_call_is_said_before_anyone_is_asked(
         EdgeClient(**given | arguments)
     assert not (tmp_path / "s").exists()
     assert "s3cret" not in str(refused.value)
+
+
+class Table(list[str]):
+    """As pandas has it: who goes through it is given the names of its columns."""
+
+    columns = ("text", "label")
 
 
 @pytest.mark.parametrize("ask", ["predict", "evaluate", "generate"])
@@ -472,6 +492,9 @@ def test_more_rows_than_a_device_may_have_are_refused_before_the_backbone_is_loa
         ("one text", "texts: expected a list of texts, got one text"),
         (["a", None], "the texts given, line 2: expected text, got NoneType"),
         (["\ud800"], "line 1: holds half of a character"),
+        (None, "texts: expected a list of texts or rows, got NoneType"),
+        ({"text": "a", "text_pair": "b"}, "texts: expected a list of texts or rows, got dict"),
+        (Table(), "texts: expected a list of texts or rows, got Table"),
     ],
 )
 def test_what_cannot_be_foretold_is_refused(tmp_path: Path, texts: Any, reason: str) -> None:
@@ -496,6 +519,10 @@ def test_an_app_and_the_shell_have_a_text_gone_on_with(
         for wrong in (1, {"text": "The"}):
             with pytest.raises(DataError, match=f"expected text, got {type(wrong).__name__}"):
                 client.generate(wrong)  # type: ignore[arg-type]
+        for count in (0, -1, 1.5):
+            said = f"new_tokens_max: is {count}; use a whole number from 1 on"
+            with pytest.raises(ConfigurationError, match=said):
+                client.generate("The gradient", count)  # type: ignore[arg-type]
         with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
             client.predict(["The"])
     asked = tmp_path / "asked.jsonl"
@@ -527,6 +554,20 @@ def test_a_backbones_folder_is_the_same_from_any_working_directory(
     (tmp_path / "federation.toml").write_text('[backbone]\nname = "model"')
     assert cli.main(["prepare", "federation.toml"]) == 1
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_an_app_catches_all_that_may_be_wrong_as_one_kind_of_error(tmp_path: Path) -> None:
+    Device(tmp_path / "a")
+    how: dict[str, Any] = {"scheme": "none", "backbone": str(tmp_path)}  # no model in there
+    with (
+        EdgeClient("localhost:1", ROWS, tmp_path / "a", **how) as client,
+        pytest.raises(EdgeClientError, match=r"config\.json") as refused,
+    ):
+        client.evaluate()
+    assert isinstance(refused.value, BackboneError)
+    (tmp_path / "quantized.json").write_text("{")
+    with pytest.raises(BackboneError, match=r"quantized\.json"):
+        EdgeClient("localhost:1", ROWS, tmp_path / "b", **how)
 
 
 def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(
