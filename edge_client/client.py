@@ -75,7 +75,7 @@ class EdgeClient:
     Args:
         coordinator: `ws://host:port`, `wss://host:port` or `host:port`.
         data: this device's rows: a jsonl, csv or tsv file, a list of mappings, or a data set of the
-            `datasets` library. They never leave the device.
+            `datasets` library. They never leave the device. Each run reads them when it begins.
         state_dir: folder for what must survive restarts; made with mode 0700.
         federation: name of the federation; none asks for the coordinator's only one.
         backbone: folder or name to load the backbone from instead of the federation's own name for
@@ -193,6 +193,7 @@ class EdgeClient:
             raise ConfigurationError("run", problem, "await asyncio.to_thread(client.run)")
         if not self._run_lock.acquire(blocking=False):
             raise ConfigurationError("run", "is under way in another thread", "one run at a time")
+        self._worker.begin_run()
         try:
             finished = asyncio.run(self._run())
         finally:

@@ -75,8 +75,13 @@ class DeviceWorker:
         self._alone = threading.RLock()
         self._questions: list[threading.Event] = []  # set when they are answered
         self._division = Division([], [], NO_DIGESTS)
+        self._are_rows_read = False
 
     # --- session.Worker -----------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """The rows are read again when the run prepares: an app may have added some."""
+        self._are_rows_read = False
 
     async def prepare(self, settings: FederationSettings) -> None:
         """Load data and backbone for this federation, where that is not done.
@@ -93,6 +98,10 @@ class DeviceWorker:
                 if self._settings != settings:
                     self._set_up(settings)
                     self._progress("ready; waiting for a round")
+                elif not self._are_rows_read:
+                    self._read_rows()
+                    self._progress(f"{self._counts()}; waiting for a round")
+                self._are_rows_read = True
 
         await aside(make_ready)
 
@@ -196,12 +205,8 @@ class DeviceWorker:
         self._settings, self._trainer = settings, None  # two models need not fit
         self._is_personal = False
         try:
-            self._division = self._data.divided(
-                settings.task, self.split, self._state, self._progress
-            )
-            held = len(self.held_out_rows)
-            count = len(self.training_rows) + held
-            self._progress(f"{count} rows, {held} of them held out; loading the backbone")
+            self._division = self._divided()
+            self._progress(f"{self._counts()}; loading the backbone")
             self._trainer = self._make_trainer(settings)
             self._start = self._trainer.common()
             self._encoded = self._trainer.encode(self.training_rows)
@@ -212,6 +217,20 @@ class DeviceWorker:
         except BaseException:
             self._settings = self._trainer = None
             raise
+
+    def _read_rows(self) -> None:
+        division = self._divided()
+        # Where a row of them is refused, the ones before are still there to be asked about.
+        self._encoded = self.trainer.encode(division.training)
+        self._division = division
+        self._is_personal = False
+
+    def _divided(self) -> Division:
+        return self._data.divided(self.settings.task, self.split, self._state, self._progress)
+
+    def _counts(self) -> str:
+        held = len(self.held_out_rows)
+        return f"{len(self.training_rows) + held} rows, {held} of them held out"
 
     def _begin(self, common: Group | None = None) -> None:
         """Begin to remember; with the common adapter if this device has one already."""

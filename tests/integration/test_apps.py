@@ -353,6 +353,33 @@ def test_no_row_is_held_out_that_was_trained_on_from_any_file(tmp_path: Path) ->
     assert len(device.state.groups["trained_rows"]["digests"]) == len(trained)
 
 
+def test_each_run_reads_the_rows_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An app that runs every night with one client has more of them each time."""
+
+    async def two_connections(client: EdgeClient) -> bool:
+        for _ in range(2):
+            await client.worker.prepare(SETTINGS)
+        return True
+
+    monkeypatch.setattr(EdgeClient, "_run", two_connections)
+    rows, lines = [*ROWS], list[str]()
+    Device(tmp_path / "a", rows=rows).round(1)
+    with EdgeClient("a:1", rows, tmp_path / "a", scheme="none", progress=lines.append) as client:
+        before, held = client.evaluate(), _texts(client.worker.held_out_rows)
+        rows += [{"text": f"a play {n}", "label": ("bad", "good")[n % 2]} for n in range(10)]
+        assert client.evaluate() == before
+        client.run()
+        assert lines[1:] == ["20 rows, 4 of them held out; waiting for a round"]
+        assert held < _texts(client.worker.held_out_rows)
+        assert client.worker.offer().examples == 16
+        rows += [{"text": "a play"}]
+        with pytest.raises(DataError, match='line 21, field "label": is missing'):
+            client.run()
+        assert client.evaluate().count == 4
+
+
 def test_a_state_of_an_earlier_version_holds_out_what_that_did(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
