@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -164,12 +165,14 @@ class EdgeClient:
         self._run_lock = threading.Lock()
         self._stop_asked = threading.Event()
         self._is_closed = False
+        self._process = os.getpid()
         if not isinstance(tell_accuracy, bool):
             raise ConfigurationError("tell_accuracy", f"is {tell_accuracy!r}", "True or False")
         if not callable(progress):
             problem = f"{progress!r} cannot be called"
             raise ConfigurationError("progress", problem, "a function that takes a line of text")
         store = PrivateStore(folder)
+        self._folder = folder
         with contextlib.ExitStack() as opened:
             opened.enter_context(store.lock())
             self._identity = Identity.from_pem(store.secret("device.key", new_key))
@@ -335,6 +338,9 @@ class EdgeClient:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigurationError("client", "is closed", "a new EdgeClient")
+        if os.getpid() != self._process:  # torch and locks do not outlive a fork
+            problem = "is another process's, of which this one is a fork"
+            raise ConfigurationError("client", problem, "an EdgeClient made here, once that ended")
 
     def _check_asked(self, level: Level, label_mix: LabelMix = LabelMix.OWN) -> None:
         self._check_open()
@@ -342,6 +348,10 @@ class EdgeClient:
             if not isinstance(given, kind):
                 known = ", ".join(map(str, kind))
                 raise ConfigurationError(name, f"{given!r} is none", f"{known} of {__name__}")
+
+    def __repr__(self) -> str:
+        ended = ", closed" if self._is_closed else ""
+        return f"<EdgeClient {self.device} in {self._folder}{ended}>"
 
     def __enter__(self) -> EdgeClient:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import threading
 import warnings
@@ -101,6 +102,20 @@ def test_an_interrupted_run_has_ended_when_it_returns(tmp_path: Path) -> None:
         client = EdgeClient(address, data, tmp_path / "a", scheme="none", progress=progress)
         with client:
             asyncio.run(interrupt(client))
+
+
+def test_a_client_is_not_a_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a server that makes its app before it forks: what is asked there would hang."""
+    client = EdgeClient("localhost:1", ROWS, tmp_path, scheme="none")
+    with monkeypatch.context() as fork:
+        fork.setattr(os, "getpid", lambda: 0)
+        for ask in (client.run, client.evaluate, client.rank_report, lambda: client.predict([])):
+            with pytest.raises(ConfigurationError, match="client: is another process's, of which"):
+                ask()
+        client.close()
+    with pytest.raises(ConfigurationError, match="client: is closed"):
+        client.evaluate()
+    assert repr(client) == f"<EdgeClient {client.device} in {tmp_path}, closed>"
 
 
 def test_the_folder_stays_locked_until_a_closed_run_has_ended(
