@@ -48,8 +48,19 @@ from quantization.folder_manifest import is_quantized
 
 _BACKBONE: Final = "a folder, a name, or package:NAME/folder"
 
-# What an app names; the errors that it may catch are in edge_client.errors.
-__all__ = ["EdgeClient", "FieldNames", "LabelMix", "Level", "RunSummary"]
+# What an app names, and what it is answered with; errors that it may catch: edge_client.errors.
+__all__ = [
+    "EdgeClient",
+    "FieldNames",
+    "LabelMix",
+    "Level",
+    "RunSummary",
+    "Evaluation",
+    "Export",
+    "FoundAnswer",
+    "Prediction",
+    "RankReport",
+]
 
 
 @dataclass(frozen=True, slots=True)

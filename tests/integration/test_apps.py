@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client import cli, own_rows, worker
+from edge_client import cli, client, own_rows, worker
 from edge_client.algorithms.base import Gradients
 from edge_client.backends import loading
 from edge_client.backends.base import Evaluation, LabelMix, Level
@@ -595,6 +595,14 @@ def test_an_app_catches_all_that_may_be_wrong_as_one_kind_of_error(tmp_path: Pat
     (tmp_path / "quantized.json").write_text("{")
     with pytest.raises(BackboneError, match=r"quantized\.json"):
         EdgeClient("localhost:1", ROWS, tmp_path / "b", **how)
+
+
+def test_an_app_may_import_what_it_is_answered_with_from_where_the_client_is() -> None:
+    asked = [getattr(EdgeClient, name) for name in dir(EdgeClient) if not name.startswith("_")]
+    said = " ".join(str(ask.__annotations__["return"]) for ask in asked if callable(ask))
+    types = set(re.findall(r"\w+", said)) - {"None", "Any", "str", "dict", "list"}
+    assert types <= set(client.__all__)
+    assert len(types) == 6
 
 
 def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(
