@@ -34,3 +34,16 @@ def counted(field: str, given: SupportsIndex) -> int:
     if number >= 1:
         return number
     raise ConfigurationError(field, f"is {given!r}", "a whole number from 1 on")
+
+
+def check_told(tell_accuracy: object, progress: object) -> None:
+    """Whether the coordinator is told more, and who is told how a run goes.
+
+    Raises:
+        ConfigurationError: "no" and 0 are not False; or nobody can be called.
+    """
+    if not isinstance(tell_accuracy, bool):
+        raise ConfigurationError("tell_accuracy", f"is {tell_accuracy!r}", "True or False")
+    if not callable(progress):
+        problem = f"{progress!r} cannot be called"
+        raise ConfigurationError("progress", problem, "a function that takes a line of text")

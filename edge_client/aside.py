@@ -31,3 +31,12 @@ async def aside(do: Callable[[], Result], unwanted: threading.Event | None = Non
     if cancelled is not None:
         raise cancelled
     return result
+
+
+def has_event_loop() -> bool:
+    """Whether this thread runs one, which nothing that blocks may keep from turning."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

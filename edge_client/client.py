@@ -18,9 +18,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Any, overload
 
-from edge_client.arguments import counted, named
+from edge_client.arguments import check_told, counted, named
+from edge_client.aside import has_event_loop
 from edge_client.backends.base import (
     Evaluation,
     Export,
@@ -45,8 +46,6 @@ from edge_client.worker import DeviceWorker, Progress
 from protocol.federation import FederationSettings
 from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
-
-_BACKBONE: Final = "a folder, a name, or package:NAME/folder"
 
 # What an app names, and what it is answered with; errors that it may catch: edge_client.errors.
 __all__ = [
@@ -154,7 +153,8 @@ class EdgeClient:
     ) -> None:
         folder = Path(named("state_dir", state_dir, "a folder's path"))
         if backbone is not None:
-            backbone = whole_name(named("backbone", backbone, _BACKBONE))
+            right = "a folder, a name, or package:NAME/folder"
+            backbone = whole_name(named("backbone", backbone, right))
         self._choice = choose(
             backend,
             backbone=backbone,
@@ -177,11 +177,7 @@ class EdgeClient:
         self._stop_asked = threading.Event()
         self._is_closed = False
         self._process = os.getpid()
-        if not isinstance(tell_accuracy, bool):
-            raise ConfigurationError("tell_accuracy", f"is {tell_accuracy!r}", "True or False")
-        if not callable(progress):
-            problem = f"{progress!r} cannot be called"
-            raise ConfigurationError("progress", problem, "a function that takes a line of text")
+        check_told(tell_accuracy, progress)
         store = PrivateStore(folder)
         self._folder = folder
         with contextlib.ExitStack() as opened:
@@ -202,7 +198,7 @@ class EdgeClient:
                 StorageFullError: naming what is wrong here.
         """
         self._check_open()
-        if _has_event_loop():
+        if has_event_loop():
             problem = "it blocks, and this thread runs an event loop"
             raise ConfigurationError("run", problem, "await asyncio.to_thread(client.run)")
         if not self._run_lock.acquire(blocking=False):
@@ -401,11 +397,3 @@ class EdgeClient:
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
         return load_trainer(self._choice, settings, self._worker.split.seed)
-
-
-def _has_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
