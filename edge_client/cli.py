@@ -117,7 +117,7 @@ def _add_questions(commands: Any) -> None:
     ranks = add("ranks", _ranks, "the learned rank of each layer")
     ranks.add_argument("--png", type=Path, help="also draw a heat map into this file")
     save = add("save", _save, "write common + personal as a PEFT adapter")
-    save.add_argument("--out", required=True, type=Path)
+    save.add_argument("--out", required=True)
     save.add_argument(
         "--rank", type=_rank, help='cut layers to a rank; "auto": to what --energy asks'
     )
@@ -126,7 +126,7 @@ def _add_questions(commands: Any) -> None:
 
 def _add_device_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", required=True, type=Path, help="a jsonl, csv or tsv file")
-    command.add_argument("--state-dir", required=True, type=Path)
+    command.add_argument("--state-dir", required=True)  # no Path, which takes "" for "."
     command.add_argument("--backbone", help="folder or name to load instead of the federation's")
     command.add_argument("--scheme", help=f"{', '.join(SCHEMES)}; default nf4")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -156,7 +156,7 @@ _TLS_FLAGS = ("ca_file", "client_certificate", "client_key")
 
 def _client(options: argparse.Namespace, coordinator: str | None = None) -> EdgeClient:
     """A device that takes part, or without a coordinator one that is only asked."""
-    if coordinator is None and not options.state_dir.is_dir():  # asking makes no device
+    if coordinator is None and not Path(options.state_dir).is_dir():  # asking makes no device
         problem = f"there is no folder {options.state_dir}"
         raise ConfigurationError("state_dir", problem, "one that a run has trained")
 
@@ -350,7 +350,7 @@ def _rank(text: str) -> int | str:
 def _save(options: argparse.Namespace) -> None:
     with _client(options) as client:
         export = client.save_pretrained(options.out, rank=options.rank, energy=options.energy)
-    facts: dict[str, Any] = {"out": str(options.out), "ranks": export.ranks}
+    facts: dict[str, Any] = {"out": options.out, "ranks": export.ranks}
     lowest, highest = min(export.ranks.values()), max(export.ranks.values())
     lines = [f"wrote {options.out}, rank {lowest} to {highest}"]
     if export.full and export.written:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from edge_client.arguments import check_told, counted, named
+from edge_client.aside import has_event_loop
 from edge_client.backends.base import (
     Evaluation,
     Export,
@@ -44,8 +47,19 @@ from protocol.federation import FederationSettings
 from quantization.fingerprint import whole_name
 from quantization.folder_manifest import is_quantized
 
-# What an app names; the errors that it may catch are in edge_client.errors.
-__all__ = ["EdgeClient", "FieldNames", "LabelMix", "Level", "RunSummary"]
+# What an app names, and what it is answered with; errors that it may catch: edge_client.errors.
+__all__ = [
+    "EdgeClient",
+    "FieldNames",
+    "LabelMix",
+    "Level",
+    "RunSummary",
+    "Evaluation",
+    "Export",
+    "FoundAnswer",
+    "Prediction",
+    "RankReport",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +86,7 @@ class EdgeClient:
     Args:
         coordinator: `ws://host:port`, `wss://host:port` or `host:port`.
         data: this device's rows: a jsonl, csv or tsv file, a list of mappings, or a data set of the
-            `datasets` library. They never leave the device.
+            `datasets` library. They never leave the device. Each run reads them when it begins.
         state_dir: folder for what must survive restarts; made with mode 0700.
         federation: name of the federation; none asks for the coordinator's only one.
         backbone: folder or name to load the backbone from instead of the federation's own name for
@@ -103,10 +117,12 @@ class EdgeClient:
         client_certificate: PEM file, where the coordinator wants to see one.
         client_key: its private key.
         token: enrols this device where the coordinator does not know it yet; used up by that.
-        progress: called with one line of text now and then, possibly from another thread.
+        progress: called with one line of text now and then, possibly from another thread; what it
+            raises ends the run.
 
     Raises:
         ConfigurationError: an argument is wrong, or not what this device was trained with.
+        BackboneError: `backbone` is a quantised folder that cannot be read.
         DataError: `data` is nothing that can be read.
         StateError: the state folder is damaged or in use.
     """
@@ -135,7 +151,10 @@ class EdgeClient:
         token: str = "",
         progress: Progress = _silent,
     ) -> None:
-        backbone = None if backbone is None else whole_name(backbone)
+        folder = Path(named("state_dir", state_dir, "a folder's path"))
+        if backbone is not None:
+            right = "a folder, a name, or package:NAME/folder"
+            backbone = whole_name(named("backbone", backbone, right))
         self._choice = choose(
             backend,
             backbone=backbone,
@@ -157,7 +176,10 @@ class EdgeClient:
         self._run_lock = threading.Lock()
         self._stop_asked = threading.Event()
         self._is_closed = False
-        store = PrivateStore(Path(state_dir))
+        self._process = os.getpid()
+        check_told(tell_accuracy, progress)
+        store = PrivateStore(folder)
+        self._folder = folder
         with contextlib.ExitStack() as opened:
             opened.enter_context(store.lock())
             self._identity = Identity.from_pem(store.secret("device.key", new_key))
@@ -170,16 +192,18 @@ class EdgeClient:
         Raises:
             ConfigurationError: this thread has an event loop, or a run is under way.
             RefusedError: the coordinator will not have this device, and says why.
-            UnreachableError: no coordinator answered.
-            DataError, BackboneError, AdapterError, DivergedError, StorageFullError: naming what is
-                wrong here.
+            UnreachableError: no coordinator answered, for a quarter of a minute at first and for a
+                day once one has.
+            DataError, BackboneError, AdapterError, DivergedError, MissingExtraError, StateError,
+                StorageFullError: naming what is wrong here.
         """
         self._check_open()
-        if _has_event_loop():
+        if has_event_loop():
             problem = "it blocks, and this thread runs an event loop"
             raise ConfigurationError("run", problem, "await asyncio.to_thread(client.run)")
         if not self._run_lock.acquire(blocking=False):
             raise ConfigurationError("run", "is under way in another thread", "one run at a time")
+        self._worker.begin_run()
         try:
             finished = asyncio.run(self._run())
         finally:
@@ -243,6 +267,7 @@ class EdgeClient:
     def generate(self, prompt: str, new_tokens_max: int = 64, level: Level = Level.PERSONAL) -> str:
         """How a causal LM goes on from a prompt: the likeliest token, one after the other."""
         self._check_asked(level)
+        new_tokens_max = counted("new_tokens_max", new_tokens_max)
         check_asked(placed([prompt]), prompts=True)
         with self._worker.ready() as model:
             return model.trainer.generate(prompt, new_tokens_max, level)
@@ -268,12 +293,13 @@ class EdgeClient:
             The ranks written, and the evaluation of the held-out rows before and after the cut.
         """
         self._check_open()
+        where = Path(named("folder", folder, "a folder's path"))
         with self._worker.ready() as model:
             shared, own = model.settings.backbone, self._backbone
             # A quantised folder PEFT cannot load.
             if own is None or (shared is not None and is_quantized(Path(own))):
                 own = shared_name(model.settings)
-            return model.save_pretrained(Path(folder), own, rank, energy)
+            return model.save_pretrained(where, own, rank, energy)
 
     @property
     def device(self) -> str:
@@ -295,7 +321,10 @@ class EdgeClient:
         self._let_go()
 
     def stop(self) -> None:
-        """Make a `run` in another thread return at its next step; what is done is kept.
+        """Make a `run` in another thread return at its next step.
+
+        Rounds that were trained are kept, with a report that could not be sent yet; one in the
+        middle of its training is as if it had never begun.
 
         No call is lost: where a thread has yet to come to `run`, that returns at once. So call it
         for a run that is there or on its way; the one after goes on.
@@ -316,6 +345,9 @@ class EdgeClient:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigurationError("client", "is closed", "a new EdgeClient")
+        if os.getpid() != self._process:  # torch and locks do not outlive a fork
+            problem = "is another process's, of which this one is a fork"
+            raise ConfigurationError("client", problem, "an EdgeClient made here, once that ended")
 
     def _check_asked(self, level: Level, label_mix: LabelMix = LabelMix.OWN) -> None:
         self._check_open()
@@ -323,6 +355,10 @@ class EdgeClient:
             if not isinstance(given, kind):
                 known = ", ".join(map(str, kind))
                 raise ConfigurationError(name, f"{given!r} is none", f"{known} of {__name__}")
+
+    def __repr__(self) -> str:
+        ended = ", closed" if self._is_closed else ""
+        return f"<EdgeClient {self.device} in {self._folder}{ended}>"
 
     def __enter__(self) -> EdgeClient:
         return self
@@ -361,11 +397,3 @@ class EdgeClient:
 
     def _make_trainer(self, settings: FederationSettings) -> Trainer:
         return load_trainer(self._choice, settings, self._worker.split.seed)
-
-
-def _has_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

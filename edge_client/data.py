@@ -107,10 +107,13 @@ def placed(rows: Sequence[object]) -> list[tuple[Place, object]]:
     """What an app asks about, each with its number.
 
     Raises:
-        DataError: it is one text and no list of them.
+        DataError: it is one text or row, and no list of them.
     """
     if isinstance(rows, str):
         raise DataError("expected a list of texts, got one text", path="texts")
+    if _are_no_rows(rows):
+        problem = f"expected a list of texts or rows, got {type(rows).__name__}"
+        raise DataError(problem, path="texts")
     return [(Place(_ASKED, number), row) for number, row in enumerate(rows, 1)]
 
 
@@ -157,6 +160,12 @@ def device_files(folder: Path) -> list[Path]:
     return files
 
 
+def _are_no_rows(given: object) -> bool:
+    """A table of pandas goes through the names of its columns, and a mapping through its keys."""
+    is_listed = isinstance(given, Iterable) and not isinstance(given, Mapping | bytes)
+    return not is_listed or hasattr(given, "columns")
+
+
 def check_source(source: object) -> None:
     """Look whether there is something to read at all, before anything else is done.
 
@@ -164,7 +173,7 @@ def check_source(source: object) -> None:
         DataError: no file that can be read, of a kind that is, and no rows either.
     """
     if not isinstance(source, str | Path):
-        if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
+        if _are_no_rows(source):
             kind = type(source).__name__
             raise DataError(f"expected a file, or rows that are mappings, got {kind}", path="data")
         return

@@ -3,6 +3,7 @@
 EdgeClientError
 ├── ConfigurationError      an argument is wrong: the field, what was wrong, what would be right
 ├── DataError               a row is: file, line, field
+├── BackboneError           the backbone, or what it was compiled to, cannot be used: what was tried
 ├── AdapterError            the adapter does not fit the model: the layer, or what there is
 ├── StateError              the private state is damaged, in use, or another federation's
 ├── StorageFullError        it could not be written; what was there before is intact
@@ -38,6 +39,10 @@ class DataError(EdgeClientError):
         where += [f'field "{field}"'] if field is not None else []
         super().__init__(": ".join(filter(None, [", ".join(where), problem])))
         self.path, self.line, self.field = path, line, field
+
+
+class BackboneError(EdgeClientError):
+    """No backbone to train: not found, damaged, another, or held as it cannot be; says why."""
 
 
 class AdapterError(EdgeClientError, ValueError):

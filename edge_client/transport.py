@@ -100,7 +100,8 @@ def _address(coordinator: str) -> tuple[str, SplitResult]:
     Raises:
         ConfigurationError: it is none.
     """
-    address = coordinator if "://" in coordinator else f"ws://{coordinator}"
+    given = coordinator if isinstance(coordinator, str) else ""
+    address = given if "://" in given else f"ws://{given}"
     try:
         parts = urlsplit(address)
         parse_uri(address)

@@ -7,6 +7,7 @@ either trained and its report remembered, or it is as if it had never begun.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -72,9 +73,15 @@ class DeviceWorker:
         self._is_personal = False
         # The app asks from threads of its own, and an evaluation puts the model at another level.
         self._alone = threading.RLock()
+        self._questions: list[threading.Event] = []  # set when they are answered
         self._division = Division([], [], NO_DIGESTS)
+        self._are_rows_read = False
 
     # --- session.Worker -----------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """The rows are read again when the run prepares: an app may have added some."""
+        self._are_rows_read = False
 
     async def prepare(self, settings: FederationSettings) -> None:
         """Load data and backbone for this federation, where that is not done.
@@ -91,6 +98,10 @@ class DeviceWorker:
                 if self._settings != settings:
                     self._set_up(settings)
                     self._progress("ready; waiting for a round")
+                elif not self._are_rows_read:
+                    self._read_rows()
+                    self._progress(f"{self._counts()}; waiting for a round")
+                self._are_rows_read = True
 
         await aside(make_ready)
 
@@ -106,7 +117,8 @@ class DeviceWorker:
         return report_of(self.state)
 
     async def train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
-        return await aside(lambda: self._train(assignment, base))
+        unwanted = threading.Event()
+        return await aside(lambda: self._train(assignment, base, unwanted), unwanted)
 
     async def settled(self, receipt: Receipt) -> None:
         round_number = self.state.facts.get("report_round")
@@ -127,15 +139,26 @@ class DeviceWorker:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[DeviceModel]:
-        """The model, for this thread alone: a round that is being trained is waited for.
+        """The model, for this thread alone.
+
+        A round that is being trained makes way after its next step, and goes on afterwards: the
+        model is what it was when the round began.
 
         Raises:
             ConfigurationError: nothing was trained here yet.
         """
-        with self._alone:
-            self._restore()
-            self._personalise()
-            yield DeviceModel(self.trainer, self.settings, self._data.fields, self.held_out_rows)
+        answered = threading.Event()
+        self._questions.append(answered)
+        try:
+            with self._alone:
+                self._restore()
+                self._personalise()
+                yield DeviceModel(
+                    self.trainer, self.settings, self._data.fields, self.held_out_rows
+                )
+        finally:
+            self._questions.remove(answered)
+            answered.set()
 
     def _restore(self) -> None:
         """Make the model ready from what is on this device alone, without a coordinator."""
@@ -182,12 +205,8 @@ class DeviceWorker:
         self._settings, self._trainer = settings, None  # two models need not fit
         self._is_personal = False
         try:
-            self._division = self._data.divided(
-                settings.task, self.split, self._state, self._progress
-            )
-            held = len(self.held_out_rows)
-            count = len(self.training_rows) + held
-            self._progress(f"{count} rows, {held} of them held out; loading the backbone")
+            self._division = self._divided()
+            self._progress(f"{self._counts()}; loading the backbone")
             self._trainer = self._make_trainer(settings)
             self._start = self._trainer.common()
             self._encoded = self._trainer.encode(self.training_rows)
@@ -198,6 +217,20 @@ class DeviceWorker:
         except BaseException:
             self._settings = self._trainer = None
             raise
+
+    def _read_rows(self) -> None:
+        division = self._divided()
+        # Where a row of them is refused, the ones before are still there to be asked about.
+        self._encoded = self.trainer.encode(division.training)
+        self._division = division
+        self._is_personal = False
+
+    def _divided(self) -> Division:
+        return self._data.divided(self.settings.task, self.split, self._state, self._progress)
+
+    def _counts(self) -> str:
+        held = len(self.held_out_rows)
+        return f"{len(self.training_rows) + held} rows, {held} of them held out"
 
     def _begin(self, common: Group | None = None) -> None:
         """Begin to remember; with the common adapter if this device has one already."""
@@ -229,21 +262,46 @@ class DeviceWorker:
         common = state.groups.get("common", self._start.arrays())
         self._take(_in_order(common, self._start.specs))
 
-    def _train(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+    def _train(
+        self, assignment: Assignment, base: NamedTensors, unwanted: threading.Event
+    ) -> FinishedReport:
+        def before_step() -> None:
+            if unwanted.is_set():
+                raise asyncio.CancelledError
+            self._make_way(base)
+
         with self._alone:
             try:
-                return self._train_alone(assignment, base)
+                return self._train_alone(assignment, base, before_step)
             except BaseException:
                 # An app that goes on after it must not find half of a round in the model.
                 self._go_on(self.state)
                 raise
 
-    def _train_alone(self, assignment: Assignment, base: NamedTensors) -> FinishedReport:
+    def _make_way(self, base: NamedTensors) -> None:
+        """In the middle of a round, for the questions that wait by now."""
+        if not (waiting := self._questions[:]):
+            return
+        trainer = self.trainer
+        common, personal = trainer.common(), trainer.personal()
+        self._take(base)
+        trainer.set_personal(self.state.groups["personal"])
+        self._alone.release()
+        for answered in waiting:
+            answered.wait()
+        self._alone.acquire()
+        trainer.set_common(common)
+        trainer.set_personal(personal)
+
+    def _train_alone(
+        self, assignment: Assignment, base: NamedTensors, before_step: Callable[[], None]
+    ) -> FinishedReport:
         trainer = self.trainer
         self._progress(f"round {assignment.round}: training")
         self._take(base)
         told = self._accuracy_of_base() if self._tell_accuracy else {}
-        result = trainer.train(self._encoded, self.state.steps_done, assignment.round)
+        done = self.state.steps_done
+        result = trainer.train(self._encoded, done, assignment.round, before_step)
         update = trainer.update_from(base)
         if not _are_finite(update.flat(), *trainer.personal().values()):
             raise DivergedError(assignment.round, result.last_loss)

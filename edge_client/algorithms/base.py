@@ -8,7 +8,7 @@ on a batch; vectors are NumPy's or torch's, so one algorithm serves every backen
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -181,16 +181,22 @@ def descend(
     )
 
 
+def nothing() -> None:
+    """Nobody wants to do anything before a step."""
+
+
 def train(
     algorithm: Algorithm,
     oracle: GradientOracle,
     batches: Iterable[Batch],
     state: AlgorithmState,
     plans: Iterable[Plan],
+    before_step: Callable[[], None] = nothing,
 ) -> LocalResult:
-    """The shared local loop: one step a plan."""
+    """The shared local loop: one step a plan, each after `before_step`."""
     losses, stream = [], iter(batches)
     for plan in plans:
+        before_step()
         taken = [next(stream) for _ in range(algorithm.batches_per_step)]
         losses.append(algorithm.step(oracle, taken, state, plan))
     algorithm.end_round(oracle, state, plan)

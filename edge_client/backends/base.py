@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edge_client.algorithms.base import LocalResult
+from edge_client.algorithms.base import LocalResult, nothing
 from edge_client.backends.encoding import EncodedRows
 from edge_client.data import Example
 from edge_client.factors import RankReport
@@ -135,8 +135,18 @@ class Trainer(Protocol):
     def rank(self) -> int:
         """How much of the common adapter's rank this device works with; 0 is all."""
 
-    def train(self, rows: EncodedRows, first_step: int, round_number: int) -> LocalResult:
-        """One round's local steps, `first_step` being how many this device has taken before."""
+    def train(
+        self,
+        rows: EncodedRows,
+        first_step: int,
+        round_number: int,
+        before_step: Callable[[], None] = nothing,
+    ) -> LocalResult:
+        """One round's local steps, `first_step` being how many this device has taken before.
+
+        `before_step` may look at the model, and end the round by raising; what it changes of the
+        adapters it must put back.
+        """
 
     def personalise(self, rows: EncodedRows) -> None:
         """Make what is the device's own from the present common adapter and its training rows.

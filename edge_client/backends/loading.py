@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from edge_client.arguments import named
 from edge_client.backends.base import Trainer
-from edge_client.errors import ConfigurationError, MissingExtraError
+from edge_client.errors import BackboneError, ConfigurationError, MissingExtraError
 from protocol.federation import FederationSettings
+from quantization.errors import MissingExtraError as MissingLibraryError
+from quantization.errors import QuantizationError
 from quantization.fingerprint import check_shared
 from quantization.folder_manifest import is_quantized, read_manifest
 from quantization.schemes import COMPUTE_DTYPES, Scheme
@@ -38,6 +43,18 @@ class OrtChoice:
     digest: str = ""
 
 
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """An app catches this package's errors, wherever the trouble is."""
+    try:
+        yield
+    except MissingLibraryError as error:
+        raise MissingExtraError(error.library, error.extra) from error
+    except QuantizationError as error:
+        raise BackboneError(str(error)) from error
+
+
+@_translated()
 def choose(
     backend: str,
     *,
@@ -52,19 +69,21 @@ def choose(
 
     Raises:
         ConfigurationError: no such backend, or an argument that is not this one's.
+        BackboneError: the backbone is a quantised folder that cannot be read.
     """
     if backend not in BACKENDS:
         raise ConfigurationError("backend", f"{backend!r} is none", " or ".join(BACKENDS))
     if backend == "torch":
         if artifact is not None or artifact_digest:
             raise ConfigurationError("artifact", "the torch backend takes none", 'backend "ort"')
-        choice = TorchChoice(backbone, scheme or "nf4", device, compute_dtype)
+        scheme = "nf4" if scheme is None else scheme
+        named("device", device, '"cpu" or "cuda"')
+        choice = TorchChoice(backbone, scheme, device, compute_dtype)
         _check_torch(choice)
         return choice
+    compiled = "a folder that `pf2lora-client export` wrote"
     if artifact is None:
-        raise ConfigurationError(
-            "artifact", "the ort backend needs one", "a folder that `pf2lora-client export` wrote"
-        )
+        raise ConfigurationError("artifact", "the ort backend needs one", compiled)
     own = (("backbone", backbone), ("scheme", scheme), ("compute_dtype", compute_dtype))
     for field, given in own:
         if given is not None:
@@ -72,7 +91,7 @@ def choose(
             raise ConfigurationError(field, problem)
     if device != "cpu":
         raise ConfigurationError("device", f"{device!r}: the ort backend has one", "cpu")
-    return OrtChoice(Path(artifact), artifact_digest)
+    return OrtChoice(Path(named("artifact", artifact, compiled)), artifact_digest)
 
 
 def shared_name(settings: FederationSettings) -> str:
@@ -87,6 +106,7 @@ def shared_name(settings: FederationSettings) -> str:
     return settings.backbone.name
 
 
+@_translated()
 def load_trainer(
     choice: TorchChoice | OrtChoice, settings: FederationSettings, personal_seed: int
 ) -> Trainer:
@@ -94,7 +114,7 @@ def load_trainer(
 
     Raises:
         MissingExtraError: the backend's packages are not installed.
-        BackboneError, ArtifactError, AdapterError, ConfigurationError: naming what is wrong.
+        BackboneError, AdapterError, ConfigurationError: naming what is wrong.
     """
     # Imports are here and not above: a process that never trains need not have either runtime.
     match choice:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edge_client.algorithms import algorithm_for
-from edge_client.algorithms.base import AlgorithmState, Gradients, LocalResult, Vector, train
+from edge_client.algorithms.base import (
+    AlgorithmState,
+    Gradients,
+    LocalResult,
+    Vector,
+    nothing,
+    train,
+)
 from edge_client.algorithms.schedule import plans
 from edge_client.algorithms.vectors import as_numpy, as_vector
 from edge_client.backends.base import (
@@ -198,7 +205,13 @@ class FlatTrainer(abc.ABC):
             for name, array in arrays.items()
         }
 
-    def train(self, rows: EncodedRows, first_step: int, round_number: int = 1) -> LocalResult:
+    def train(
+        self,
+        rows: EncodedRows,
+        first_step: int,
+        round_number: int = 1,
+        before_step: Callable[[], None] = nothing,
+    ) -> LocalResult:
         self._label_offset.learn(self._rules.log_shares(rows))
         if self._settings.training.optimizer_state is OptimizerState.RESET:
             self._state.forget_moments()
@@ -209,6 +222,7 @@ class FlatTrainer(abc.ABC):
             self._batches.to_train(rows, first_step * self._algorithm.batches_per_step, self._seed),
             self._state,
             plans(self._settings, round_number),
+            before_step,
         )
 
     def personalise(self, rows: EncodedRows) -> None:

@@ -89,6 +89,20 @@ def test_an_address_that_is_none_is_refused(
     assert "use ws://host:port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["run", "--coordinator", "localhost:1"], ["predict", "a"]])
+def test_a_variable_that_was_never_set_is_no_state_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    assert main([*command, "--data", "rows.jsonl", "--state-dir", ""]) == 1
+    assert "state_dir: is ''; use a folder's path" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("address", "flags", "said"),
     [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client import cli, own_rows, worker
+from edge_client import cli, worker
 from edge_client.algorithms.base import Gradients
-from edge_client.backends import loading
 from edge_client.backends.base import Evaluation, LabelMix, Level
 from edge_client.backends.encoding import Batch, EncodedRows
 from edge_client.backends.torch_backend import TorchTrainer
 from edge_client.client import EdgeClient
 from edge_client.data import Example
 from edge_client.errors import (
-    AdapterError,
     ConfigurationError,
     DataError,
     DivergedError,
@@ -31,55 +28,93 @@ from edge_client.errors import (
 )
 from edge_client.private_store import PrivateStore
 from protocol.federation import (
-    Backbone,
     Loss,
-    Task,
-    TaskKind,
 )
 from protocol.messages import Assignment
 from protocol.methods import PerFedAvg, PF2LoRA
 from protocol.tensors import NamedTensors
-from quantization.errors import BackboneError
-from quantization.fingerprint import resolve_backbone
 from tests.integration.device import ROWS, SETTINGS, Device
 from tests.integration.test_federation import (
-    MINILM,
     _coordinator,
     _write_config,
     _write_data,
 )
-from tests.quantization.tiny import write_gpt2
 
 
-def test_a_question_in_the_middle_of_a_round_waits_for_its_end(
+def _in_the_middle(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Have something done in a round's first step, at its second gradient."""
+    steps = list[Batch]()
+
+    def gradients(self: TorchTrainer, batch: Batch) -> Gradients:
+        steps.append(batch)
+        if len(steps) == 2:
+            do()
+        return compute(self, batch)
+
+    compute = TorchTrainer.gradients
+    monkeypatch.setattr(TorchTrainer, "gradients", gradients)
+
+
+@pytest.mark.parametrize("algorithm", [PF2LoRA(), PerFedAvg()], ids=["pf2lora", "perfedavg"])
+def test_a_question_in_the_middle_of_a_round_is_answered_as_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Any
+) -> None:
+    """After the step that it meets; and what is trained is as if nobody had asked."""
+    settings = replace(SETTINGS, algorithm=algorithm)
+    device, other = Device(tmp_path / "asked", settings), Device(tmp_path / "left", settings)
+    base = device.worker.trainer.common()
+    for each in (device, other):
+        each.round(1, base)
+    asked, answers = threading.Event(), list[Any]()
+
+    def ask() -> list[Any]:
+        with device.worker.ready() as model:
+            return [model.evaluate(model.held_out_rows, level) for level in Level]
+
+    def from_a_thread() -> None:
+        asked.set()
+        answers.append(ask())
+        answers.append(device.state.rounds_done)
+
+    before, thread = ask(), threading.Thread(target=from_a_thread)
+
+    def meet() -> None:
+        thread.start()
+        while not device.worker._questions:
+            asked.wait(0.01)
+
+    with monkeypatch.context() as patch:
+        _in_the_middle(patch, meet)
+        update = device.round(2, base)
+    thread.join()
+    assert answers == [before, 1]
+    assert update.digest() == other.round(2, base).digest()
+    assert device.personal == other.personal
+
+
+def test_a_run_that_is_stopped_ends_at_its_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation puts the model at another level, which no training may see."""
-    device, steps = Device(tmp_path), list[Batch]()
-    trainer: Any = device.worker.trainer
-    answers: list[object] = []
+    """An app that shuts down, or is on battery, cannot wait for a round; which is made again."""
+    device, other = Device(tmp_path / "stopped"), Device(tmp_path / "left")
+    base, before = device.worker.trainer.common(), device.personal
+    loop = asyncio.new_event_loop()
+    training = loop.create_task(
+        device.worker.train(Assignment("", 1, b"", 60.0, base.payload()), base)
+    )
 
-    def ask() -> None:
-        with device.worker.ready() as model:
-            begun = len(steps)
-            answers.append(model.trainer.predict([Example("a", None, None)], Level.COMMON))
-            assert len(steps) == begun == 4  # two local steps, two gradients each
+    async def cancel() -> None:
+        training.cancel()
+        for _ in range(5):  # turns of the loop, until who trains has been told
+            await asyncio.sleep(0)
 
-    asking = threading.Thread(target=ask)
-
-    def gradients(batch: Batch) -> Gradients:
-        if not steps:
-            asking.start()
-            asking.join(0.2)  # time enough, if nothing held it
-            assert not answers
-        steps.append(batch)
-        return compute(batch)
-
-    compute = trainer.gradients
-    monkeypatch.setattr(trainer, "gradients", gradients)
-    device.round(1)
-    asking.join()
-    assert len(answers) == 1
+    with monkeypatch.context() as patch:
+        _in_the_middle(patch, lambda: asyncio.run_coroutine_threadsafe(cancel(), loop).result(60))
+        with pytest.raises(asyncio.CancelledError):
+            loop.run_until_complete(training)
+    loop.close()
+    assert (device.personal, device.state.rounds_done) == (before, 0)
+    assert device.round(1, base).digest() == other.round(1, base).digest()
 
 
 def test_what_diverges_is_not_kept_and_says_what_would_help(tmp_path: Path) -> None:
@@ -306,6 +341,33 @@ def test_no_row_is_held_out_that_was_trained_on_from_any_file(tmp_path: Path) ->
     assert len(device.state.groups["trained_rows"]["digests"]) == len(trained)
 
 
+def test_each_run_reads_the_rows_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An app that runs every night with one client has more of them each time."""
+
+    async def two_connections(client: EdgeClient) -> bool:
+        for _ in range(2):
+            await client.worker.prepare(SETTINGS)
+        return True
+
+    monkeypatch.setattr(EdgeClient, "_run", two_connections)
+    rows, lines = [*ROWS], list[str]()
+    Device(tmp_path / "a", rows=rows).round(1)
+    with EdgeClient("a:1", rows, tmp_path / "a", scheme="none", progress=lines.append) as client:
+        before, held = client.evaluate(), _texts(client.worker.held_out_rows)
+        rows += [{"text": f"a play {n}", "label": ("bad", "good")[n % 2]} for n in range(10)]
+        assert client.evaluate() == before
+        client.run()
+        assert lines[1:] == ["20 rows, 4 of them held out; waiting for a round"]
+        assert held < _texts(client.worker.held_out_rows)
+        assert client.worker.offer().examples == 16
+        rows += [{"text": "a play"}]
+        with pytest.raises(DataError, match='line 21, field "label": is missing'):
+            client.run()
+        assert client.evaluate().count == 4
+
+
 def test_a_state_of_an_earlier_version_holds_out_what_that_did(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,129 +427,3 @@ def test_a_folder_that_was_refused_can_be_tried_again(tmp_path: Path) -> None:
     key.unlink()
     EdgeClient("localhost:1", ROWS, tmp_path).close()
     assert refused.value.__traceback__  # which would hold the lock, if the call had kept it
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "reason"),
-    [
-        ({"data": "none.jsonl"}, DataError, r"none\.jsonl: cannot be read: No such file"),
-        ({"data": "d.parquet"}, DataError, r"d\.parquet: expected a \.jsonl"),
-        ({"data": {"text": ["a"]}}, DataError, "data: expected a file, or rows"),
-        ({"data": iter(ROWS)}, DataError, "data: expected rows that can be read again, got list_i"),
-        ({"scheme": "nf5"}, ConfigurationError, "scheme: 'nf5' is none; use none, bf16, nf4"),
-        ({"compute_dtype": "f8"}, ConfigurationError, "compute_dtype: 'f8' is none; use float32"),
-        ({"held_out": 1.0}, ConfigurationError, "held_out: 1.0 is no share"),
-        ({"held_out": "0.2"}, ConfigurationError, "held_out: '0.2' is no share"),
-        ({"fields": {"text": "t"}}, ConfigurationError, "fields: .*FieldNames"),
-        ({"seed": 1.5}, ConfigurationError, "seed: 1.5 is none; use a whole number"),
-        ({"seed": "a"}, ConfigurationError, "seed: 'a' is none; use a whole number"),
-        ({"federation": "my reviews"}, ConfigurationError, "federation: is none; use the name in"),
-        ({"token": "s3cret\n"}, ConfigurationError, "token: is none; use what .* without"),
-        ({"token": 5}, ConfigurationError, "token: is none"),
-        ({"coordinator": "ws://here:1#top"}, ConfigurationError, "coordinator: .* is no address"),
-    ],
-)
-def test_what_is_wrong_in_a_call_is_said_before_anyone_is_asked(
-    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], reason: str
-) -> None:
-    given: dict[str, Any] = {
-        "coordinator": "localhost:1",
-        "data": ROWS,
-        "state_dir": tmp_path / "s",
-    }
-    with pytest.raises(error, match=reason) as refused:
-        EdgeClient(**given | arguments)
-    assert not (tmp_path / "s").exists()
-    assert "s3cret" not in str(refused.value)
-
-
-@pytest.mark.parametrize("ask", ["predict", "evaluate", "generate"])
-def test_a_level_is_none_but_a_level(tmp_path: Path, ask: str) -> None:
-    texts: Any = ([],) if ask == "predict" else ("a",)
-    with (
-        EdgeClient("localhost:1", ROWS, tmp_path, scheme="none") as client,
-        pytest.raises(ConfigurationError, match=r"level: 'common' is none; use Level\.BACKBONE"),
-    ):
-        getattr(client, ask)(*texts, level="common")
-
-
-def test_more_rows_than_a_device_may_have_are_refused_before_the_backbone_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(own_rows, "EXAMPLES_MAX", 3)
-    monkeypatch.setattr(Device, "_trainer", None)
-    with pytest.raises(DataError, match="the rows given: 8 rows to train on; a device has 3 at m"):
-        Device(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("texts", "reason"),
-    [
-        ("one text", "texts: expected a list of texts, got one text"),
-        (["a", None], "the texts given, line 2: expected text, got NoneType"),
-        (["\ud800"], "line 1: holds half of a character"),
-    ],
-)
-def test_what_cannot_be_foretold_is_refused(tmp_path: Path, texts: Any, reason: str) -> None:
-    with (
-        EdgeClient("localhost:1", ROWS, tmp_path, scheme="none") as client,
-        pytest.raises(DataError, match=reason),
-    ):
-        client.predict(texts)
-
-
-def test_an_app_and_the_shell_have_a_text_gone_on_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, rows = str(write_gpt2(tmp_path / "model")), [{"text": "The gradient So"}] * 4
-    task, backbone = Task(TaskKind.CAUSAL_LM, (), 8), Backbone(model, SETTINGS.fingerprint)
-    device = Device(tmp_path / "a", replace(SETTINGS, backbone=backbone, task=task), rows=rows)
-    device.round(1)
-    with EdgeClient("localhost:1", rows, tmp_path / "a", scheme="none") as client:
-        assert client.generate("The gradient", 3) == device.worker.trainer.generate(
-            "The gradient", 3, Level.PERSONAL
-        )
-        for wrong in (1, {"text": "The"}):
-            with pytest.raises(DataError, match=f"expected text, got {type(wrong).__name__}"):
-                client.generate(wrong)  # type: ignore[arg-type]
-        with pytest.raises(AdapterError, match="nothing to predict for causal-lm; use generate"):
-            client.predict(["The"])
-    asked = tmp_path / "asked.jsonl"
-    asked.write_text(f'{json.dumps(rows[0])}\n\n{{"text": "{"The " * 40}"}}\n')
-    flags = ["--data", str(asked), "--state-dir", str(tmp_path / "a"), "--scheme", "none"]
-    assert cli.main(["predict", "The", *flags, "--rows", str(asked)]) == 1
-    said = capsys.readouterr().err
-    assert f"{asked}, line 3: a prompt has 40 tokens, and the model takes 32" in said
-
-
-def test_a_backbones_folder_is_the_same_from_any_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Device(tmp_path / "a")
-    (tmp_path / "model").symlink_to(resolve_backbone(MINILM))
-    monkeypatch.chdir(tmp_path)
-    how: dict[str, Any] = {"scheme": "none", "backbone": "model"}
-    with EdgeClient("localhost:1", ROWS, tmp_path / "a", **how) as client:
-        monkeypatch.chdir("/")
-        client.save_pretrained(tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "model")
-    # A federation's own name for it is for devices elsewhere.
-    monkeypatch.chdir(tmp_path)
-    relative = replace(SETTINGS, backbone=Backbone("model", SETTINGS.fingerprint))
-    said = rf"'model': a relative path, here {tmp_path}/model; each device would"
-    with pytest.raises(BackboneError, match=said):
-        loading.load_trainer(loading.TorchChoice(None, "none"), relative, 0)
-    (tmp_path / "federation.toml").write_text('[backbone]\nname = "model"')
-    assert cli.main(["prepare", "federation.toml"]) == 1
-    assert re.search(said, capsys.readouterr().err)
-
-
-def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Device(tmp_path / "a")
-    taken = _write_data(tmp_path / "a.jsonl", 0.5)
-    command = ["save", "--data", str(taken), "--state-dir", str(tmp_path / "a"), "--scheme", "none"]
-    assert cli.main([*command, "--out", str(taken)]) == 1
-    assert f"pf2lora-client: folder: {taken} cannot be written" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from edge_client.backends import ort
 from edge_client.backends.base import Level
 from edge_client.client import EdgeClient
-from edge_client.errors import ConfigurationError
+from edge_client.errors import BackboneError, ConfigurationError
 from protocol.federation import Adapter, Backbone, Task, TaskKind, Training
 from protocol.methods import Hypergradient, PF2LoRA, PFedLoRA
 from quantization.artifact import load_artifact, write_manifest
@@ -227,7 +227,7 @@ def test_an_artifact_that_is_not_the_pinned_one_is_refused(artifacts: Path, tmp_
     with (
         _coordinator(config) as address,
         _client(address, tmp_path, 0, artifacts / "mixed-int4", artifact_digest=pinned) as client,
-        pytest.raises(ArtifactError, match="another artifact"),
+        pytest.raises(BackboneError, match="another artifact"),
     ):
         client.run()
 
