@@ -1,19 +1,22 @@
-"""Links that take nothing more: closing them must not wait for room to say so."""
+"""Links that lead nowhere: those that take nothing more are closed without waiting for room to say
+so, and a proxy in front of no coordinator is called one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from http import HTTPStatus
 
 import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.http11 import Request, Response
 
 from coordinator import server
 from coordinator.rates import Buckets
 from edge_client import transport
 from edge_client.transport import websocket_dial
-from protocol.link import Link
+from protocol.link import Link, LinkClosedError
 
 SOON_S = 5.0
 GREETING = b"""\
@@ -89,3 +92,27 @@ def test_a_device_lets_go_of_a_coordinator_that_reads_nothing(
                     connection.transport.abort()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("status", "problem"),
+    [
+        (HTTPStatus.BAD_GATEWAY, "HTTP 502; a proxy answers there, and no coordinator behind it"),
+        (HTTPStatus.UPGRADE_REQUIRED, "HTTP 426; does a proxy on the way not pass on Upgrade"),
+        (HTTPStatus.NOT_FOUND, "HTTP 404; is this the coordinator's own port"),
+    ],
+)
+def test_a_device_says_what_stands_in_for_its_coordinator(status: HTTPStatus, problem: str) -> None:
+    async def scenario() -> None:
+        async def nobody(connection: ServerConnection) -> None:
+            pass
+
+        def answer(connection: ServerConnection, _: Request) -> Response:
+            return connection.respond(status, "")
+
+        async with serve(nobody, "127.0.0.1", 0, process_request=answer) as running:
+            port = running.sockets[0].getsockname()[1]
+            await websocket_dial(f"127.0.0.1:{port}")()
+
+    with pytest.raises(LinkClosedError, match=problem):
+        asyncio.run(scenario())
