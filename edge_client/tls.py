@@ -17,12 +17,9 @@ _EXPIRED: Final = 10
 _NOT_YET_VALID: Final = 9
 _WRONG_HOST: Final = (62, 64)  # name, address
 _UNKNOWN_CA: Final = (18, 19, 20, 21)
-# What a proxy says of a coordinator that it cannot reach.
-_NOBODY_BEHIND: Final = (
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-)
+# What a proxy says that cannot reach the coordinator, or has bounds of its own.
+_NOBODY_BEHIND: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
+_TOO_MANY: Final = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +74,8 @@ def explained(error: Exception, *, encrypted: bool) -> str:
             return "it hung up without an answer; does this coordinator want wss://?"
         case InvalidStatus() if error.response.status_code in _NOBODY_BEHIND:
             return f"{error}; a proxy answers there, and no coordinator behind it"
+        case InvalidStatus() if error.response.status_code in _TOO_MANY:
+            return f"{error}; a proxy on the way takes no more for now"
         case InvalidStatus() if error.response.status_code == HTTPStatus.UPGRADE_REQUIRED:
             return f"{error}; does a proxy on the way not pass on Upgrade and Connection?"
         case InvalidStatus():

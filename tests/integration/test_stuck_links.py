@@ -98,6 +98,7 @@ def test_a_device_lets_go_of_a_coordinator_that_reads_nothing(
     ("status", "problem"),
     [
         (HTTPStatus.BAD_GATEWAY, "HTTP 502; a proxy answers there, and no coordinator behind it"),
+        (HTTPStatus.SERVICE_UNAVAILABLE, "HTTP 503; a proxy on the way takes no more"),
         (HTTPStatus.UPGRADE_REQUIRED, "HTTP 426; does a proxy on the way not pass on Upgrade"),
         (HTTPStatus.NOT_FOUND, "HTTP 404; is this the coordinator's own port"),
     ],
