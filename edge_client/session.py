@@ -61,7 +61,7 @@ _BUSY: Final = (ErrorCode.BUSY, ErrorCode.DRAINING)
 # Before the first answer a wrong address is likelier than an outage: say so soon.
 FIRST_CONTACT_PATIENCE_S: Final = 15.0
 PATIENCE_S: Final = 24 * 3600.0
-# A coordinator waits 20 s for a chunk of an update: this much comes in time over 7 kbit/s.
+# A coordinator waits 20 s for a chunk of an update: this much comes in time over some 10 kbit/s.
 UPLOAD_CHUNK_BYTES_MIN: Final = 16 * limits.KIB
 
 
