@@ -18,8 +18,10 @@ from protocol import limits
 
 # asyncio gives each TLS connection a buffer of 256 KiB for its whole life.
 TLS_BUFFER_BYTES: Final = 32 * limits.KIB
-# The kernel's for sending is small, so that pings are not stuck behind minutes of download.
+# What the kernel holds of a connection's bytes, and how many of them are not yet on their way: few,
+# so that pings and their answers are not stuck behind minutes of download over a slow link.
 KERNEL_SEND_BYTES: Final = 512 * limits.KIB
+KERNEL_UNSENT_BYTES: Final = 64 * limits.KIB
 
 
 class Headcount:
@@ -55,6 +57,8 @@ class Counted(asyncio.BaseProtocol):
         kernel_socket = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):  # macOS refuses it of one that is gone already
             kernel_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_SEND_BYTES)
+            unsent = socket.TCP_NOTSENT_LOWAT, KERNEL_UNSENT_BYTES
+            kernel_socket.setsockopt(socket.IPPROTO_TCP, *unsent)
         if not has_room:
             cast(asyncio.Transport, transport).abort()
 

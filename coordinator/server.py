@@ -102,7 +102,12 @@ class WebSocketLink:
         return data
 
     async def close(self) -> None:
-        await self._connection.close()
+        # Where the device takes nothing, there is never room to say goodbye.
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._connection.close()
+        except TimeoutError:
+            self._connection.transport.abort()
 
 
 class CoordinatorServer:

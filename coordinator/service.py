@@ -146,12 +146,16 @@ class FederationService:
 
     @property
     def everyone_told(self) -> bool:
-        """Whether every device that ever joined this process knows that the rounds are over."""
+        """Whether every device that ever joined this process has the final adapter."""
         return self.finished and not self._unfinished
 
     def joined(self, device: str) -> None:
         """A device has come to take part."""
         self._unfinished.add(device)
+
+    def has_all(self, device: str) -> None:
+        """A device that was told the end has said goodbye: it has what it needs."""
+        self._unfinished.discard(device)
 
     async def payload(self, digest: bytes) -> NamedTensors | None:
         """What was offered under this digest, as long as its base version is kept."""
@@ -317,16 +321,14 @@ class FederationService:
             case AddAssignment(number, attempt, device, assignment, deadline_at):
                 member = Member(device, assignment)
                 await self._call(self._store.add_assignment, number, attempt, member, deadline_at)
-            case Assign(device, assignment, number, deadline_at):
-                assigned = self._assignment(device, assignment, number, deadline_at)
-                self._replies.give(device, assigned)
+            case Assign(device):
+                self._replies.give(device, self._assignment(action))
             case Retry(device, after_s, spread_s, reason):
                 self._replies.give(device, RetryWindow(after_s, spread_s, reason))
             case Finish(device):
                 payload = self._base.offer(self._ranks.get(device, 0))
-                self._unfinished.discard(device)
-                done = self._machine.rounds_done
-                self._replies.give(device, Finished(done, payload.digest, payload))
+                told = Finished(self._machine.rounds_done, payload.digest, payload)
+                self._replies.give(device, told)
             case TakeUpdate(device, _):
                 self._replies.give(device, Resume(0))
             case DropUpdate(_, assignment):
@@ -352,13 +354,11 @@ class FederationService:
             return ReceiptStatus.DUPLICATE, "it was kept before its round ended"
         return ReceiptStatus.LATE, reason
 
-    def _assignment(
-        self, device: str, assignment: str, number: int, deadline_at: float
-    ) -> Assignment:
-        payload = self._base.offer(self._ranks.get(device, 0))
+    def _assignment(self, given: Assign) -> Assignment:
+        payload = self._base.offer(self._ranks.get(given.device, 0))
         # A clock that has been set back must not promise more than there ever was.
-        remaining_s = min(max(0.0, deadline_at - self._clock()), self.settings.rounds.deadline_s)
-        return Assignment(assignment, number, self._base.version, remaining_s, payload)
+        left_s = min(max(0.0, given.deadline_at - self._clock()), self.settings.rounds.deadline_s)
+        return Assignment(given.assignment, given.number, self._base.version, left_s, payload)
 
     async def _changed(self, snapshot: Snapshot) -> Snapshot:
         """Where it stands once the store has the settings that are given now."""

@@ -26,6 +26,7 @@ from protocol.messages import (
     CheckIn,
     Chunk,
     Fetch,
+    Finished,
     Goodbye,
     Hello,
     Join,
@@ -78,6 +79,7 @@ class DeviceSession:
         self._stop: asyncio.Future[RefusedError | None] = asyncio.get_running_loop().create_future()
         self.federation = ""
         self._admitted: Admitted | None = None
+        self._told_end = False
         self._expelled: RefusedError | None = None
         self._putting_out: asyncio.Task[None] | None = None
 
@@ -161,6 +163,9 @@ class DeviceSession:
                 await self._send_payload(message)
             case Report():
                 await self._take_report(self._service.shared(message))
+            case Goodbye() if self._told_end:
+                self._service.has_all(self.device)
+                return False
             case None | Goodbye():
                 return False
         return True
@@ -206,6 +211,7 @@ class DeviceSession:
             raise RefusedError(ErrorCode.INELIGIBLE, ineligible)
         answer = await self._unless_left(self._service.check_in(self.device, message.rank))
         await self._send(answer)
+        self._told_end = isinstance(answer, Finished)
 
     async def _send_payload(self, fetch: Fetch) -> None:
         tensors = await self._service.payload(fetch.digest)
@@ -280,7 +286,9 @@ class DeviceSession:
                 async with asyncio.timeout(timeout_s):
                     return self._heard(await self._link.receive())
             except TimeoutError:
-                raise _silent(timeout_s) from None
+                raise RefusedError(
+                    ErrorCode.TIMEOUT, f"no whole chunk came in {timeout_s:g} s"
+                ) from None
         if self._incoming is None:
             self._incoming = asyncio.create_task(self._link.receive())
             self._incoming.add_done_callback(_looked_at)

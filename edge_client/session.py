@@ -22,6 +22,7 @@ from edge_client.errors import ConfigurationError, RefusedError, UnreachableErro
 from edge_client.identity import Identity
 from edge_client.line import ComeBackError, Line, Traffic
 from edge_client.transport import Dial, UntrustedError
+from protocol import limits
 from protocol.connection import default_hello
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.federation import FederationSettings
@@ -60,6 +61,8 @@ _BUSY: Final = (ErrorCode.BUSY, ErrorCode.DRAINING)
 # Before the first answer a wrong address is likelier than an outage: say so soon.
 FIRST_CONTACT_PATIENCE_S: Final = 15.0
 PATIENCE_S: Final = 24 * 3600.0
+# A coordinator waits 20 s for a chunk of an update: this much comes in time over some 10 kbit/s.
+UPLOAD_CHUNK_BYTES_MIN: Final = 16 * limits.KIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,8 @@ class Session:
         self._patience_s = patience_s
         self._first_contact_patience_s = first_contact_patience_s or FIRST_CONTACT_PATIENCE_S
         self._receiver: Receiver | None = None
+        self._resumed: tuple[str, int] | None = None  # the last upload, and from which byte
+        self._upload_chunk_bytes = limits.CHUNK_BYTES_DEFAULT
         self._failures = 0
         self._failing_since: float | None = None
         self._met = False
@@ -263,9 +268,22 @@ class Session:
         reply = await line.ask(message, Resume, Receipt)
         if isinstance(reply, Receipt):
             return reply
-        for chunk in chunks(report.update.buffer, reply.offset, line.connection.chunk_bytes):
+        chunk_bytes = min(self._chunk_bytes(report, reply), line.connection.chunk_bytes)
+        for chunk in chunks(report.update.buffer, reply.offset, chunk_bytes):
             await line.send(chunk)
         return await line.receive(Receipt)
+
+    def _chunk_bytes(self, report: FinishedReport, reply: Resume) -> int:
+        """Half as much as before where the last connection has carried not even one chunk.
+
+        A slow link would carry none of the next either, in the time that a chunk has.
+        """
+        resumed = report.assignment, reply.offset
+        if resumed == self._resumed:
+            half = self._upload_chunk_bytes // 2
+            self._upload_chunk_bytes = max(UPLOAD_CHUNK_BYTES_MIN, half)
+        self._resumed = resumed
+        return self._upload_chunk_bytes
 
     def _progressed(self) -> None:
         self._failures = 0

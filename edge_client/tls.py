@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,9 @@ _EXPIRED: Final = 10
 _NOT_YET_VALID: Final = 9
 _WRONG_HOST: Final = (62, 64)  # name, address
 _UNKNOWN_CA: Final = (18, 19, 20, 21)
+# What a proxy says that cannot reach the coordinator, or has bounds of its own.
+_NOBODY_BEHIND: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
+_TOO_MANY: Final = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,12 @@ def explained(error: Exception, *, encrypted: bool) -> str:
             )
         case InvalidMessage():
             return "it hung up without an answer; does this coordinator want wss://?"
+        case InvalidStatus() if error.response.status_code in _NOBODY_BEHIND:
+            return f"{error}; a proxy answers there, and no coordinator behind it"
+        case InvalidStatus() if error.response.status_code in _TOO_MANY:
+            return f"{error}; a proxy on the way takes no more for now"
+        case InvalidStatus() if error.response.status_code == HTTPStatus.UPGRADE_REQUIRED:
+            return f"{error}; does a proxy on the way not pass on Upgrade and Connection?"
         case InvalidStatus():
             return f"{error}; is this the coordinator's own port, and not its dashboard's?"
     return str(error) or type(error).__name__
@@ -76,7 +86,7 @@ def explained(error: Exception, *, encrypted: bool) -> str:
 def _mistrust(error: ssl.SSLCertVerificationError) -> str:
     code = error.verify_code
     if code == _EXPIRED:
-        return "the coordinator's certificate has expired"
+        return "the coordinator's certificate has expired, or this device's clock is fast"
     if code == _NOT_YET_VALID:
         return "the coordinator's certificate is not valid yet; is this device's clock right?"
     if code in _WRONG_HOST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
@@ -25,6 +26,7 @@ Dial = Callable[[], Awaitable[Link]]
 OPEN_TIMEOUT_S: Final = 20.0
 PING_INTERVAL_S: Final = 20.0
 PONG_TIMEOUT_S: Final = 60.0
+CLOSE_TIMEOUT_S: Final = 5.0  # for the other side's answer to a goodbye
 
 
 class UntrustedError(LinkClosedError):
@@ -53,7 +55,12 @@ class WebSocketLink:
             raise LinkClosedError(str(error)) from error
 
     async def close(self) -> None:
-        await self._socket.close()
+        # Where the other side takes nothing, there is never room to say goodbye.
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._socket.close()
+        except TimeoutError:
+            self._socket.transport.abort()
 
 
 def websocket_dial(coordinator: str, tls: TlsFiles | None = None) -> Dial:

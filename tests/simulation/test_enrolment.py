@@ -215,6 +215,7 @@ def test_nobody_waits_for_a_device_that_is_revoked_while_it_is_away(
             await world.start()
         await world.server.expel_barred()
         await world.take_part(other)
+        await asyncio.sleep(1.0)
         assert world.service is not None
         assert world.service.everyone_told
         return asyncio.get_running_loop().time()

@@ -210,6 +210,27 @@ def test_a_coordinator_that_ends_with_the_last_download_keeps_no_device_waiting(
     simulate(scenario)
 
 
+def test_a_device_is_not_done_until_it_has_the_final_adapter() -> None:
+    """A coordinator that ends when all are (`exit_when_finished`) would leave it without one."""
+
+    async def scenario() -> None:
+        world = World(settings(count=1, cohort=1))
+        await world.start()
+
+        class Slow(FakeDevice):
+            async def finish(self, base: NamedTensors, rounds: int) -> None:
+                assert world.service is not None
+                assert not world.service.everyone_told
+                await super().finish(base, rounds)
+
+        await world.take_part(Slow("d"))
+        await asyncio.sleep(1.0)
+        assert world.service is not None
+        assert world.service.everyone_told
+
+    simulate(scenario)
+
+
 def test_a_round_ends_at_its_goal_and_the_slowest_are_late() -> None:
     devices = [FakeDevice(f"device-{i}", training_s=1.0) for i in range(4)]
     slow = FakeDevice("slow", training_s=500.0)

@@ -17,6 +17,7 @@ from edge_client.session import Session
 from protocol import codec, limits
 from protocol.errors import ErrorCode
 from protocol.fake_link import Faults
+from protocol.link import Link
 from protocol.messages import Chunk, Hello, Refusal
 from protocol.tensors import NamedTensors
 from protocol.virtual_time import simulate
@@ -133,6 +134,32 @@ def test_broken_links_send_each_chunk_once_and_no_more() -> None:
     cuts = sum(1 for link in world.device_ends) - len(devices)
     assert cuts > 0
     assert _sent_up(world) <= 3 * 2 * SIZE + cuts * limits.CHUNK_BYTES_DEFAULT
+
+
+def test_an_update_gets_through_a_link_that_takes_minutes_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No chunk of the usual size comes in the time that the coordinator gives each."""
+    bytes_s = 4 * limits.KIB
+    dial = World.dial
+
+    async def dial_slowly(self: World) -> Link:
+        link = await dial(self)
+        send = link.send
+
+        async def slowly(data: bytes) -> None:
+            await asyncio.sleep(len(data) / bytes_s)
+            await send(data)
+
+        monkeypatch.setattr(link, "send", slowly)
+        return link
+
+    monkeypatch.setattr(World, "dial", dial_slowly)
+    world = World(settings(count=2, cohort=1, deadline_s=1e5), base=BASE)
+    device = FakeDevice("far away")
+    _run(world, [device])
+    assert device.trained == [1, 2]
+    assert world.refusals[ErrorCode.TIMEOUT] == 2  # 256 KiB, 128 KiB; in the second round none
 
 
 def test_many_uploads_share_little_memory_and_all_get_through(
