@@ -23,6 +23,7 @@ from coordinator.log import FORMATS, set_up_log
 from coordinator.save_command import kept_base
 from coordinator.security import server_tls
 from coordinator.server import serve
+from coordinator.setting_flags import add_setting_flags, add_store_flag
 from coordinator.settings_change import settings_change
 from coordinator.store import upkeep, views
 from coordinator.store.base import RoundOutcome
@@ -31,6 +32,7 @@ from coordinator.store.schema import REVISIONS
 from coordinator.store.sql import SqlStore
 from coordinator.watch_commands import named, status, watch
 from protocol.command_end import exit_code_of, let_go_of_log
+from protocol.command_parser import CommandParser, add_command
 from protocol.federation import FederationSettings
 
 log = logging.getLogger("pf2lora.coordinator")
@@ -52,49 +54,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         let_go_of_log()
 
 
-class _Command(argparse.ArgumentParser):
-    """Takes no short forms of flags: the next release's settings could change what they mean."""
-
+class _Command(CommandParser):
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, epilog=EXIT_CODES, allow_abbrev=False)
+        super().__init__(**options, epilog=EXIT_CODES)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "pf2lora-coordinator",
-        description="Coordinates a federation of devices.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _Command(
+        prog="pf2lora-coordinator", description="Coordinates a federation of devices."
     )
-    commands = parser.add_subparsers(required=True, parser_class=_Command)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_configured(commands)
     for name, function, about in (
-        ("serve", _serve, "run the daemon until its rounds are done or SIGTERM comes"),
-        ("check-config", _check, "read the configuration and say what is wrong with it"),
+        ("rounds", _rounds, "list the rounds that are over"),
+        ("status", status, "say where federations stand"),
+        ("watch", watch, "say where federations stand whenever that changes, until interrupted"),
     ):
-        command = commands.add_parser(name, help=about)
-        command.set_defaults(command=function)
-        command.add_argument(
-            "--config",
-            type=Path,
-            action="append",
-            help="once for each federation that shares this coordinator; else federation.toml",
-        )
-        if function is _serve:
-            command.add_argument("--log-format", choices=FORMATS, default="human")
-        _add_setting_flags(command)
-    rounds = commands.add_parser("rounds", help="list the rounds that are over")
-    rounds.set_defaults(command=_rounds)
-    rounds.add_argument("--store", required=True, help="database URL")
-    rounds.add_argument("--name", help="the federation, where the store has several")
-    rounds.add_argument("--json", action="store_true", help="one JSON object a line")
-    for name, function, about in (
-        ("status", status, "where federations stand"),
-        ("watch", watch, "the same as it changes, a line a change, until interrupted"),
-    ):
-        command = commands.add_parser(name, help=about)
-        command.set_defaults(command=function)
-        command.add_argument("--store", required=True, help="database URL")
-        command.add_argument("--name", help="the federation; else all of the store")
+        command = add_command(commands, name, function, about)
+        add_store_flag(command)
+        several = "where the store has several" if name == "rounds" else "else all of the store"
+        command.add_argument("--name", metavar="NAME", help=f"the federation, {several}")
         command.add_argument("--json", action="store_true", help="one JSON object a line")
     for name, about in (
         ("pause", "let the open round end and hold the next one back"),
@@ -102,40 +81,49 @@ def _parser() -> argparse.ArgumentParser:
         ("stop", "end the open round and the federation; devices are told"),
         ("rollback", "make an earlier base version the current one"),
     ):
-        command = commands.add_parser(name, help=about)
-        command.set_defaults(command=_control, wish=name)
-        command.add_argument("--store", required=True, help="database URL")
+        command = add_command(commands, name, _control, about)
+        command.set_defaults(wish=name)
+        add_store_flag(command)
         command.add_argument("--name", required=True, help="the federation")
         if name == "rollback":
-            command.add_argument("--to", required=True, type=int, help="after how many rounds")
-    for name, function, about in (
-        ("check", _check_store, "read a whole store and say whether it is sound"),
-        ("backup", _backup, "copy a store that may be in use into a new file"),
-    ):
-        command = commands.add_parser(name, help=about)
-        command.set_defaults(command=function)
-        command.add_argument("--store", required=True, help="database URL")
-        if function is _backup:
-            command.add_argument("--out", required=True, type=Path, help="the new file")
+            about = "the base version after so many rounds; 0 is the start"
+            command.add_argument("--to", metavar="N", required=True, type=int, help=about)
+    check = add_command(
+        commands, "check", _check_store, "read a whole store and say whether it is sound"
+    )
+    add_store_flag(check)
+    backup = add_command(
+        commands, "backup", _backup, "copy a store that may be in use into a new file"
+    )
+    add_store_flag(backup)
+    backup.add_argument("--out", metavar="FILE", required=True, type=Path, help="the new file")
     save_command.add_command(commands)
     trust_cli.add_commands(commands)
     return parser
 
 
-def _add_setting_flags(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("settings, over environment and file")
-    for key in config.leaves():
-        names = [config.flag_of(key)]
-        if key in ("server.host", "server.port", "server.store"):
-            names.append("--" + key.removeprefix("server."))
-        group.add_argument(*names, dest=key, metavar="VALUE")
-    group.add_argument(
-        "--insecure",
-        dest="server.insecure",
-        action="store_const",
-        const="true",
-        help="listen without TLS where other machines can connect",
-    )
+def _add_configured(commands: Any) -> None:
+    """The commands that read `federation.toml`."""
+    usage = "%(prog)s [-h] [--config FILE] [SETTINGS]"
+    for name, function, about in (
+        ("serve", _serve, "run the daemon until its rounds are done or SIGTERM comes"),
+        ("check-config", _check, "read the configuration and say what is wrong with it"),
+    ):
+        command = add_command(commands, name, function, about)
+        command.usage = usage  # argparse would list a hundred flags twice
+        command.add_argument(
+            "--config",
+            metavar="FILE",
+            type=Path,
+            action="append",
+            help="default federation.toml; once for each federation that shares this coordinator",
+        )
+        if function is _serve:
+            command.usage = usage.replace("[SETTINGS]", "[--log-format {human,json}] [SETTINGS]")
+            command.add_argument(
+                "--log-format", choices=FORMATS, default="human", help="default human"
+            )
+        add_setting_flags(command)
 
 
 def _configuration(options: argparse.Namespace) -> config.Configuration:

@@ -18,10 +18,12 @@ from typing import Any, Final
 from safetensors.numpy import save
 
 from coordinator.errors import ConfigurationError
+from coordinator.setting_flags import add_store_flag
 from coordinator.start_file import read_frozen
 from coordinator.store import views
 from coordinator.store.sql import SqlStore
 from coordinator.watch_commands import named
+from protocol.command_parser import add_command as declared
 from protocol.federation import FederationSettings, TaskKind
 from protocol.methods import FedSALoRA, FFALoRA, LocalOnly, PFedLoRA
 from protocol.peft_layout import (
@@ -37,13 +39,16 @@ from protocol.tensors import Array, NamedTensors
 
 def add_command(commands: Any) -> None:
     """Add it to the parser's."""
-    command = commands.add_parser("save", help="write the common adapter as a PEFT adapter")
-    command.set_defaults(command=_save)
-    command.add_argument("--store", required=True, help="database URL")
+    command = declared(commands, "save", _save, "write the common adapter as a PEFT adapter")
+    add_store_flag(command)
     command.add_argument("--name", help="the federation, where the store has several")
-    command.add_argument("--out", required=True, type=Path, help="the new folder")
-    command.add_argument("--after", type=int, help="how many rounds; else as it is now")
-    command.add_argument("--start", type=Path, help="ffa-lora's start file: it has the A's")
+    command.add_argument("--out", metavar="FOLDER", required=True, type=Path, help="a new folder")
+    command.add_argument(
+        "--after", metavar="N", type=int, help="as it was after so many rounds; else as it is now"
+    )
+    command.add_argument(
+        "--start", metavar="FILE", type=Path, help="ffa-lora's start file: it has the A's"
+    )
 
 
 def kept_base(store: SqlStore, name: str, number: int, flag: str) -> NamedTensors:

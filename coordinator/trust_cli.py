@@ -16,8 +16,10 @@ from typing import Any, Final
 
 from coordinator.certificates import Authority
 from coordinator.errors import ConfigurationError
+from coordinator.setting_flags import add_store_flag
 from coordinator.store.devices import DeviceRecord, DeviceStatus, TokenRecord, token_digest
 from coordinator.store.sql import SqlStore
+from protocol.command_parser import add_command
 
 TOKENS_MAX: Final = 10_000
 TOKEN_ID_DIGITS: Final = 16
@@ -26,36 +28,45 @@ _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def add_commands(commands: Any) -> None:
     """Add both commands to the parser's."""
-    certs = commands.add_parser("certs", help="make a private CA and certificates for trials")
-    certs.set_defaults(command=_certs)
-    certs.add_argument("--out", required=True, type=Path, help="folder; a CA in it is used again")
+    certs = add_command(commands, "certs", _certs, "make a private CA and certificates for trials")
+    certs.add_argument(
+        "--out", metavar="FOLDER", required=True, type=Path, help="a CA in it is used again"
+    )
     certs.add_argument("--host", nargs="+", default=[], help="the server's names and addresses")
-    certs.add_argument("--client", nargs="+", default=[], help="names for client certificates")
-    certs.add_argument("--days", type=float, default=90.0, help="good for so long, default 90")
+    certs.add_argument(
+        "--client", metavar="NAME", nargs="+", default=[], help="devices to make certificates for"
+    )
+    certs.add_argument(
+        "--days", metavar="N", type=float, default=90.0, help="good for so long; default 90"
+    )
 
-    devices = commands.add_parser("devices", help="who may take part")
-    actions = devices.add_subparsers(required=True)
+    about = "say who may take part"
+    devices = commands.add_parser("devices", help=about, description=f"{about.capitalize()}.")
+    actions = devices.add_subparsers(required=True, metavar="COMMAND")
     for name, function, about in (
-        ("list", _list, "every device that has come, and how it stands"),
+        ("list", _list, "list every device that has come, and how it stands"),
         ("approve", _approve, "let devices take part; lifts a quarantine or revocation"),
         ("revoke", _revoke, "shut devices out, also in the middle of a session"),
-        ("token", _token, "make tokens that enrol a device each; shown this once"),
-        ("list-tokens", _list_tokens, "every token by its id, and what became of it"),
+        ("token", _token, "make tokens that enrol a device each, and show them this once"),
+        ("list-tokens", _list_tokens, "list every token by its id, and what became of it"),
         ("revoke-token", _revoke_token, "let tokens that were not used enrol nobody"),
     ):
-        action = actions.add_parser(name, help=about)
-        action.set_defaults(command=function)
-        action.add_argument("--store", required=True, help="database URL")
+        action = add_command(actions, name, function, about)
+        add_store_flag(action)
         action.add_argument("--json", action="store_true", help="one JSON object a line")
         if function in (_approve, _revoke):
-            action.add_argument("device", nargs="+", help="its id, or the beginning of it")
+            about = "its id, or the beginning of it"
+            action.add_argument("device", metavar="DEVICE", nargs="+", help=about)
         if function is _revoke:
-            action.add_argument("--reason", default="", help="told to the device")
+            action.add_argument("--reason", metavar="TEXT", default="", help="told to the device")
         if function is _token:
-            action.add_argument("--expires", default="1h", help="30m, 1h, 7d, ...; default 1h")
-            action.add_argument("--count", type=int, default=1, help="how many, default 1")
+            about = "after so long: 90s, 30m, 1h, 7d; default 1h"
+            action.add_argument("--expires", metavar="TIME", default="1h", help=about)
+            about = f"how many, up to {TOKENS_MAX}; default 1"
+            action.add_argument("--count", metavar="N", type=int, default=1, help=about)
         if function is _revoke_token:
-            action.add_argument("token", nargs="*", help="it, its id, or the beginning of its id")
+            about = "it, its id, or the beginning of its id"
+            action.add_argument("token", metavar="TOKEN", nargs="*", help=about)
             action.add_argument("--all", action="store_true", help="all that were not used")
 
 
@@ -103,7 +114,7 @@ class _Line:
 
 
 def _time_text(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _list(options: argparse.Namespace) -> int:

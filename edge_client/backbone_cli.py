@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.artifact_export import Use, export
-from edge_client.errors import ConfigurationError
+from edge_client.errors import ConfigurationError, importing
 from edge_client.federation_file import (
     checked_settings,
     has_own_backbones,
@@ -19,10 +19,12 @@ from edge_client.federation_file import (
 from edge_client.preflight import preflight
 from edge_client.shared_adapter import shared_start
 from edge_client.start_file import write_start
+from protocol.command_parser import add_command
 from protocol.federation import TaskKind
 from quantization.manifest import ArtifactScheme, EmbeddingScheme
 from quantization.schemes import COMPUTE_DTYPES, Scheme
 
+MODEL_HELP = "a folder, a hub name, or package:NAME/folder"
 TASKS = ", ".join(kind.value for kind in TaskKind)
 SCHEMES = [scheme.value for scheme in Scheme]
 COMPUTE_DTYPE_HELP = "of the products of 4- and 8-bit layers; default float32, on CUDA bfloat16"
@@ -30,18 +32,14 @@ COMPUTE_DTYPE_HELP = "of the products of 4- and 8-bit layers; default float32, o
 
 def add_commands(commands: Any) -> None:
     """Add prepare, export, preflight, quantize and fingerprint to the parser's."""
-    prepare = commands.add_parser("prepare", help="make the start file of a federation.toml")
-    prepare.set_defaults(command=_prepare)
-    prepare.add_argument("config", type=Path)
+    prepare = add_command(commands, "prepare", _prepare, "make the start file of a federation.toml")
+    about = "a federation.toml; the start file goes beside it, or where its server.start says"
+    prepare.add_argument("config", metavar="FILE", type=Path, help=about)
 
-    compile_ = commands.add_parser(
-        "export", help="compile a backbone for devices without torch (extra: export)"
-    )
-    compile_.set_defaults(command=_export)
-    compile_.add_argument(
-        "backbone", metavar="MODEL", help="a folder, a name, or package:NAME/folder"
-    )
-    compile_.add_argument("--out", required=True, type=Path, help="the artifact's folder")
+    about = "compile a backbone for devices without torch (extra: export)"
+    compile_ = add_command(commands, "export", _export, about)
+    compile_.add_argument("backbone", metavar="MODEL", help=MODEL_HELP)
+    compile_.add_argument("--out", metavar="FOLDER", required=True, type=Path, help="a new folder")
     compile_.add_argument(
         "--scheme", default="int8", choices=[s.value for s in ArtifactScheme], help="default int8"
     )
@@ -50,39 +48,39 @@ def add_commands(commands: Any) -> None:
         choices=[s.value for s in EmbeddingScheme],
         help="default int8, with --scheme none float32",
     )
-    compile_.add_argument(
-        "--config", type=Path, help="a federation.toml: task, labels and target modules are its own"
-    )
+    about = "a federation.toml, instead of the three flags below"
+    compile_.add_argument("--config", metavar="FILE", type=Path, help=about)
     compile_.add_argument("--task", help=f"{TASKS}; the first is the default")
-    compile_.add_argument("--label-count", type=int, help="of a classification")
-    compile_.add_argument(
-        "--target-modules", nargs="+", help="as in federation.toml; default query-value"
-    )
+    about = "of a classification, which needs it"
+    compile_.add_argument("--label-count", metavar="N", type=int, help=about)
+    about = "as in federation.toml; default query-value"
+    compile_.add_argument("--target-modules", metavar="NAME", nargs="+", help=about)
     compile_.add_argument("--json", action="store_true", help="one JSON object a line")
 
-    preflight = commands.add_parser(
-        "preflight", help="run a real training step of each scheme on this machine"
+    about = "run a real training step of each scheme on this machine"
+    preflight = add_command(commands, "preflight", _preflight, about)
+    preflight.add_argument("backbone", metavar="MODEL", help=MODEL_HELP)
+    about = f"{', '.join(SCHEMES)}; default all"
+    preflight.add_argument(
+        "--scheme", metavar="SCHEME", nargs="+", default=[], choices=SCHEMES, help=about
     )
-    preflight.set_defaults(command=_preflight)
-    preflight.add_argument("backbone", help="a folder, a name, or package:NAME/folder")
-    preflight.add_argument("--scheme", nargs="+", default=[], choices=SCHEMES, help="default: all")
-    preflight.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    preflight.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
     preflight.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, help=COMPUTE_DTYPE_HELP)
     preflight.add_argument("--json", action="store_true", help="one JSON object a line")
 
-    quantize = commands.add_parser(
-        "quantize", help="write a quantised backbone, for devices to load without its float weights"
-    )
-    quantize.set_defaults(command=_quantize)
-    quantize.add_argument("backbone", help="a folder, a name, or package:NAME/folder")
-    quantize.add_argument("--scheme", required=True, choices=[s for s in SCHEMES if s != "none"])
+    about = "write a quantised backbone, for devices to load without its float weights"
+    quantize = add_command(commands, "quantize", _quantize, about)
+    quantize.add_argument("backbone", metavar="MODEL", help=MODEL_HELP)
+    less = [scheme for scheme in SCHEMES if scheme != "none"]
+    about = "what its weights are stored as"
+    quantize.add_argument("--scheme", required=True, choices=less, help=about)
     quantize.add_argument("--int8-embeddings", action="store_true", help="8 bits for embeddings")
-    quantize.add_argument("--out", required=True, type=Path, help="a folder to be made")
-    quantize.add_argument("--json", action="store_true", help="one JSON object")
+    quantize.add_argument("--out", metavar="FOLDER", required=True, type=Path, help="a new folder")
+    quantize.add_argument("--json", action="store_true", help="one JSON object a line")
 
-    fingerprint = commands.add_parser("fingerprint", help="print a backbone's fingerprint")
-    fingerprint.set_defaults(command=_fingerprint)
-    fingerprint.add_argument("backbone")
+    about = "print a backbone's fingerprint"
+    fingerprint = add_command(commands, "fingerprint", _fingerprint, about)
+    fingerprint.add_argument("backbone", metavar="MODEL", help=MODEL_HELP)
 
 
 def say(options: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
@@ -97,7 +95,8 @@ def _prepare(options: argparse.Namespace) -> None:
         write_start(start, shared_start(federation), federation)
         print(f"wrote {start}")
         return
-    from edge_client.backends.torch_backend import load_trainer
+    with importing("torch"):
+        from edge_client.backends.torch_backend import load_trainer
 
     federation = checked_settings(table, str(table["backbone"]["name"]))
     trainer = load_trainer(federation, backbone=None, scheme="none", device="cpu", personal_seed=0)
@@ -164,7 +163,8 @@ def _preflight(options: argparse.Namespace) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    from quantization.quantize import quantize
+    with importing("torch"):
+        from quantization.quantize import quantize
 
     written = quantize(
         options.backbone, options.scheme, options.out, int8_embeddings=options.int8_embeddings

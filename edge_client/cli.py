@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client import backbone_cli
-from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, SCHEMES, say
+from edge_client.backbone_cli import COMPUTE_DTYPE_HELP, MODEL_HELP, SCHEMES, say
 from edge_client.backends.base import FoundAnswer, LabelMix, Level, Prediction
 from edge_client.backends.loading import BACKENDS
 from edge_client.client import EdgeClient
@@ -24,6 +24,7 @@ from edge_client.errors import ConfigurationError, DataError, EdgeClientError
 from edge_client.factors import RankReport
 from edge_client.rank_plot import check_drawing, draw_ranks
 from protocol.command_end import exit_code_of, let_go_of_log
+from protocol.command_parser import CommandParser, add_command
 from protocol.federation import TaskKind
 from quantization.schemes import COMPUTE_DTYPES
 
@@ -59,18 +60,14 @@ def _is_ours(error: Exception) -> bool:
     return module.startswith(("quantization.", "edge_client."))
 
 
-class _Command(argparse.ArgumentParser):
-    """Takes no short forms of flags: the next release's flags could change what they mean."""
-
+class _Command(CommandParser):
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
+        super().__init__(**options, epilog=EXIT_CODES)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "pf2lora-client", description="One device of a federation.", epilog=EXIT_CODES
-    )
-    commands = parser.add_subparsers(required=True, parser_class=_Command)
+    parser = _Command(prog="pf2lora-client", description="One device of a federation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     _add_questions(commands)
     backbone_cli.add_commands(commands)
@@ -78,18 +75,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(commands: Any) -> None:
-    run = commands.add_parser("run", help="take part until the federation's rounds are over")
-    run.set_defaults(command=_run)
-    run.add_argument("--coordinator", required=True, help="wss://host:port or ws://host:port")
-    run.add_argument("--ca-file", type=Path, help="PEM file of the authorities to trust for wss")
-    run.add_argument("--client-certificate", type=Path, help="PEM file, where TLS is mutual")
-    run.add_argument("--client-key", type=Path, help="its private key")
+    about = "take part until the federation's rounds are over"
+    run = add_command(commands, "run", _run, about)
+    run.add_argument(
+        "--coordinator", metavar="URL", required=True, help="wss://host:port or ws://host:port"
+    )
+    about = "PEM file of the authorities to trust for wss; default the system's"
+    run.add_argument("--ca-file", metavar="FILE", type=Path, help=about)
+    about = "PEM file, where TLS is mutual"
+    run.add_argument("--client-certificate", metavar="FILE", type=Path, help=about)
+    run.add_argument("--client-key", metavar="FILE", type=Path, help="its private key")
     run.add_argument(
         "--token",
         default=os.environ.get(ENROLMENT_VARIABLE, ""),
         help=f"enrols this device; others on this machine cannot see it in ${ENROLMENT_VARIABLE}",
     )
-    run.add_argument("--federation", default="", help="its name; none asks for the only one")
+    about = "its name, where the coordinator has several"
+    run.add_argument("--federation", metavar="NAME", default="", help=about)
     run.add_argument(
         "--tell-accuracy",
         action="store_true",
@@ -101,54 +103,58 @@ def _add_run(commands: Any) -> None:
 def _add_questions(commands: Any) -> None:
     """What is asked of a device that has been trained."""
 
-    def add(name: str, ask: Callable[[argparse.Namespace], None], about: str) -> Any:
-        command = commands.add_parser(name, help=about)
-        command.set_defaults(command=ask)
+    def add(name: str, ask: Callable[[argparse.Namespace], None], about: str) -> CommandParser:
+        command = add_command(commands, name, ask, about)
         _add_device_flags(command)
         return command
 
-    evaluate = add("evaluate", _evaluate, "loss and scores on the held-out rows at each level")
+    evaluate = add("evaluate", _evaluate, "tell loss and scores on the held-out rows at each level")
     predict = add("predict", _predict, "label texts, answer questions or go on from prompts")
     _add_asking_flags(predict)
     for command in (evaluate, predict):
         mixes = [mix.value for mix in LabelMix]
-        about = "answer for the device's own mix of labels (default), or for an even one"
+        about = "answer for the device's own mix of labels, or for an even one; default own"
         command.add_argument("--label-mix", choices=mixes, default="own", help=about)
-    ranks = add("ranks", _ranks, "the learned rank of each layer")
-    ranks.add_argument("--png", type=Path, help="also draw a heat map into this file")
+    ranks = add("ranks", _ranks, "tell the learned rank of each layer")
+    ranks.add_argument("--png", metavar="FILE", type=Path, help="also draw a heat map into it")
     save = add("save", _save, "write common + personal as a PEFT adapter")
-    save.add_argument("--out", required=True)
-    save.add_argument(
-        "--rank", type=_rank, help='cut layers to a rank; "auto": to what --energy asks'
-    )
-    save.add_argument("--energy", type=float, default=0.99, help="default 0.99")
+    about = "a folder; an adapter in it is replaced"
+    save.add_argument("--out", metavar="FOLDER", required=True, help=about)
+    about = 'cut each layer to rank N, or with "auto" to what --energy asks; default uncut'
+    save.add_argument("--rank", metavar="N|auto", type=_rank, help=about)
+    about = "share of a layer's energy that --rank auto keeps; default 0.99"
+    save.add_argument("--energy", metavar="SHARE", type=float, default=0.99, help=about)
 
 
 def _add_device_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", required=True, type=Path, help="a jsonl, csv or tsv file")
-    command.add_argument("--state-dir", required=True)  # no Path, which takes "" for "."
-    command.add_argument("--backbone", help="folder or name to load instead of the federation's")
-    command.add_argument("--scheme", help=f"{', '.join(SCHEMES)}; default nf4")
-    command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    command.add_argument("--backend", default="torch", choices=BACKENDS, help="default torch")
-    command.add_argument("--artifact", type=Path, help="the compiled backbone's folder, for ort")
-    command.add_argument("--artifact-digest", default="", help="refuse any other artifact")
-    command.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, help=COMPUTE_DTYPE_HELP)
-    command.add_argument(
-        "--held-out", type=float, help="share of rows; default as trained with, at first 0.2"
-    )
-    command.add_argument("--seed", type=int, help="default as trained with, at first 0")
-    command.add_argument("--json", action="store_true", help="one JSON object a line")
+    add = command.add_argument
+    add("--data", metavar="FILE", required=True, type=Path, help="a jsonl, csv or tsv file")
+    about = "what the device has learned, and its key; made where there is none"
+    # No Path, which takes "" for ".".
+    add("--state-dir", metavar="FOLDER", required=True, help=about)
+    add("--backbone", metavar="MODEL", help=f"{MODEL_HELP}; default the federation's")
+    add("--scheme", help=f"{', '.join(SCHEMES)}; default nf4")
+    add("--device", default="cpu", help="cpu or cuda; default cpu")
+    add("--backend", default="torch", choices=BACKENDS, help="default torch")
+    add("--artifact", metavar="FOLDER", type=Path, help="the compiled backbone, for ort")
+    about = "refuse any other artifact"
+    add("--artifact-digest", metavar="DIGEST", default="", help=about)
+    add("--compute-dtype", choices=COMPUTE_DTYPES, help=COMPUTE_DTYPE_HELP)
+    about = "of rows, to score on; default as trained with, at first 0.2"
+    add("--held-out", metavar="SHARE", type=float, help=about)
+    about = "default as trained with, at first 0"
+    add("--seed", metavar="N", type=int, help=about)
+    add("--json", action="store_true", help="one JSON object a line")
 
 
 def _add_asking_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("texts", nargs="*", metavar="TEXT", help="to label, or to go on from")
-    command.add_argument(
-        "--rows", type=Path, help="a file like --data's, without labels or answers"
-    )
+    about = "a file like --data's, without labels or answers"
+    command.add_argument("--rows", metavar="FILE", type=Path, help=about)
     names = [level.name.lower() for level in Level]
     command.add_argument("--level", choices=names, default="personal", help="default personal")
-    command.add_argument("--new-tokens", type=int, default=64, help="after a prompt; default 64")
+    about = "how many at most after a prompt; default 64"
+    command.add_argument("--new-tokens", metavar="N", type=int, default=64, help=about)
 
 
 _TLS_FLAGS = ("ca_file", "client_certificate", "client_key")

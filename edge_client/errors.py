@@ -15,6 +15,9 @@ EdgeClientError
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class EdgeClientError(Exception):
     """Base of what the SDK raises on purpose."""
@@ -71,7 +74,22 @@ class MissingExtraError(EdgeClientError):
     """A package that this function needs is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed: pip install 'pf2lora[{extra}]'")
+        super().__init__(
+            f"{package} is not installed: pip install '.[{extra}]' in pf2lora's folder"
+        )
+
+
+@contextlib.contextmanager
+def importing(extra: str) -> Iterator[None]:
+    """Around imports of what an extra brings.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(str(error.name), extra) from error
 
 
 class RefusedError(EdgeClientError):

@@ -6,6 +6,7 @@ crashes is a line of the table.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import subprocess
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from edge_client.errors import EdgeClientError, MissingExtraError
 from protocol.federation import (
     Backbone,
     FederationSettings,
@@ -24,6 +26,7 @@ from protocol.federation import (
     Training,
 )
 from protocol.methods import PF2LoRA
+from quantization.errors import QuantizationError
 from quantization.folder_manifest import is_quantized, read_manifest
 from quantization.schemes import Scheme
 
@@ -47,8 +50,14 @@ class Preflight:
 def preflight(
     model: str, schemes: list[str], device: str, compute_dtype: str | None = None
 ) -> Iterator[Preflight]:
-    """Try each scheme, one after the other; none named means all that the backbone allows."""
-    for scheme in schemes or _schemes(model):
+    """Try each scheme, one after the other; none named means all that there can be.
+
+    Raises:
+        MissingExtraError: torch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError("torch", "torch")
+    for scheme in schemes or schemes_of(model, compute_dtype):
         command = [sys.executable, "-m", "edge_client.preflight", model, scheme, device]
         command += [compute_dtype] if compute_dtype else []
         try:
@@ -65,12 +74,16 @@ def preflight(
             yield Preflight(scheme, problem=lines[-1][:300])
 
 
-def _schemes(model: str) -> list[str]:
-    """A quantised folder has one scheme; any other backbone can take each."""
+def schemes_of(model: str, compute_dtype: str | None) -> list[str]:
+    """A quantised folder has one scheme; any other backbone can take each that has the dtype."""
     folder = Path(model).expanduser()
     if is_quantized(folder):
         return [read_manifest(folder).scheme.value]
-    return [scheme.value for scheme in Scheme]
+    return [
+        scheme.value
+        for scheme in Scheme
+        if compute_dtype is None or scheme.fixed_compute_dtype in (None, compute_dtype)
+    ]
 
 
 def _try(model: str, scheme: str, device: str, compute_dtype: str | None = None) -> Preflight:
@@ -119,5 +132,14 @@ def _peak_mib(device: str) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def _main() -> int:
+    try:
+        print(json.dumps(asdict(_try(*sys.argv[1:5]))))
+    except (EdgeClientError, QuantizationError) as error:  # meant for the user, all of it
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(_try(*sys.argv[1:5]))))
+    sys.exit(_main())

@@ -54,7 +54,9 @@ class _Many:
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
+class Choice:
+    """One of an enum's members, each by its value."""
+
     enum: type[Enum]
 
     def encode(self, value: Any, path: str) -> Any:
@@ -282,7 +284,7 @@ def kind_of(annotation: Any) -> Kind:
     if annotation is bool:
         return Flag()
     if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return _Choice(annotation)
+        return Choice(annotation)
     if isinstance(annotation, type) and is_dataclass(annotation):
         return record_of(annotation)
     origin = typing.get_origin(annotation)

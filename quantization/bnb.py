@@ -69,7 +69,7 @@ def parse_compute_dtype(name: str | None, scheme: Scheme) -> torch.dtype | None:
         return None
     if name not in COMPUTE_DTYPES:
         raise SchemeError(f"no compute dtype {name!r}; there are: {', '.join(COMPUTE_DTYPES)}")
-    fixed = {Scheme.NONE: "float32", Scheme.BF16: "bfloat16"}.get(scheme)
+    fixed = scheme.fixed_compute_dtype
     if fixed not in (None, name):
         raise SchemeError(
             f"compute dtype {name!r}: scheme {scheme.value} multiplies in {fixed}; nf4, fp4 and "

@@ -36,7 +36,9 @@ class MissingExtraError(QuantizationError, ImportError):
     """A library that an extra of this distribution brings is not installed."""
 
     def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed: pip install 'pf2lora[{extra}]'")
+        super().__init__(
+            f"{library} is not installed: pip install '.[{extra}]' in pf2lora's folder"
+        )
         self.library = library
         self.extra = extra
 

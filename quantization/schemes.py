@@ -30,6 +30,11 @@ class Scheme(Enum):
     def is_double(self) -> bool:
         return self.value.endswith("-double")
 
+    @property
+    def fixed_compute_dtype(self) -> str | None:
+        """What its layers multiply in; None where there is a choice."""
+        return {Scheme.NONE: "float32", Scheme.BF16: "bfloat16"}.get(self)
+
     @classmethod
     def parse(cls, value: Scheme | str) -> Scheme:
         """Return the scheme called `value`, or raise SchemeError naming those there are."""

@@ -133,6 +133,10 @@ class Database:
             CommandError,
         ) as error:
             cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
+            if isinstance(error, ModuleNotFoundError):  # the driver of another database
+                cause = (
+                    "is none that this can be; use a SQLite file, such as sqlite:///pf2lora.sqlite"
+                )
             if any(text in cause for text in NOT_WRITABLE):
                 cause += "; the file and its folder must be writable"
             raise StoreError(f"{self.label}: {cause}") from error

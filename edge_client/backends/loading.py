@@ -10,7 +10,12 @@ from typing import Final
 
 from edge_client.arguments import named
 from edge_client.backends.base import Trainer
-from edge_client.errors import BackboneError, ConfigurationError, MissingExtraError
+from edge_client.errors import (
+    BackboneError,
+    ConfigurationError,
+    MissingExtraError,
+    importing,
+)
 from protocol.federation import FederationSettings
 from quantization.errors import MissingExtraError as MissingLibraryError
 from quantization.errors import QuantizationError
@@ -121,10 +126,8 @@ def load_trainer(
         case TorchChoice(backbone, scheme, device, compute_dtype):
             if backbone is None:
                 check_shared(shared_name(settings))
-            try:
+            with importing("torch"):
                 from edge_client.backends import torch_backend
-            except ModuleNotFoundError as error:
-                raise MissingExtraError(str(error.name), "torch") from error
             return torch_backend.load_trainer(
                 settings,
                 backbone=backbone,

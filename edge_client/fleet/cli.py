@@ -28,6 +28,7 @@ from edge_client.session import check_joining
 from edge_client.tls import TlsFiles
 from edge_client.transport import websocket_dial
 from protocol.command_end import exit_code_of, let_go_of_log
+from protocol.command_parser import CommandParser
 
 FAILED, USAGE, MISSED, NOBODY = 1, 2, 3, 4
 EXIT_CODES = """\
@@ -73,12 +74,10 @@ def _devices_unheard() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "pf2lora-loadtest",
+    parser = CommandParser(
+        prog="pf2lora-loadtest",
         description="Many simulated devices in one process: how a coordinator bears them.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--devices", metavar="N", type=_as(reading.count), default=100, help="default 100")
@@ -123,14 +122,14 @@ def _add_faults(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         type=_as(reading.share),
         default=0.0,
-        help="share of assignments in which a device cuts its connection and comes back",
+        help="share of assignments in which a device cuts its connection and comes back; default 0",
     )
     faults.add_argument(
         "--stragglers",
         metavar="SHARE",
         type=_as(reading.share),
         default=0.0,
-        help="share of assignments that take --straggler-time",
+        help="share of assignments that take --straggler-time; default 0",
     )
     faults.add_argument(
         "--straggler-time",

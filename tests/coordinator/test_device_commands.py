@@ -41,8 +41,8 @@ def test_a_list_has_a_line_a_device(
 ) -> None:
     assert _run(url, "list") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "aa11  pending      since 1970-01-01 00:00:00",
-        "aa22  quarantined  since 1970-01-02 00:00:00  3 rejected  NaN",
+        "aa11  pending      since 1970-01-01 00:00:00 UTC",
+        "aa22  quarantined  since 1970-01-02 00:00:00 UTC  3 rejected  NaN",
     ]
     assert _run(url, "list", "--json") == 0
     _, second = map(json.loads, capsys.readouterr().out.splitlines())
@@ -152,7 +152,7 @@ def test_tokens_are_listed_by_their_ids_and_what_became_of_them(
     }
     assert _run(url, "list-tokens") == 0
     told = capsys.readouterr().out
-    assert f"{listed[0]['id']}  expired  since 1970-01-02 00:00:00\n" in told
+    assert f"{listed[0]['id']}  expired  since 1970-01-02 00:00:00 UTC\n" in told
     assert f"{used['id']}  used     by aa11\n" in told
     assert f"{unused['id']}  unused   until 20" in told
     assert unused["token"] not in told

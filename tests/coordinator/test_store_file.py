@@ -446,3 +446,11 @@ def test_a_kill_while_a_round_ends_leaves_all_its_reports(tmp_path: Path) -> Non
         store.close_round("demo", 1, 1, NEXT, 90.0)
         assert list(store.reports("demo", 1, 1)) == []
         assert upkeep.check(store) == ["demo"]
+
+
+def test_another_databases_url_is_refused_and_its_password_not_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["status", "--store", "postgresql://me:secret@db/x"]) == 3
+    told = capsys.readouterr().err
+    assert "the store postgresql://me:***@db/x: is none that this can be; use a SQLite file" in told

@@ -12,8 +12,10 @@ import pytest
 from safetensors import safe_open
 
 from edge_client.cli import main
+from edge_client.preflight import schemes_of
 from edge_client.shared_adapter import shared_shapes
 from edge_client.transport import websocket_dial
+from quantization.schemes import Scheme
 
 TOML = """
 name = "test"
@@ -212,5 +214,40 @@ def test_quantising_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFix
 def test_preflight_says_what_does_not_work_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preflight", "./nowhere", "--scheme", "bf16"]) == 1
     said = capsys.readouterr()
-    assert re.search(r"bf16 +does not work here: .*'\./nowhere': no such folder", said.out)
+    assert re.search(r"bf16 +does not work here: backbone '\./nowhere': no such folder", said.out)
     assert "--scheme: bf16 cannot be used" in said.err
+
+
+def test_preflight_tries_what_can_have_the_compute_dtype_that_is_asked_for() -> None:
+    every = [scheme.value for scheme in Scheme]
+    assert schemes_of("name", None) == every
+    assert schemes_of("name", "bfloat16") == [one for one in every if one != "none"]
+    assert schemes_of("name", "float32") == [one for one in every if one != "bf16"]
+
+
+WITHOUT_TORCH = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from edge_client.cli import main
+for command in (["prepare", sys.argv[1]], ["quantize", "x", "--scheme", "nf4", "--out", "y"]):
+    assert main(command) == 1
+"""
+
+
+def test_where_torch_is_not_a_command_that_needs_it_says_what_to_install(tmp_path: Path) -> None:
+    config = tmp_path / "federation.toml"
+    config.write_text('name = "f"\n[backbone]\nname = "x"\n')
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(config)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = "pf2lora-client: torch is not installed: pip install '.[torch]' in pf2lora's folder"
+    assert done.stderr.splitlines() == [told, told]

@@ -39,5 +39,5 @@ def test_the_torch_backend_says_what_to_install(tmp_path) -> None:
     from edge_client.errors import MissingExtraError
     from tests.ort.cases import CASES
 
-    with pytest.raises(MissingExtraError, match=r"torch.*pf2lora\[torch\]"):
+    with pytest.raises(MissingExtraError, match=r"torch.*'\.\[torch\]'"):
         load_trainer(TorchChoice(None, "nf4", "cpu"), CASES["minilm"].settings, 0)

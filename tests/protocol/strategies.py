@@ -53,7 +53,7 @@ def of_kind(kind: scalars.Kind) -> st.SearchStrategy[Any]:
             return of_class(cls)
         case schema.Tagged(records):
             return st.one_of([of_kind(record) for _, record in records])
-        case schema._Choice(enum):
+        case schema.Choice(enum):
             return st.sampled_from(list[Enum](enum))
         case schema._Many(item, size):
             return st.lists(
