@@ -25,7 +25,13 @@ from edge_client.backends.trainer import FlatTrainer, Shape
 from edge_client.backends.transformers_tokenizer import TransformersTokenizer
 from edge_client.errors import AdapterError, ConfigurationError
 from edge_client.factors import Factor
-from edge_client.lora import TwoLevelAdapter, active_level, inject, without_common
+from edge_client.lora import (
+    TwoLevelAdapter,
+    TwoLevelLoRALinear,
+    active_level,
+    inject,
+    without_common,
+)
 from edge_client.projected_lora import SharedPairs
 from edge_client.tasks.base import Score
 from protocol.federation import FederationSettings
@@ -64,7 +70,7 @@ class TorchTrainer(FlatTrainer):
     ) -> None:
         self._model: nn.Module = backbone.model
         self._adapter = _adapted(settings, backbone, personal_seed)
-        _prove(backbone, settings.task.max_length)
+        _prove(backbone, self._adapter.layers, settings.task.max_length)
         if settings.training.gradient_checkpointing:
             _checkpoint_gradients(backbone.model)
         self._device = str(backbone.device)
@@ -207,7 +213,7 @@ def _adapted(
 
 
 @torch.no_grad()
-def _prove(backbone: Backbone, length_max: int) -> None:
+def _prove(backbone: Backbone, layers: Mapping[str, TwoLevelLoRALinear], length_max: int) -> None:
     """Run the adapted model once, at the longest input if that is near what the model takes.
 
     Tried, since `longest_input` goes by tables: DeBERTa-v3 has one of 512 rows, which is of
@@ -215,7 +221,7 @@ def _prove(backbone: Backbone, length_max: int) -> None:
 
     Raises:
         ConfigurationError: it does not take as long inputs.
-        AdapterError: it does not run with adapters in those layers.
+        AdapterError: it does not run with adapters in those layers, or goes past one.
     """
     ids = backbone.tokenizer("The gradient comes back.")["input_ids"]
     positions = getattr(backbone.model.config, "max_position_embeddings", None)
@@ -224,13 +230,29 @@ def _prove(backbone: Backbone, length_max: int) -> None:
     row = torch.tensor([(ids * length)[:length]], device=backbone.device)
     model: nn.Module = backbone.model
     try:
-        with CheckedLookups():
+        with CheckedLookups(), _noting_who_runs(model) as ran:
             model(input_ids=row, attention_mask=torch.ones_like(row))
     except Exception as error:  # whatever architectures raise
         if is_long:
             problem = f"the backbone does not take {length} tokens, with its {positions} positions"
             raise ConfigurationError("task.max_length", problem, "a smaller one") from error
         raise AdapterError(f"the backbone fails with adapters in place: {error}") from error
+    for name, layer in layers.items():
+        # An expert that had no token has not run as a whole.
+        if layer not in ran and model.get_submodule(name.rpartition(".")[0]) in ran:
+            problem = f"the backbone reads the weight of {name!r} and never runs it"
+            raise AdapterError(f"{problem}: choose adapter.target_modules without it")
+
+
+@contextlib.contextmanager
+def _noting_who_runs(model: nn.Module) -> Iterator[set[nn.Module]]:
+    ran: set[nn.Module] = set()
+    hooks = [one.register_forward_hook(lambda one, *_: ran.add(one)) for one in model.modules()]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _checkpoint_gradients(model: Any) -> None:

@@ -192,19 +192,27 @@ def test_a_causal_model_learns_and_only_the_continuation_counts() -> None:
         trainer.predict(ROWS, Level.PERSONAL)
 
 
-def test_a_model_that_does_not_run_with_adapters_in_it_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("bias", "problem"),
+    [
+        (True, "the backbone fails with adapters in place"),
+        (False, "reads the weight of .*intermediate.dense' and never runs it"),
+    ],
+)
+def test_a_model_that_computes_past_an_adapted_layer_is_refused(
+    bias: bool, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Mamba is, by the version of transformers: it computes past its layers."""
+    """As Mamba does, by the version of transformers; without a look nothing would show it."""
 
     def forward(self: BertIntermediate, states: torch.Tensor) -> torch.Tensor:
-        return torch.relu(states @ self.dense.weight.T + self.dense.bias)
+        product = states @ self.dense.weight.T
+        return torch.relu(product + self.dense.bias if bias else product)
 
     monkeypatch.setattr(BertIntermediate, "forward", forward)
     settings = _settings(str(write_bert(tmp_path, width=16, blocks=1)))
     _trainer(settings)  # that layer is not adapted
     everywhere = Adapter(rank=2, personal_rank=1, target_modules="all-linear")
-    with pytest.raises(AdapterError, match="the backbone fails with adapters in place"):
+    with pytest.raises(AdapterError, match=problem):
         _trainer(replace(settings, adapter=everywhere))
 
 
