@@ -121,7 +121,10 @@ def test_what_ends_the_daemon_is_a_line_of_its_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_watch_follows_until_it_is_interrupted(store: SqlStore, url: str, flags: list[str]) -> None:
     command = [sys.executable, "-m", "coordinator.cli", "watch", "--store", url, *flags]
+    # Where the tests are a shell's job in the background, SIGINT is ignored and that inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert watching.stdout is not None
     first = watching.stdout.readline()
     assert "reviews" in first
