@@ -1,4 +1,4 @@
-"""A device with `pf2lora[ort]` has nothing of torch, and does not miss it."""
+"""A device with `.[ort]` has nothing of torch, and does not miss it."""
 
 from __future__ import annotations
 
