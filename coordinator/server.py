@@ -119,9 +119,7 @@ class CoordinatorServer:
         # One thread for the store: its calls stay in order and off the event loop.
         self._store_thread = ThreadPoolExecutor(1, "store")
         # Rules that read all reports take seconds, in which that thread serves others.
-        self._rules_reader = Reader(
-            "rules", lambda: SqlStore(configuration.server.store, create=False)
-        )
+        self._rules_reader = Reader("rules", self._opened_aside)
         self._ended = asyncio.Event()  # some connection has
         self.stopping = asyncio.Event()
 
@@ -324,6 +322,10 @@ class CoordinatorServer:
 
     async def _run_blocking(self, call: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._store_thread, call)
+
+    def _opened_aside(self) -> Store:
+        store = SqlStore(self._configuration.server.store, create=False)
+        return observed_store(store, self.watch.observe)
 
     async def _read_in_turn(self, read: Callable[[Store], Result]) -> Result:
         return await self._run_blocking(partial(read, self._store))

@@ -118,7 +118,7 @@ class EdgeClient:
         client_key: its private key.
         token: enrols this device where the coordinator does not know it yet; used up by that.
         progress: called with one line of text now and then, possibly from another thread; what it
-            raises ends the run.
+            raises ends the run. It must not wait for a question that another thread asks.
 
     Raises:
         ConfigurationError: an argument is wrong, or not what this device was trained with.

@@ -268,22 +268,20 @@ class Session:
         reply = await line.ask(message, Resume, Receipt)
         if isinstance(reply, Receipt):
             return reply
-        chunk_bytes = min(self._chunk_bytes(report, reply), line.connection.chunk_bytes)
-        for chunk in chunks(report.update.buffer, reply.offset, chunk_bytes):
-            await line.send(chunk)
-        return await line.receive(Receipt)
-
-    def _chunk_bytes(self, report: FinishedReport, reply: Resume) -> int:
-        """Half as much as before where the last connection has carried not even one chunk.
-
-        A slow link would carry none of the next either, in the time that a chunk has.
-        """
-        resumed = report.assignment, reply.offset
-        if resumed == self._resumed:
+        before, self._resumed = self._resumed, (report.assignment, reply.offset)
+        if self._resumed == before:
+            # Not one chunk came through: over a slow link the next would not either, in its time.
             half = self._upload_chunk_bytes // 2
             self._upload_chunk_bytes = max(UPLOAD_CHUNK_BYTES_MIN, half)
-        self._resumed = resumed
-        return self._upload_chunk_bytes
+        chunk_bytes = min(self._upload_chunk_bytes, line.connection.chunk_bytes)
+        for chunk in chunks(report.update.buffer, reply.offset, chunk_bytes):
+            await line.send(chunk)
+        receipt = await line.receive(Receipt)
+        if before is None or before[0] != report.assignment:
+            # In one go: it need not have been a slow link that broke an earlier one.
+            twice = 2 * self._upload_chunk_bytes
+            self._upload_chunk_bytes = min(limits.CHUNK_BYTES_DEFAULT, twice)
+        return receipt
 
     def _progressed(self) -> None:
         self._failures = 0

@@ -145,6 +145,8 @@ def test_no_newcomer_waits_for_a_rule_that_reads_all_reports(
             finally:
                 go_on.set()
             await slow
+            told = [one for a in server.watch._metrics.store_seconds.collect() for one in a.samples]
+            assert "staleness" in {one.labels["call"] for one in told}  # of what the rule reads
 
     asyncio.run(scenario())
     assert first.final is not None

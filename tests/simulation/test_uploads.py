@@ -162,6 +162,32 @@ def test_an_update_gets_through_a_link_that_takes_minutes_for_it(
     assert world.refusals[ErrorCode.TIMEOUT] == 2  # 256 KiB, 128 KiB; in the second round none
 
 
+def test_after_a_bad_moment_chunks_grow_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs the coordinator as much as a large one, and a device may run for months."""
+    bad, sizes, dial = iter([True] * 2), list[int](), World.dial
+
+    async def dial_badly(self: World) -> Link:
+        link = await dial(self)
+        send = link.send
+
+        async def badly(data: bytes) -> None:
+            message = codec.decode(data)
+            if isinstance(message, Chunk):
+                sizes.append(len(message.data))
+                if next(bad, False):
+                    await link.close()
+            await send(data)
+
+        monkeypatch.setattr(link, "send", badly)
+        return link
+
+    monkeypatch.setattr(World, "dial", dial_badly)
+    _run(World(settings(count=4, cohort=1, deadline_s=1e5), base=BASE), [FakeDevice("unlucky")])
+    largest = limits.CHUNK_BYTES_DEFAULT
+    assert min(sizes) == largest // 4
+    assert sizes[-SIZE // largest :] == [largest] * (SIZE // largest)
+
+
 def test_many_uploads_share_little_memory_and_all_get_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
