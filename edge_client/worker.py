@@ -163,6 +163,9 @@ class DeviceWorker:
     def _restore(self) -> None:
         """Make the model ready from what is on this device alone, without a coordinator."""
         if self._settings is not None:
+            if self._trainer is None:  # the same thread is at it: `progress` asks
+                problem = "the model is being loaded, and `progress` is called meanwhile"
+                raise ConfigurationError("progress", problem, "a question once that has returned")
             return
         if self._state is None:
             problem = f"{self._store.folder} holds no trained state"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -14,6 +15,7 @@ from edge_client import cli, client, own_rows
 from edge_client.backends import loading
 from edge_client.backends.base import Level
 from edge_client.client import EdgeClient
+from edge_client.data import FieldNames
 from edge_client.errors import (
     AdapterError,
     BackboneError,
@@ -21,11 +23,10 @@ from edge_client.errors import (
     DataError,
     EdgeClientError,
 )
-from protocol.federation import (
-    Backbone,
-    Task,
-    TaskKind,
-)
+from edge_client.own_rows import DataSettings
+from edge_client.private_store import PrivateStore
+from edge_client.worker import DeviceWorker
+from protocol.federation import Backbone, FederationSettings, Task, TaskKind
 from quantization.fingerprint import resolve_backbone
 from tests.integration.device import ROWS, SETTINGS, Device
 from tests.integration.test_federation import (
@@ -207,3 +208,18 @@ def test_an_adapter_that_cannot_be_written_is_an_error_with_a_name(
     command = ["save", "--data", str(taken), "--state-dir", str(tmp_path / "a"), "--scheme", "none"]
     assert cli.main([*command, "--out", str(taken)]) == 1
     assert f"pf2lora-client: folder: {taken} cannot be written" in capsys.readouterr().err
+
+
+def test_a_question_from_progress_while_the_model_is_loaded_is_refused_by_name(
+    tmp_path: Path,
+) -> None:
+    def ask(_: str) -> None:
+        with worker.ready():
+            raise AssertionError("there is no model yet")
+
+    def load(_: FederationSettings) -> Any:
+        raise AssertionError("asked after the model was loaded")
+
+    worker = DeviceWorker(DataSettings(ROWS, FieldNames()), PrivateStore(tmp_path), load, ask)
+    with pytest.raises(ConfigurationError, match="progress: the model is being loaded"):
+        asyncio.run(worker.prepare(SETTINGS))
