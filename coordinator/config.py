@@ -8,7 +8,7 @@ given there with commas. The first base version is a file that `pf2lora-client p
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -21,6 +21,7 @@ from coordinator.enrolment import NEWCOMERS_MAX
 from coordinator.errors import ConfigurationError
 from coordinator.screening import QUARANTINE_AFTER, UPDATE_RMS_MAX, Bounds
 from coordinator.security import Enrolment, check_exposure
+from coordinator.setting_keys import SettingKey, setting_keys
 from coordinator.start_file import read_start
 from coordinator.store.database import SQLITE, address_of
 from coordinator.waiting import HOLD_S
@@ -29,7 +30,7 @@ from protocol.federation import FederationSettings, start_settings
 from protocol.fingerprints import difference
 from protocol.link import is_loopback
 from protocol.scalars import Integer, Kind, Real, SchemaError, Text
-from protocol.schema import Maybe, Record, Tagged, from_text, record_of, unknown_name
+from protocol.schema import Record, from_text, record_of, unknown_name
 from protocol.tensors import NamedTensors
 
 ENVIRONMENT: Final = "PF2LORA_"
@@ -116,16 +117,19 @@ class Configuration:
         return self.server.certificate, self.server.key
 
 
+def all_keys() -> Iterator[SettingKey]:
+    """Every single setting; a key that several methods or rules have comes once for each."""
+    for section, cls in (
+        ("", FederationSettings),
+        ("server", ServerSettings),
+        ("admin", AdminSettings),
+    ):
+        yield from setting_keys(section, record_of(cls))
+
+
 def leaves() -> dict[str, Kind]:
     """Every single setting by its dotted key."""
-    found: dict[str, Kind] = {}
-    for section, record in (
-        ("", record_of(FederationSettings)),
-        ("server", record_of(ServerSettings)),
-        ("admin", record_of(AdminSettings)),
-    ):
-        _collect(section, record, found)
-    return found
+    return {one.key: one.kind for one in all_keys()}
 
 
 def flag_of(key: str) -> str:
@@ -300,21 +304,6 @@ def _check_names(files: Sequence[Path], federations: Sequence[Federation]) -> No
                 "name", f"is {name!r} in {found[name]} and in {path}; each federation needs its own"
             )
         found[name] = path
-
-
-def _collect(prefix: str, record: Record, found: dict[str, Kind]) -> None:
-    for name, kind in record.kinds:
-        key = f"{prefix}.{name}" if prefix else name
-        if isinstance(kind, Maybe):
-            kind = kind.kind
-        if isinstance(kind, Record):
-            _collect(key, kind, found)
-        elif isinstance(kind, Tagged):
-            found[f"{key}.name"] = Text(limits.NAME_BYTES_MAX)
-            for _, option in kind.records:
-                _collect(key, option, found)
-        else:
-            found[key] = kind
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

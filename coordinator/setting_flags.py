@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
 from coordinator import config
-from coordinator.admin.settings import AdminSettings
-from protocol.federation import FederationSettings
 from protocol.scalars import Flag, Integer, Kind, Real
-from protocol.schema import Choice, Maybe, Record, Tagged, record_of
+from protocol.schema import Choice
 
 _MUST = "must be given"
 _WITHOUT = {"backbone.fingerprint": "default the start file's"}
@@ -65,42 +62,15 @@ def _defaults() -> dict[str, tuple[str, str]]:
     """Of each key its values, where they are names of methods or rules, and what help says."""
     found: dict[str, tuple[str, str]] = {}
     whose: dict[str, dict[str, list[str]]] = {}
-    for key, values, owner, default in _all_keys():
-        if owner:
-            whose.setdefault(key, {}).setdefault(default, []).append(owner)
-            default = ", ".join(f"{one} ({', '.join(who)})" for one, who in whose[key].items())
-        found[key] = values, f"default {default}" if default else _WITHOUT.get(key, _MUST)
+    for one in config.all_keys():
+        default = "" if one.default is MISSING else _shown(one.kind.encode(one.default, one.key))
+        if one.owner:
+            whose.setdefault(one.key, {}).setdefault(default, []).append(one.owner)
+            owners = whose[one.key].items()
+            default = ", ".join(f"{each} ({', '.join(who)})" for each, who in owners)
+        values = "{" + ",".join(one.names) + "}" if one.names else ""
+        found[one.key] = values, f"default {default}" if default else _WITHOUT.get(one.key, _MUST)
     return found
-
-
-def _all_keys() -> Iterator[tuple[str, str, str, str]]:
-    for section, cls in (
-        ("", FederationSettings),
-        ("server", config.ServerSettings),
-        ("admin", AdminSettings),
-    ):
-        yield from _keys(section, record_of(cls), "")
-
-
-def _keys(prefix: str, record: Record, owner: str) -> Iterator[tuple[str, str, str, str]]:
-    """(key, the names it may have, the method or rule whose it is, its default if it has one)."""
-    kinds = dict(record.kinds)
-    for field in fields(record.cls):
-        key = f"{prefix}.{field.name}" if prefix else field.name
-        kind = kinds[field.name]
-        if isinstance(kind, Maybe):
-            kind = kind.kind
-        if isinstance(kind, Record):
-            yield from _keys(key, kind, owner)
-        elif isinstance(kind, Tagged):
-            assert field.default_factory is not MISSING  # noqa: S101 - each has one
-            names = ",".join(name for name, _ in kind.records)
-            yield f"{key}.name", "{" + names + "}", "", field.default_factory().NAME
-            for name, option in kind.records:
-                yield from _keys(key, option, name)
-        else:
-            given = field.default is MISSING
-            yield key, "", owner, "" if given else _shown(kind.encode(field.default, key))
 
 
 def _shown(plain: Any) -> str:
