@@ -23,7 +23,13 @@ PERCENTILES: Final = (50, 90, 95, 99)
 # from there to the whole base version; from a report's announcement to its receipt. Resumed
 # downloads and uploads are included.
 LATENCIES: Final = ("connect", "check_in", "download", "upload")
-TIMES: Final = (*LATENCIES, "lag")
+MEASURED: Final = (*LATENCIES, "lag")
+# As reports and thresholds call them.
+TIMES: Final = tuple(
+    f"{name}_{level}"
+    for name in MEASURED
+    for level in (*(f"p{percent}" for percent in PERCENTILES), "max")
+)
 
 
 class Samples:
@@ -110,7 +116,7 @@ class Figures:
         return self.accepted / max(1e-9, self.last_receipt_at - self.first_assigned_at)
 
     def took(self, name: str, time_s: float) -> None:
-        """Something took so long: one of TIMES."""
+        """Something took so long: one of MEASURED."""
         samples = self.lag if name == "lag" else self.latencies[name]
         samples.add(time_s)
         self._lately.setdefault(name, Samples()).add(time_s)

@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Any, Final, TextIO
 
 from edge_client.errors import ConfigurationError
-from edge_client.fleet.figures import LATENCIES, PERCENTILES, TIMES, Figures, Samples
+from edge_client.fleet.figures import LATENCIES, PERCENTILES, TIMES, Figures
 
 MIB: Final = 1 << 20
 HISTORY: Final = (
     *("seconds", "connected", "rounds", "accepted", "late", "rejected", "errors"),
     *("updates_per_second", "sent_bytes", "received_bytes"),
-    *(key for name in TIMES for key in Samples().summary(name)),
+    *TIMES,
 )
 Values = Mapping[str, float | None]
 

@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_client.errors import ConfigurationError
-from edge_client.fleet.figures import LATENCIES, PERCENTILES
+from edge_client.fleet.figures import LATENCIES, TIMES
 from edge_client.fleet.plan import duration_s
 
-TIMES: Final = tuple(
-    f"{name}_{level}"
-    for name in (*LATENCIES, "lag")
-    for level in (*(f"p{percent}" for percent in PERCENTILES), "max")
-)
 # Of all that was tried: what was answered with a receipt, and what went wrong.
 SHARES: Final = ("errors", "late", "rejected")
 NUMBERS: Final = ("updates_per_second", "rounds", "accepted", "joined", "resumed")

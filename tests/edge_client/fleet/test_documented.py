@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from edge_client.fleet import cli
-from edge_client.fleet.figures import Figures
+from edge_client.fleet.figures import TIMES, Figures
 from edge_client.fleet.meter import saturation
-from edge_client.fleet.thresholds import NUMBERS, OWN_NUMBERS, SHARES, TIMES
+from edge_client.fleet.thresholds import NUMBERS, OWN_NUMBERS, SHARES
 
 TEXT = (Path(__file__).parents[3] / "docs" / "loadtest.md").read_text()
 

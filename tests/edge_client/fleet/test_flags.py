@@ -8,8 +8,9 @@ import pytest
 
 from edge_client.errors import ConfigurationError
 from edge_client.fleet import plan
+from edge_client.fleet.figures import TIMES
 from edge_client.fleet.plan import Between, Lognormal
-from edge_client.fleet.thresholds import SHARES, TIMES, Threshold, read_threshold
+from edge_client.fleet.thresholds import SHARES, Threshold, read_threshold
 
 
 def test_times_have_units() -> None:
