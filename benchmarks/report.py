@@ -67,9 +67,10 @@ def _overview(groups: Group, methods: Sequence[str]) -> list[str]:
     classified = TaskKind.SEQUENCE_CLASSIFICATION
     tasks = [task for task in TASKS if groups[task, ()] and TASKS[task].kind is classified]
     lines = ["## Tasks of classification side by side", ""]
-    for score in ("what methods are compared by", "balanced_accuracy", "loss"):
-        columns = {t: score if score in _columns(t) else TASKS[t].metric for t in tasks}
-        lines += [f"### {score}", "", f"| method | {' | '.join(tasks)} |"]
+    for score in ("", "balanced_accuracy", "loss"):
+        columns = {task: score or TASKS[task].metric for task in tasks}
+        title = score or "what methods are compared by"
+        lines += [f"### {title}", "", f"| method | {' | '.join(tasks)} |"]
         lines += ["|---|" + "---|" * len(tasks)]
         for method in methods:
             found = {task: groups[task, ()].get(method) for task in tasks}

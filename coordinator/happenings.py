@@ -65,7 +65,7 @@ class Acted:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """A call of the store has returned, or failed. Told from the store's thread."""
+    """A call of the store has returned, or failed. Told from the thread that made it."""
 
     call: str
     took_s: float
